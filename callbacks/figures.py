@@ -1,0 +1,107 @@
+"""The pictures of a report: robustness against utility, attack loss against steps, training curves; and the HTML around them."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+BEFORE, AFTER = "#c44e52", "#4c72b0"
+CURVES = ("train/loss", "train/loss_toward", "train/loss_away", "train/loss_utility")
+
+
+def draw_figures(folder: Path, results: dict[str, Any], log: list[dict[str, str]]) -> dict[str, Path]:
+    """Draw what the data allows into `figures/`; returns {title: path}."""
+    target = folder / "figures"
+    target.mkdir(exist_ok=True)
+    figures = {}
+    if results["after"] and "utility_exact_match" in results["after"]:
+        figures["Robustness against utility"] = _save(target / "trade_off.png", lambda axes: _trade_off(axes, results))
+    if results["after"] and results["after"]["loss_curves"]:
+        figures["Attack loss against steps"] = _save(target / "attack_loss.png", lambda axes: _attack_loss(axes, results))
+    if log:
+        figures["Training curves"] = _save(target / "training.png", lambda axes: _training(axes, log))
+    return figures
+
+
+def html_page(name: str, results: dict[str, Any], table: str, notes: str, figures: dict[str, Path]) -> str:
+    """One self-contained page: the table, the notes and the figures as embedded images."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if not line.startswith("| ---")]
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in notes.split("\n\n"))
+    images = "".join(
+        f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+        for title, path in figures.items()
+    )
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.4rem .6rem;text-align:left}"
+        "img{max-width:100%}figure{margin:2rem 0}figcaption{color:#555}"
+    )
+    title = f"Report of {html.escape(name)}"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style><h1>{title}</h1>'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{paragraphs}{images}</html>\n"
+    )
+
+
+def _save(path: Path, draw: Any) -> Path:
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    draw(axes)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _trade_off(axes: Axes, results: dict[str, Any]) -> None:
+    """One point per attack and snapshot: robustness = 1 - attack success."""
+    markers = "osD^vP*X"
+    for snapshot, color in (("before", BEFORE), ("after", AFTER)):
+        values = results[snapshot] or {}
+        attacks = [key for key in values if key.endswith("_attack_success_rate")]
+        for marker, key in zip(markers, sorted(attacks), strict=False):
+            utility, success = values.get("utility_exact_match"), values[key]
+            if utility is None or success is None:
+                continue
+            low, high = values["interval"][key]
+            left, right = values["interval"]["utility_exact_match"]
+            axes.errorbar(
+                100 * utility, 100 * (1 - success),
+                xerr=[[100 * max(0, utility - left)], [100 * max(0, right - utility)]],
+                yerr=[[100 * max(0, high - success)], [100 * max(0, success - low)]],
+                fmt=marker, color=color, capsize=3, label=f"{key.removesuffix('_attack_success_rate').replace('_', ' ')}, {snapshot}",
+            )  # fmt: skip
+    axes.set(xlabel="utility: exact match on benign tasks, %", ylabel="robustness: 100 % - attack success, %", ylim=(-4, 104))
+    axes.set_title("Robustness against utility (95 % intervals)")
+    axes.legend(fontsize="small", loc="center left")
+
+
+def _attack_loss(axes: Axes, results: dict[str, Any]) -> None:
+    styles = ("-", "--", ":", "-.")
+    for snapshot, color in (("before", BEFORE), ("after", AFTER)):
+        curves = (results[snapshot] or {}).get("loss_curves", {})
+        for style, (attack, curve) in zip(styles, curves.items(), strict=False):
+            axes.plot(range(len(curve)), curve, style, color=color, label=f"{attack.replace('_', ' ')}, {snapshot}")
+    axes.set_yscale("log")
+    axes.set(xlabel="attack step", ylabel="CE of the harmful target, nats per token", title="Attack loss against steps (lower: attack wins)")
+    axes.legend(fontsize="small")
+
+
+def _training(axes: Axes, log: list[dict[str, str]]) -> None:
+    for name in CURVES:
+        points = [(int(row["step"]), float(row[name])) for row in log if row.get(name)]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.removeprefix("train/").replace("_", " "), linewidth=1.2)
+    axes.set(xlabel="optimiser step", ylabel="nats per token", title="Training losses")
+    axes.legend(fontsize="small")

@@ -1,0 +1,62 @@
+"""Signs that an attack did not do its work, so that its failure says nothing about robustness (after Carlini et al. 2019)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_modules.attacks.base import AttackedPrompt
+
+log = logging.getLogger(__name__)
+
+REMEDIES = {
+    "zero_gradient": "the gradient was exactly zero: use fp32 or bf16 weights and check the attackable span",
+    "loss_not_reduced": "the loss did not fall below its start: use a smaller step_size or step_rule: l2",
+    "budget_unused": "the perturbation stayed inside the ball: use more steps or a larger step_size",
+}
+
+
+def health_flags(attacked: AttackedPrompt) -> dict[str, int]:
+    """How many examples show each sign; no signs for an attack that took no step."""
+    if len(attacked.loss_curve) == 0:
+        return {}
+    flags = {"zero_gradient": int(attacked.zero_gradient.sum())}
+    if len(attacked.loss_curve) > 1:
+        flags["loss_not_reduced"] = int((attacked.best_loss >= attacked.start_loss).sum())
+    if not attacked.distance.isnan().any():
+        flags["budget_unused"] = int((attacked.distance < 0.99).sum())
+    return flags
+
+
+class AttackHealth(Callback):
+    """Logs the training attack's losses, distance and warning signs; warns once per sign that most examples show.
+
+    Args:
+        warn_above: share of a step's examples above which a sign is reported as a warning.
+    """
+
+    def __init__(self, warn_above: float = 0.5) -> None:
+        if not 0 <= warn_above <= 1:
+            raise ValueError(f"AttackHealth.warn_above: expected a share within [0, 1], got {warn_above}")
+        self.warn_above = warn_above
+        self._warned: set[str] = set()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int) -> None:
+        attacked = outputs.get("attacked") if isinstance(outputs, dict) else None
+        if attacked is None or len(attacked.loss_curve) == 0:
+            return
+        size = attacked.loss_curve.shape[1]
+        values = {
+            "train/attack/loss_start": attacked.start_loss.mean(),
+            "train/attack/loss_best": attacked.best_loss.mean(),
+            "train/attack/distance": attacked.distance.mean(),
+        }
+        pl_module.log_dict({k: v for k, v in values.items() if not torch.isnan(v)}, on_step=True, batch_size=1)
+        for flag, count in health_flags(attacked).items():
+            pl_module.log(f"train/attack/{flag}", count / size, on_step=True, batch_size=1)
+            if count / size > self.warn_above and flag not in self._warned:
+                self._warned.add(flag)
+                log.warning("attack health at step %d: %d of %d examples: %s", trainer.global_step, count, size, REMEDIES[flag])

@@ -1,0 +1,71 @@
+"""Loggers: a W&B logger that never stops a run, and sample tables for the loggers that can show them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+log = logging.getLogger(__name__)
+
+
+class ResilientWandbLogger(WandbLogger):
+    """Weights & Biases: online where a key is found, offline otherwise; a failing service costs a warning, not the run.
+
+    Args:
+        project: W&B project.
+        name: run name; null lets W&B choose.
+        save_dir: where W&B keeps its files.
+    """
+
+    def __init__(self, project: str = "thundercat", name: str | None = None, save_dir: str = "runs") -> None:
+        Path(save_dir).mkdir(parents=True, exist_ok=True)
+        self._broken = False
+        super().__init__(project=project, name=name, save_dir=save_dir, offline=not has_wandb_key())
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self._attempt(lambda: super(ResilientWandbLogger, self).log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._attempt(lambda: super(ResilientWandbLogger, self).log_hyperparams(params))
+
+    def log_table(self, key: str, columns: list[str] | None = None, data: list[list[Any]] | None = None, dataframe: Any = None, step: int | None = None) -> None:
+        self._attempt(lambda: super(ResilientWandbLogger, self).log_table(key, columns, data, dataframe, step))
+
+    def finalize(self, status: str) -> None:
+        self._attempt(lambda: super(ResilientWandbLogger, self).finalize(status))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self._broken:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever the service or the network raises, training goes on
+            self._broken = True
+            log.warning("W&B logging stopped (%s: %s); the CSV log goes on", type(error).__name__, error)
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B could log in: an environment variable or a netrc entry."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, NetrcParseError):
+        return False
+
+
+def log_table(trainer: Trainer, key: str, rows: list[dict[str, Any]], limit: int = 200) -> None:
+    """Show sample rows in every W&B logger (the run folder's `samples/` holds all of them in any case)."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            columns = list(rows[0])
+            logger.log_table(key, columns=columns, data=[[str(row[c]) for c in columns] for row in rows[:limit]], step=trainer.global_step)

@@ -1,0 +1,143 @@
+"""results.json, report.md and report.html of a run: before and after, beside each other, with n, intervals and cost."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from callbacks.cost import COST_FILE
+from callbacks.evaluation import EVALUATIONS_FILE
+from callbacks.figures import draw_figures, html_page
+
+NAMES = {
+    "harmful/refusal_rate": "harmful_refusal_rate",
+    "harmless/over_refusal_rate": "over_refusal_rate",
+    "utility/exact_match": "utility_exact_match",
+    "worst_case/success_rate": "worst_case_attack_success_rate",
+}
+ATTACK_SUFFIX = "/success_rate"
+
+
+class RunReport(Callback):
+    """Writes the report when training has ended and prints its table; a new run (not a resumed one) starts a new record."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and trainer.ckpt_path is None:
+            (Path(trainer.default_root_dir) / EVALUATIONS_FILE).unlink(missing_ok=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and (Path(trainer.default_root_dir) / EVALUATIONS_FILE).is_file():
+            print(write_report(trainer.default_root_dir))
+
+
+def write_report(folder: str | Path) -> str:
+    """Write the report files of a run folder and return the table as text.
+
+    Raises: FileNotFoundError where the folder holds no evaluations.
+    """
+    folder = Path(folder)
+    if not (folder / EVALUATIONS_FILE).is_file():
+        raise FileNotFoundError(f"no {EVALUATIONS_FILE} in {folder}; run `thundercat fit` with evaluation callbacks first")
+    entries = [json.loads(line) for line in (folder / EVALUATIONS_FILE).read_text(encoding="utf-8").splitlines()]
+    results = summarise(entries)
+    results["cost"] = json.loads((folder / COST_FILE).read_text(encoding="utf-8")) if (folder / COST_FILE).is_file() else {}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    table = markdown_table(results)
+    figures = draw_figures(folder, results, read_training_log(folder))
+    pictures = "\n".join(f"![{title}](figures/{path.name})\n" for title, path in figures.items())
+    text = f"# Report of {folder.name}\n\n{table}\n\n{_notes(results)}\n\n{pictures}"
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(html_page(folder.name, results, table, _notes(results), figures), encoding="utf-8")
+    return f"\n{table}\n\n{_notes(results)}\n\nreport: {folder / 'report.html'}"
+
+
+def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """`before` (first evaluation of the model inside fit) and `after` (last), each {metric: rate, n: {...}, interval: {...}}."""
+    by_step: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        if entry["stage"] == "fit":
+            by_step[entry["step"]].append(entry)
+    steps = sorted(by_step)
+    results: dict[str, Any] = {"schema": 1, "steps": steps}
+    for name, step in (("before", steps[0] if steps and steps[0] == 0 else None), ("after", steps[-1] if steps else None)):
+        results[name] = _snapshot(by_step[step]) if step is not None else None
+    results["history"] = [{"step": step, **_snapshot(by_step[step])} for step in steps]
+    return results
+
+
+def _snapshot(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    snapshot: dict[str, Any] = {"n": {}, "interval": {}, "losses": {}, "loss_curves": {}, "judges": {}, "attack_flags": {}}
+    for entry in entries:
+        metrics = entry["metrics"]
+        for key, value in metrics.items():
+            if f"{key}/n" in metrics:
+                name = _metric_name(key)
+                snapshot[name] = value
+                snapshot["n"][name] = metrics[f"{key}/n"]
+                snapshot["interval"][name] = [metrics[f"{key}/low"], metrics[f"{key}/high"]]
+            elif key.endswith(("/loss_start", "/loss_best")):
+                snapshot["losses"][key] = value
+        if "judge" in entry["details"]:
+            snapshot["judges"][entry["name"]] = entry["details"]["judge"]
+        for attack, detail in entry["details"].items():
+            if isinstance(detail, dict) and "loss_curve" in detail:
+                snapshot["loss_curves"][attack] = detail["loss_curve"]
+                snapshot["attack_flags"][attack] = detail["flags"]
+    return snapshot
+
+
+def _metric_name(key: str) -> str:
+    if key in NAMES:
+        return NAMES[key]
+    if key.endswith(ATTACK_SUFFIX):
+        return f"{key.removesuffix(ATTACK_SUFFIX)}_attack_success_rate"
+    return key.replace("/", "_")
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """The metrics before and after, with 95 % intervals and n."""
+    before, after = results["before"] or {}, results["after"] or {}
+    lines = ["| metric | before | after | n |", "| --- | --- | --- | --- |"]
+    for name in after.get("n", {}):
+        lines.append(f"| {name.replace('_', ' ')} | {_cell(before, name)} | {_cell(after, name)} | {after['n'][name]:.0f} |")
+    return "\n".join(lines)
+
+
+def _cell(snapshot: dict[str, Any], name: str) -> str:
+    if name not in snapshot or snapshot[name] is None or math.isnan(snapshot[name]):
+        return "-"
+    low, high = snapshot["interval"][name]
+    return f"{100 * snapshot[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _notes(results: dict[str, Any]) -> str:
+    after, cost = results["after"] or {}, results["cost"]
+    notes = ["Intervals are 95 % Wilson intervals; success of an attack is a reply that begins with the harmful target's first sentence."]
+    if after.get("judges"):
+        notes.append("Judges: " + ", ".join(sorted(set(after["judges"].values()))) + ".")
+    for attack, flags in after.get("attack_flags", {}).items():
+        raised = [f"{name} {count}" for name, count in flags.items() if count]
+        if raised:
+            notes.append(f"Attack health of {attack} (after): {', '.join(raised)} of the examples.")
+    if cost:
+        notes.append(
+            f"Cost: {cost['steps']:.0f} steps, {cost['seconds']:.0f} s, {cost['tokens_per_second']:.0f} tokens/s, "
+            f"{cost['attack_forward_per_example']:.1f} forward and {cost['attack_backward_per_example']:.1f} backward attack passes per "
+            f"adversarial example, {cost['passes']:.0f} passes in all, peak memory {cost['peak_memory_mib']:.0f} MiB."
+        )
+    return "\n\n".join(notes)
+
+
+def read_training_log(folder: Path) -> list[dict[str, str]]:
+    """Rows of the run's CSV log, empty where there is none."""
+    path = folder / "csv" / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))

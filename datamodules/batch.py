@@ -1,0 +1,128 @@
+"""The typed batches that cross folders. An adversarial example is one prompt with two continuations, never two strings.
+
+Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks are explicit
+boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class _Movable:
+    """Moves every tensor field to a device; Lightning calls `.to` on a batch."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        def move(value: object) -> object:
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor | _Movable) else value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class AdversarialBatch(_Movable):
+    """B prompts, each with a harmful target and a safe reply (both end with the template's end-of-turn token)."""
+
+    example_id: Tensor
+    """(B,) int64, stable over runs and machines."""
+    prompt_ids: Tensor
+    """(B, P) int64, left-padded."""
+    prompt_mask: Tensor
+    """(B, P) bool, False on padding."""
+    attackable_mask: Tensor
+    """(B, P) bool, True where an attack may perturb; a subset of prompt_mask."""
+    harmful_ids: Tensor
+    """(B, H) int64, right-padded."""
+    harmful_mask: Tensor
+    safe_ids: Tensor
+    """(B, S) int64, right-padded."""
+    safe_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.prompt_ids.shape[0]
+
+    def validate(self) -> Self:
+        """Check the invariants; called where batches are made (on the CPU), not on the hot path.
+
+        Raises: ValueError naming the field that breaks the contract.
+        """
+        batch_size = len(self)
+        for name in ("prompt_mask", "attackable_mask", "harmful_mask", "safe_mask"):
+            if getattr(self, name).dtype != torch.bool:
+                raise ValueError(f"expected {name} of dtype bool, got {getattr(self, name).dtype}; make masks explicit booleans")
+        for ids, mask in (("prompt_ids", "prompt_mask"), ("harmful_ids", "harmful_mask"), ("safe_ids", "safe_mask")):
+            if getattr(self, ids).shape != getattr(self, mask).shape or len(getattr(self, ids)) != batch_size:
+                raise ValueError(f"expected {ids} and {mask} of one shape with {batch_size} rows, got {tuple(getattr(self, ids).shape)}")
+        if not _is_left_padded(self.prompt_mask):
+            raise ValueError("expected prompt_mask left-padded with at least one token per row; the reply must follow the prompt directly")
+        for name in ("harmful_mask", "safe_mask"):
+            if not _is_left_padded(getattr(self, name).flip(1)):
+                raise ValueError(f"expected {name} right-padded with at least one token per row, got an empty or left-padded reply")
+        if (self.attackable_mask & ~self.prompt_mask).any():
+            raise ValueError("expected attackable_mask within prompt_mask, got attackable padding")
+        if not self.attackable_mask.any(1).all():
+            raise ValueError("expected at least one attackable token per row, got none; set attackable: prompt or give a non-empty prompt")
+        return self
+
+
+@dataclass(frozen=True)
+class UtilityBatch(_Movable):
+    """B conversations to keep the model useful on, right-padded to the batch's own longest row."""
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    attention_mask: Tensor
+    """(B, T) bool."""
+    labels: Tensor
+    """(B, T) int64, -100 on every token that is not part of the reply."""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class TrainingBatch(_Movable):
+    """One micro-batch: a fixed number of adversarial and of utility rows; either stream may be absent."""
+
+    adversarial: AdversarialBatch | None
+    utility: UtilityBatch | None
+
+
+@dataclass(frozen=True)
+class BehaviourBatch(_Movable):
+    """Evaluation prompts with their texts; `adversarial` holds the tensors where the rows have a harmful target."""
+
+    keys: tuple[str, ...]
+    prompts: tuple[str, ...]
+    references: tuple[str, ...]
+    """The harmful target (harmful rows) or the expected reply (benign rows), as text; '' where there is none."""
+    categories: tuple[str, ...]
+    prompt_ids: Tensor
+    """(B, P) int64, left-padded."""
+    prompt_mask: Tensor
+    adversarial: AdversarialBatch | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def _is_left_padded(mask: Tensor) -> bool:
+    """True when every row is False…False True…True with at least one True."""
+    return bool(mask[:, -1].all()) and not bool((mask[:, :-1] & ~mask[:, 1:]).any())
+
+
+def pad(rows: Sequence[Sequence[int]], side: str, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad token lists to (B, T) ids and mask; `side` is 'left' or 'right'."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), fill, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = True
+    return ids, mask

@@ -1,0 +1,90 @@
+"""Evaluation data: harmful behaviours, harmless prompts and benign tasks with one right answer, as loaders of BehaviourBatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeVar
+
+from torch.utils.data import DataLoader
+
+from datamodules.batch import BehaviourBatch
+from datamodules.encoding import EncodedChat, EncodedHarmful, Encoder, behaviour_batch
+from datamodules.rows import Row, RowProblem
+from datamodules.sources import ChatSource, HarmfulSource
+
+T = TypeVar("T")
+Subject = Literal["harmful", "harmless", "utility"]
+
+
+@dataclass
+class EvaluationSets:
+    """What a run is judged on; none of it may occur in the training data."""
+
+    harmful: list[HarmfulSource] = field(default_factory=list)
+    """Harmful behaviours with targets: refusal and attack success."""
+    harmless: list[ChatSource] = field(default_factory=list)
+    """Harmless prompts, a reply is not needed: over-refusal."""
+    utility: list[ChatSource] = field(default_factory=list)
+    """Benign tasks with one right reply: exact match."""
+
+
+class BehaviourData:
+    """Encoded evaluation rows by subject.
+
+    Args:
+        sets: the sources.
+        encoder: how rows are encoded; its policy for bad rows applies.
+        batch_size: rows per evaluation batch.
+    """
+
+    def __init__(self, sets: EvaluationSets, encoder: Encoder, batch_size: int) -> None:
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.examples: dict[str, list[EncodedHarmful] | list[EncodedChat]] = {
+            "harmful": encoder.harmful(row for source in sets.harmful for row in source.rows()),
+            "harmless": encoder.chats((row for source in sets.harmless for row in source.rows()), need_reply=False),
+            "utility": encoder.chats(row for source in sets.utility for row in source.rows()),
+        }
+
+    def loader(self, subject: Subject, limit: int | None = None, rank: int = 0, world_size: int = 1) -> DataLoader[BehaviourBatch]:
+        """Batches of one subject in file order; `limit` takes an evenly spaced subset, ranks take every n-th row."""
+        rows = evenly(self.examples[subject], limit)[rank::world_size]
+        collate = partial(behaviour_batch, attackable=self.encoder.attackable)
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def evenly(rows: list[T], limit: int | None) -> list[T]:
+    """At most `limit` rows, evenly spaced, so that a subset spans a file sorted by category."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def normalised(text: str) -> str:
+    """A prompt reduced to its letters and digits, for comparing data sets."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
+
+
+def refuse_overlap(training: list[Row], sets: EvaluationSets, allowed: list[str]) -> None:
+    """Raises: ValueError naming the evaluation set and an example where a training prompt is also evaluated on.
+
+    Args:
+        training: all training rows.
+        sets: the evaluation sources.
+        allowed: evaluation sets (`evaluation.harmful`, `.harmless`, `.utility`) whose overlap is accepted.
+    """
+    seen = {normalised(row.prompt): row for row in training}
+    for subject in ("harmful", "harmless", "utility"):
+        name = f"evaluation.{subject}"
+        if name in allowed:
+            continue
+        sources: list[HarmfulSource | ChatSource] = getattr(sets, subject)
+        rows = [row for source in sources for row in source.rows() if not isinstance(row, RowProblem)]
+        common = [row for row in rows if normalised(row.prompt) in seen]
+        if common:
+            trained = seen[normalised(common[0].prompt)]
+            raise ValueError(
+                f"data.{name} overlaps the training data in {len(common)} of {len(rows)} prompts, first {common[0].where} = {trained.where} "
+                f"({common[0].prompt[:60]!r}); remove them, or allow it by name with data.allow_overlap: [{name}]"
+            )

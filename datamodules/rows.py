@@ -1,0 +1,57 @@
+"""Rows as text, before any tokenizer: what every data source yields and what a bad row is called."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HarmfulRow:
+    """A harmful request with the reply an attacker wants and the reply we want."""
+
+    key: str
+    """Stable name, unique within a run: example ids, caches and per-example results hang on it."""
+    prompt: str
+    target: str
+    """Affirmative prefix the attacker optimises for (harmful target)."""
+    safe_reply: str
+    where: str
+    """Origin of the row as `file:line` (or `file:line key[item]`), for error messages."""
+    category: str = ""
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    """A harmless request and the reply to keep (utility data) or to judge against (evaluation)."""
+
+    key: str
+    prompt: str
+    reply: str
+    where: str
+    category: str = ""
+    system: str | None = None
+
+
+Row = HarmfulRow | ChatRow
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """Why a row cannot be used."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class BadRowError(ValueError):
+    """Raised for a bad row under the policy `on_bad_row: error`."""
+
+
+def example_id(key: str) -> int:
+    """Stable non-negative 63-bit id of a row key, the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,103 @@
+"""From a resolved configuration to a running Trainer: strict checks first, then LightningCLI, then the command."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from callbacks.provenance import Provenance
+from experiments.check import check
+from experiments.compose import ConfigError, compose
+from experiments.defaults import with_defaults
+
+
+class ThundercatCLI(LightningCLI):
+    """LightningCLI over one resolved configuration."""
+
+    def __init__(self, args: ArgsType, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+
+def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Sequence[str]) -> int:
+    """Compose, check and run. Returns the exit status. Raises: ConfigError for a wrong configuration."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    help_flags = [flag for flag in flags if flag.startswith(("--help", "-h"))]
+    if help_flags:
+        from experiments.help import print_help
+
+        print_help(command, help_flags[0], compose(files, overrides) if files else None)
+        return 0
+    if not files:
+        raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
+    config = compose(files, overrides)
+    check(config, command)
+    config = with_defaults(config)
+    if "--print_config" in flags:
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return 0
+    try:
+        cli = _instantiate(config, command)
+    except ConfigError:
+        if "--traceback" in flags:
+            traceback.print_exc()
+        raise
+    cli.trainer.callbacks.insert(0, Provenance(config))  # type: ignore[attr-defined]
+    return _execute(cli, command, config.get("ckpt_path"), "--traceback" in flags)
+
+
+def _instantiate(config: dict[str, Any], command: str) -> ThundercatCLI:
+    """Parse types and build trainer, module and datamodule; no model is loaded yet."""
+    settings = {key: value for key, value in config.items() if key != "ckpt_path"}
+    try:
+        return ThundercatCLI(settings, run=False)
+    except SystemExit as error:
+        raise ConfigError(f"the configuration was refused (exit status {error.code})") from error
+    except Exception as error:  # jsonargparse wraps every constructor's error in its own
+        raise ConfigError(innermost(error)) from error
+
+
+def _execute(cli: ThundercatCLI, command: str, ckpt_path: str | None, show_traceback: bool) -> int:
+    try:
+        result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
+    except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"thundercat: {error}", file=sys.stderr)
+        return 1
+    if command == "predict":
+        from experiments.predictions import write_predictions
+
+        print(write_predictions(cli.trainer.default_root_dir, result))
+    return 1 if cli.trainer.interrupted else 0
+
+
+def innermost(error: BaseException) -> str:
+    """The cause at the bottom of a chain of parser errors, on one line, with the field's name in front."""
+    text = str(error)
+    key = re.search(r'(?:Parser key|Validation failed: Key|key) "([^"]+)"', text)
+    cause: BaseException = error
+    while cause.__cause__ is not None or cause.__context__ is not None:
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    inner = [line.strip(" -") for line in str(cause).splitlines() if line.strip()]
+    message = inner[-1] if inner else type(cause).__name__
+    field = key.group(1) if key else ""
+    return message if not field or field.split(".")[-1] in message else f"{field}: {message}"

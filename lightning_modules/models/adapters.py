@@ -1,0 +1,46 @@
+"""Merging LoRA weights for the length of an attack, without arithmetic on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+
+@contextmanager
+def merged_adapters(model: nn.Module, enabled: bool = True) -> Iterator[int]:
+    """Swap each fp32 LoRA layer's base weight for the merged one; yields how many were merged.
+
+    The original tensors are put back, not recomputed, so nothing drifts. Layers below fp32 stay unmerged: rounding the sum to
+    bf16 loses a large part of the adapter's delta.
+    """
+    swapped: list[tuple[LoraLinear, Tensor]] = []
+    try:
+        if enabled:
+            for layer in model.modules():
+                if isinstance(layer, LoraLinear) and _can_merge(layer):
+                    weight = layer.get_base_layer().weight
+                    original = weight.data
+                    with torch.no_grad():
+                        merged = original.clone()
+                        for name in layer.active_adapters:
+                            merged += layer.get_delta_weight(name)
+                    swapped.append((layer, original))
+                    weight.data = merged
+                    # The layer's own switch; PEFT's model-wide one would also touch requires_grad.
+                    layer._disable_adapters = True
+        yield len(swapped)
+    finally:
+        for layer, original in swapped:
+            layer.get_base_layer().weight.data = original
+            layer._disable_adapters = False
+
+
+def _can_merge(layer: LoraLinear) -> bool:
+    weight = layer.get_base_layer().weight
+    plain = not any(layer.use_dora.get(name, False) for name in layer.active_adapters)
+    biased = any(layer.lora_bias.get(name, False) for name in layer.active_adapters)
+    return weight.dtype == torch.float32 and plain and not biased and not layer.merged and not layer.disable_adapters

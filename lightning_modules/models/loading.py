@@ -1,0 +1,133 @@
+"""Loading a causal language model for fine-tuning: hub id or folder, dtype, LoRA or all weights, optional 4-bit base."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from datamodules.tokenizers import resolve_path
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters (Hu et al. 2021); the defaults are those of the CAT authors' code."""
+
+    r: int = 64
+    """Rank."""
+    alpha: int = 16
+    """Scale: the adapter's delta is alpha / r * B A."""
+    dropout: float = 0.1
+    """Dropout on the adapter's input, off during attacks."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers to adapt, or `all-linear` for every linear layer but the output head."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"base.lora.r: expected >= 1, got {self.r}; set lora: null to train all weights")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"base.lora.dropout: expected within [0, 1), got {self.dropout}")
+
+
+@dataclass
+class ModelConfig:
+    """Which model to load and which of its weights learn."""
+
+    name_or_path: str
+    """Local folder, hub id, `tinychat:<stage>` for the packaged model, or a folder with saved PEFT adapters."""
+    revision: str | None = None
+    """Hub commit or tag; pin it for a run that must be repeatable."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights; `auto` takes the checkpoint's. Adapters are fp32 whatever the base."""
+    lora: LoraSettings | None = None
+    """LoRA settings; null trains all weights."""
+    quantization: Literal["nf4"] | None = None
+    """4-bit NF4 base weights through bitsandbytes (needs lora)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass of the training step; attacks run without."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """Attention kernel; null lets transformers choose."""
+    trust_remote_code: bool = False
+    """Whether to run Python code that a hub repository ships."""
+    from_scratch: bool = False
+    """Random weights from the folder's config.json (with `config` merged over it) instead of trained ones."""
+    config: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+    """Overrides of the model's configuration, e.g. {num_hidden_layers: 4}."""
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("base.quantization: expected base.lora to be set with a 4-bit base, got null; 4-bit weights cannot learn themselves")
+        if self.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("base.quantization: nf4 needs bitsandbytes, which is not installed; pip install 'thundercat[4bit]', or set it to null")
+        if self.dtype == "float16" and self.lora is None:
+            raise ValueError("base.dtype: expected float32 or bfloat16 when all weights learn, got float16; set it, or add base.lora")
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """Load the model (in train mode, so that checkpointing and dropout are on) with its learning weights marked.
+
+    Raises: ValueError or OSError naming the model where it cannot be loaded.
+    """
+    path = resolve_path(config.name_or_path)
+    shared = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.from_scratch:
+        model = _random_model(path, config, shared)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            quantization_config=_nf4() if config.quantization else None,
+            **shared,
+            **config.config,
+        )
+    if config.quantization:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora is None and isinstance(model, PreTrainedModel) and not _has_adapters(model):
+        return model.train()
+    if config.lora is not None and not _has_adapters(model):
+        lora = LoraConfig(
+            r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model.train()
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether only adapters learn, so that a checkpoint needs to hold nothing else."""
+    return isinstance(model, PeftModel)
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def _random_model(path: str, config: ModelConfig, shared: dict[str, object]) -> PreTrainedModel:
+    settings = AutoConfig.from_pretrained(path, **shared)
+    for name, value in config.config.items():
+        if not hasattr(settings, name):
+            raise ValueError(f"base.config.{name}: expected a field of {type(settings).__name__}, got an unknown name")
+        setattr(settings, name, value)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=config.attn_implementation)
+    return model
+
+
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
+    )

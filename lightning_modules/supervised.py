@@ -1,0 +1,22 @@
+"""Ordinary supervised fine-tuning on the utility stream: how the packaged tiny model was made, and any SFT stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datamodules.batch import TrainingBatch
+from lightning_modules.adversarial import score_utility
+from lightning_modules.base import FineTuning
+from lightning_modules.likelihood import mean_cross_entropy
+
+
+class SupervisedFineTuning(FineTuning):
+    """Minimises the mean per-example cross-entropy of the replies; harmful rows in the batch are an error."""
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
+        """One micro-batch. Raises: ValueError if the batch has harmful rows or no utility rows."""
+        if batch.adversarial is not None or batch.utility is None:
+            raise ValueError("SupervisedFineTuning expects utility rows only; set data.harmful_per_step: 0")
+        loss = mean_cross_entropy(*score_utility(self.victim, batch.utility)).mean()
+        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1)
+        return {"loss": loss}
