@@ -42,7 +42,9 @@ class CostMonitor(Callback):
             totals["attack_forward"] += forward
             totals["attack_backward"] += backward
             totals["passes"] += forward + backward + 4 * size
-            tokens += sum(int(m.sum()) for m in (batch.adversarial.prompt_mask, batch.adversarial.harmful_mask, batch.adversarial.safe_mask))
+            tokens += sum(
+                int(m.sum()) for m in (batch.adversarial.prompt_mask, batch.adversarial.harmful_mask, batch.adversarial.safe_mask)
+            )
         if batch.utility is not None:
             totals["utility_examples"] += len(batch.utility)
             totals["passes"] += 2 * len(batch.utility)

@@ -22,9 +22,10 @@ def draw_figures(folder: Path, results: dict[str, Any], log: list[dict[str, str]
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     figures = {}
-    if results["after"] and "utility_exact_match" in results["after"]:
+    after = results["after"] or {}
+    if "utility_exact_match" in after and any(key.endswith("_attack_success_rate") for key in after):
         figures["Robustness against utility"] = _save(target / "trade_off.png", lambda axes: _trade_off(axes, results))
-    if results["after"] and results["after"]["loss_curves"]:
+    if after.get("loss_curves"):
         figures["Attack loss against steps"] = _save(target / "attack_loss.png", lambda axes: _attack_loss(axes, results))
     if log:
         figures["Training curves"] = _save(target / "training.png", lambda axes: _training(axes, log))
@@ -94,7 +95,9 @@ def _attack_loss(axes: Axes, results: dict[str, Any]) -> None:
         for style, (attack, curve) in zip(styles, curves.items(), strict=False):
             axes.plot(range(len(curve)), curve, style, color=color, label=f"{attack.replace('_', ' ')}, {snapshot}")
     axes.set_yscale("log")
-    axes.set(xlabel="attack step", ylabel="CE of the harmful target, nats per token", title="Attack loss against steps (lower: attack wins)")
+    axes.set(
+        xlabel="attack step", ylabel="CE of the harmful target, nats per token", title="Attack loss against steps (lower: attack wins)"
+    )
     axes.legend(fontsize="small")
 
 

@@ -35,7 +35,14 @@ class ResilientWandbLogger(WandbLogger):
     def log_hyperparams(self, params: Any) -> None:
         self._attempt(lambda: super(ResilientWandbLogger, self).log_hyperparams(params))
 
-    def log_table(self, key: str, columns: list[str] | None = None, data: list[list[Any]] | None = None, dataframe: Any = None, step: int | None = None) -> None:
+    def log_table(
+        self,
+        key: str,
+        columns: list[str] | None = None,
+        data: list[list[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+    ) -> None:
         self._attempt(lambda: super(ResilientWandbLogger, self).log_table(key, columns, data, dataframe, step))
 
     def finalize(self, status: str) -> None:

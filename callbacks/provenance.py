@@ -15,7 +15,19 @@ import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-PACKAGES = ("thundercat", "torch", "lightning", "transformers", "peft", "torchmetrics", "wandb", "omegaconf", "jsonargparse", "tokenizers", "numpy")
+PACKAGES = (
+    "thundercat",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "torchmetrics",
+    "wandb",
+    "omegaconf",
+    "jsonargparse",
+    "tokenizers",
+    "numpy",
+)
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 
 

@@ -12,7 +12,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import BehaviourBatch, TrainingBatch
-from datamodules.behaviours import BehaviourData, EvaluationSets, refuse_overlap
+from datamodules.behaviours import BehaviourData, EvaluationSets, Subject, refuse_overlap
 from datamodules.chat_format import Attackable, ChatFormat
 from datamodules.encoding import EncodedChat, EncodedHarmful, Encoder, OnBadRow, training_batch
 from datamodules.rows import HarmfulRow, Row, RowProblem
@@ -78,13 +78,16 @@ class AdversarialData(LightningDataModule):
                     "every micro-batch must hold the same number of rows"
                 )
             if count and not sources:
-                raise ValueError(f"data.{field}: expected at least one source for {field}_per_step {count}, got none; add one or set it to 0")
+                raise ValueError(
+                    f"data.{field}: expected at least one source for {field}_per_step {count}, got none; add one or set it to 0"
+                )
         if harmful_per_step + utility_per_step == 0:
             raise ValueError("data.harmful_per_step and data.utility_per_step: expected a positive count, got 0 for both")
         if max_length < 2:
             raise ValueError(f"data.max_length: expected >= 2 tokens, got {max_length}")
         self.tokenizer_config = tokenizer
-        self.sources = {"harmful": harmful or [], "utility": utility or []}
+        self.harmful_sources = harmful or []
+        self.utility_sources = utility or []
         self.evaluation = evaluation or EvaluationSets()
         self.per_step = {"harmful": harmful_per_step, "utility": utility_per_step}
         self.micro_batches = micro_batches
@@ -136,28 +139,29 @@ class AdversarialData(LightningDataModule):
         for name, stream in streams.items():
             if stream.batch_size % world:
                 raise ValueError(
-                    f"data.{name}_per_step: expected a multiple of micro_batches x devices = {self.micro_batches} x {world}, got {self.per_step[name]}"
+                    f"data.{name}_per_step: expected a multiple of micro_batches x devices = {self.micro_batches} x {world}, "
+                    f"got {self.per_step[name]}"
                 )
         leading = next(iter(streams))
         steps = math.ceil(len(self._training.rows[leading]) / self.per_step[leading])
         sampler = StepSampler(streams, steps * self.micro_batches, self._position, self.trainer.global_rank, world)
         return DataLoader(
-            self._training,
+            self._training,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=partial(_collate, self.attackable),
             num_workers=self.num_workers,
             persistent_workers=False,
         )
 
-    def val_dataloader(self) -> list[DataLoader[BehaviourBatch]]:
-        """Nothing to iterate: the evaluation callbacks draw what they need from `behaviours`."""
-        return []
+    def val_dataloader(self) -> DataLoader[BehaviourBatch]:
+        """The harmful behaviours, or else the utility tasks; the evaluation callbacks draw what they need from `behaviours`."""
+        return self.behaviours.loader("harmful" if self.behaviours.examples["harmful"] else "utility")
 
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> list[DataLoader[BehaviourBatch]]:
         """All evaluation prompts, harmful ones first."""
-        subjects = ("harmful", "harmless", "utility")
+        subjects: tuple[Subject, ...] = ("harmful", "harmless", "utility")
         return [self.behaviours.loader(name) for name in subjects if self.behaviours.examples[name]]
 
     def _position(self) -> int:
@@ -176,8 +180,8 @@ class AdversarialData(LightningDataModule):
 
     def _encode_training(self, encoder: Encoder) -> _Examples:
         rows: dict[str, list[Row | RowProblem]] = {
-            name: [row for source in sources for row in source.rows()] if self.per_step[name] else []
-            for name, sources in self.sources.items()
+            "harmful": [row for source in self.harmful_sources for row in source.rows()] if self.per_step["harmful"] else [],
+            "utility": [row for source in self.utility_sources for row in source.rows()] if self.per_step["utility"] else [],
         }
         refuse_overlap([r for part in rows.values() for r in part if not isinstance(r, RowProblem)], self.evaluation, self.allow_overlap)
         examples = _Examples(

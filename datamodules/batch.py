@@ -21,7 +21,7 @@ class _Movable:
         def move(value: object) -> object:
             return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor | _Movable) else value
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
@@ -49,12 +50,13 @@ class BehaviourData:
 
     def loader(self, subject: Subject, limit: int | None = None, rank: int = 0, world_size: int = 1) -> DataLoader[BehaviourBatch]:
         """Batches of one subject in file order; `limit` takes an evenly spaced subset, ranks take every n-th row."""
-        rows = evenly(self.examples[subject], limit)[rank::world_size]
+        examples: Sequence[EncodedHarmful | EncodedChat] = self.examples[subject]
+        rows = evenly(examples, limit)[rank::world_size]
         collate = partial(behaviour_batch, attackable=self.encoder.attackable)
         return DataLoader(rows, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def evenly(rows: list[T], limit: int | None) -> list[T]:
+def evenly(rows: Sequence[T], limit: int | None) -> Sequence[T]:
     """At most `limit` rows, evenly spaced, so that a subset spans a file sorted by category."""
     if limit is None or limit >= len(rows):
         return rows
@@ -85,6 +87,7 @@ def refuse_overlap(training: list[Row], sets: EvaluationSets, allowed: list[str]
         if common:
             trained = seen[normalised(common[0].prompt)]
             raise ValueError(
-                f"data.{name} overlaps the training data in {len(common)} of {len(rows)} prompts, first {common[0].where} = {trained.where} "
+                f"data.{name} overlaps the training data in {len(common)} of {len(rows)} prompts, "
+                f"first {common[0].where} = {trained.where} "
                 f"({common[0].prompt[:60]!r}); remove them, or allow it by name with data.allow_overlap: [{name}]"
             )

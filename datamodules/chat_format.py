@@ -72,8 +72,12 @@ class ChatFormat:
         spans = self._spans(text, user, system)
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
         roles = [_role(start, end, spans) for start, end in encoding.offsets]
-        for token, role in zip(encoding.ids, roles, strict=True):
-            if role is Role.USER and token in self._special_ids:
+        for i, (token, (start, _)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if token not in self._special_ids or roles[i] is Role.TEMPLATE:
+                continue
+            if _role(start, start, spans) is Role.TEMPLATE:
+                roles[i] = Role.TEMPLATE  # a special token that swallows the white space after it (Phi-3's do)
+            else:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 raise ValueError(f"the user's text contains the template's special token {name!r}; remove it from the prompt")
         return PromptTokens(list(encoding.ids), roles, text)
@@ -91,7 +95,7 @@ class ChatFormat:
         if joint[: len(prompt.ids)] == prompt.ids:
             return joint[len(prompt.ids) :]
         wanted = self._decode(joint)
-        for candidate in (self._encode(continuation), self._encode(continuation.lstrip())):
+        for candidate in (self._encode(continuation), self._encode(continuation.lstrip()), self._encode_inside(continuation)):
             if self._decode(prompt.ids + candidate) == wanted:
                 return candidate
         raise ValueError(f"the tokenizer cannot continue the prompt with {reply[:40]!r}: decoding changes the text")
@@ -117,12 +121,15 @@ class ChatFormat:
         prompt, full = self._render(_USER, None, None), self._render(_USER, None, _REPLY)
         if not full.startswith(prompt) or _REPLY not in full or _USER not in prompt:
             raise ValueError(
-                f"expected a chat template whose conversation starts with its own prompt, got {prompt!r} and {full!r}; set tokenizer.chat_template"
+                f"expected a chat template whose conversation starts with its own prompt, got {prompt!r} and {full!r}; "
+                "set tokenizer.chat_template"
             )
         before, _, after = full[len(prompt) :].partition(_REPLY)
         ends = [after.index(token) + len(token) for token in self._special if token in after]
         if not after.strip():
-            raise ValueError(f"expected an end of turn after a reply, got {after!r}; end assistant turns with a token in tokenizer.chat_template")
+            raise ValueError(
+                f"expected an end of turn after a reply, got {after!r}; end assistant turns with a token in tokenizer.chat_template"
+            )
         return before, after[: min(ends)] if ends else after
 
     def _spans(self, text: str, user: str, system: str | None) -> list[tuple[int, int, Role]]:
@@ -138,6 +145,12 @@ class ChatFormat:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)  # type: ignore[attr-defined]
+
+    def _encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that does not start a string: after a newline, which merges with nothing, instead of a start's space."""
+        anchor = self._encode("\n")
+        joint = self._encode("\n" + text)
+        return joint[len(anchor) :] if joint[: len(anchor)] == anchor else []
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

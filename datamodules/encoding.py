@@ -134,7 +134,7 @@ def utility_batch(examples: Sequence[EncodedChat]) -> UtilityBatch:
     return UtilityBatch(input_ids, attention_mask, labels)
 
 
-def behaviour_batch(examples: Sequence[EncodedHarmful] | Sequence[EncodedChat], attackable: Attackable) -> BehaviourBatch:
+def behaviour_batch(examples: Sequence[EncodedHarmful | EncodedChat], attackable: Attackable) -> BehaviourBatch:
     """Pad evaluation rows; rows with a harmful target also carry the tensors an attack needs."""
     prompt_ids, prompt_mask = pad([e.prompt.ids for e in examples], "left")
     harmful = [e for e in examples if isinstance(e, EncodedHarmful)]

@@ -63,9 +63,7 @@ class StepSampler(Sampler[list[Item]]):
         rank, world_size: this process's share; rows are dealt out in turn.
     """
 
-    def __init__(
-        self, streams: dict[str, Stream], length: int, position: Callable[[], int], rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, streams: dict[str, Stream], length: int, position: Callable[[], int], rank: int = 0, world_size: int = 1) -> None:
         self.streams = streams
         self.length = length
         self.position = position
@@ -78,8 +76,4 @@ class StepSampler(Sampler[list[Item]]):
     def __iter__(self) -> Iterator[list[Item]]:
         start = self.position()
         for number in range(start, start - start % self.length + self.length):
-            yield [
-                (name, row)
-                for name, stream in self.streams.items()
-                for row in stream.micro_batch(number)[self.rank :: self.world_size]
-            ]
+            yield [(name, row) for name, stream in self.streams.items() for row in stream.micro_batch(number)[self.rank :: self.world_size]]

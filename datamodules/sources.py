@@ -373,4 +373,6 @@ def pick(record: dict[str, Any], columns: dict[str, str], where: str) -> dict[st
 def _first_exchange(messages: object, where: str) -> dict[str, str] | RowProblem:
     if not isinstance(messages, list) or len(messages) < 2:
         return RowProblem(where, f"expected messages with a user turn and an answer, got {str(messages)[:60]!r}")
-    return pick({"user": messages[0].get("content"), "assistant": messages[1].get("content")}, {"prompt": "user", "reply": "assistant"}, where)
+    return pick(
+        {"user": messages[0].get("content"), "assistant": messages[1].get("content")}, {"prompt": "user", "reply": "assistant"}, where
+    )

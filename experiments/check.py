@@ -102,7 +102,7 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
     if isinstance(value, Mapping):
         record = _dataclass(hint)
         if record is not None:
-            _check_arguments(path, value, record.__init__, required=True)
+            _check_arguments(path, value, record.__init__, required=True)  # type: ignore[misc]
         else:
             for key, item in value.items():
                 _check_value(f"{path}.{key}", item, _item_hint(hint))

@@ -1,8 +1,8 @@
 """Console script `thundercat`: fit | validate | test | predict from YAML, and report for a finished run.
 
-    thundercat fit --config configs/quickstart.yaml --model.attack.epsilon=0.05
-    thundercat fit --config configs/experiment/cat_tinychat.yaml --config my_changes.yaml --print_config
-    thundercat report runs/quickstart
+thundercat fit --config configs/quickstart.yaml --model.attack.epsilon=0.05
+thundercat fit --config configs/experiment/cat_tinychat.yaml --config my_changes.yaml --print_config
+thundercat report runs/quickstart
 """
 
 from __future__ import annotations

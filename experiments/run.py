@@ -50,7 +50,7 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
         raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
     config = compose(files, overrides)
     check(config, command)
-    config = with_defaults(config)
+    config = with_defaults(config, command)
     if "--print_config" in flags:
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0

@@ -1,6 +1,6 @@
 """Continuous adversarial training: the inner attack runs inside `training_step` (arXiv 2405.15589, eq. 1).
 
-    min_theta  E[ objective( safe reply, harmful reply | x + delta* ) ] + E[ utility ],   delta* = attack(x, harmful reply)
+min_theta  E[ objective( safe reply, harmful reply | x + delta* ) ] + E[ utility ],   delta* = attack(x, harmful reply)
 """
 
 from __future__ import annotations
@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from datamodules.batch import AdversarialBatch, BehaviourBatch, TrainingBatch, UtilityBatch
+from datamodules.batch import TrainingBatch
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.base import FineTuning, OptimizerConfig, step_seed
-from lightning_modules.losses.base import LossTerms, Objective, ReplyScores
+from lightning_modules.losses.base import LossTerms, Objective
 from lightning_modules.models.loading import ModelConfig
-from lightning_modules.models.victim import Reply, Victim
+from lightning_modules.scoring import score_replies, score_utility
 
 
 class AdversarialFineTuning(FineTuning):
@@ -26,7 +25,6 @@ class AdversarialFineTuning(FineTuning):
         attack: the inner attack; NoAttack for the no-attack ablation.
         objective: the outer loss.
         optimizer: learning rate and schedule.
-        max_new_tokens: length of the replies that `predict` generates.
         seed: base of every step's own seed.
     """
 
@@ -36,13 +34,11 @@ class AdversarialFineTuning(FineTuning):
         attack: Attack,
         objective: Objective,
         optimizer: OptimizerConfig | None = None,
-        max_new_tokens: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__(base, optimizer, seed)
         self.attack = attack
         self.objective = objective
-        self.max_new_tokens = max_new_tokens
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: attack the harmful prompts, score both replies under that perturbation, add the utility loss."""
@@ -61,33 +57,6 @@ class AdversarialFineTuning(FineTuning):
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1)
         return {"loss": loss, "attacked": attacked}
 
-    def predict_step(self, batch: BehaviourBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
-        """Greedy replies to a batch of evaluation prompts, as text."""
-        chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
-        with torch.no_grad():
-            embeds = self.victim.embed(batch.prompt_ids)
-        replies = self.victim.generate(embeds, batch.prompt_mask, self.max_new_tokens, chat.stop_ids)
-        return [
-            {"key": key, "prompt": prompt, "reply": chat.decode(ids)}
-            for key, prompt, ids in zip(batch.keys, batch.prompts, replies, strict=True)
-        ]
-
     def _generator(self) -> torch.Generator:
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx
         return torch.Generator().manual_seed(step_seed(self.seed, number, self.global_rank))
-
-
-def score_replies(victim: Victim, batch: AdversarialBatch, attacked: AttackedPrompt) -> ReplyScores:
-    """Both replies under the same perturbation, the one found for the harmful target."""
-    safe, harmful = victim.reply_log_probs(
-        attacked.embeds(victim),
-        attacked.prompt_mask,
-        Reply(batch.safe_ids, batch.safe_mask),
-        Reply(batch.harmful_ids, batch.harmful_mask),
-    )
-    return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask)
-
-
-def score_utility(victim: Victim, batch: UtilityBatch) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and mask of the utility replies' tokens."""
-    return victim.labelled_log_probs(batch.input_ids, batch.attention_mask, batch.labels)

@@ -12,8 +12,15 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
+from datamodules.batch import BehaviourBatch
+from lightning_modules.attacks.base import NoAttack
+from lightning_modules.likelihood import mean_cross_entropy
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_model
 from lightning_modules.models.victim import Victim
+from lightning_modules.scoring import score_replies
+
+PREDICTED_TOKENS = 64
+"""Longest reply of `predict`."""
 
 
 @dataclass
@@ -101,10 +108,28 @@ class FineTuning(LightningModule):
                 "use the configuration that the run folder's config.yaml holds"
             )
 
-    def validation_step(self, batch: object, batch_idx: int) -> None:
-        """Evaluation is the callbacks' work; the loop only calls them."""
+    def validation_step(self, batch: BehaviourBatch, batch_idx: int) -> None:
+        """Clean losses of harmful behaviours; attacks and generation are the callbacks' work."""
+        if batch.adversarial is not None:
+            scores = score_replies(self.victim, batch.adversarial, NoAttack()(self.victim, batch.adversarial))
+            losses = {
+                "eval/harmful/loss_target": mean_cross_entropy(scores.harmful_log_probs, scores.harmful_mask).mean(),
+                "eval/harmful/loss_safe": mean_cross_entropy(scores.safe_log_probs, scores.safe_mask).mean(),
+            }
+            self.log_dict(losses, batch_size=len(batch))
 
     test_step = validation_step
+
+    def predict_step(self, batch: BehaviourBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+        """Greedy replies to a batch of evaluation prompts, as text."""
+        chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
+        with torch.no_grad():
+            embeds = self.victim.embed(batch.prompt_ids)
+        replies = self.victim.generate(embeds, batch.prompt_mask, PREDICTED_TOKENS, chat.stop_ids)
+        return [
+            {"key": key, "prompt": prompt, "reply": chat.decode(ids)}
+            for key, prompt, ids in zip(batch.keys, batch.prompts, replies, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

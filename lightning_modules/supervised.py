@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from datamodules.batch import TrainingBatch
-from lightning_modules.adversarial import score_utility
 from lightning_modules.base import FineTuning
 from lightning_modules.likelihood import mean_cross_entropy
+from lightning_modules.scoring import score_utility
 
 
 class SupervisedFineTuning(FineTuning):

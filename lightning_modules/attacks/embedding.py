@@ -62,7 +62,9 @@ class EmbeddingPGD:
         if not step_size > 0:
             raise ValueError(f"{name}.step_size: expected > 0, got {step_size}; a step of zero never leaves the start")
         if epsilon is None and step_unit == "radius":
-            raise ValueError(f"{name}.step_unit: expected 'embedding_norm' or 'absolute' without a radius, got 'radius'; set step_unit or epsilon")
+            raise ValueError(
+                f"{name}.step_unit: expected 'embedding_norm' or 'absolute' without a radius, got 'radius'; set step_unit or epsilon"
+            )
         if epsilon is None and random_start:
             raise ValueError(f"{name}.random_start: expected false without a radius, got true; set epsilon or start at zero")
         self.epsilon = epsilon
@@ -93,7 +95,7 @@ class EmbeddingPGD:
     ) -> AttackedPrompt:
         size, device = len(batch), clean.device
         allowed = batch.attackable_mask[..., None]
-        best, best_loss = delta.clone(), torch.full((size,), torch.inf, device=device)
+        best, best_loss = delta.clone(), torch.full((size,), torch.inf, device=device, dtype=delta.dtype)
         passes = torch.zeros(2, size, dtype=torch.long, device=device)
         zero_gradient = torch.zeros(size, dtype=torch.bool, device=device)
         moments = _Adam(delta) if self.step_rule == "adam" else None
@@ -111,16 +113,17 @@ class EmbeddingPGD:
             best[active] = torch.where(improved[:, None, None], point.detach(), best[active])
             if not differentiate:
                 break
+            if self.stop_loss is not None and not (loss >= self.stop_loss).any():
+                break
             (gradient,) = torch.autograd.grad(loss.sum(), point)
+            if self.stop_loss is not None:
+                going = loss.detach() >= self.stop_loss
+                active, gradient, point = active[going], gradient[going], point[going]
             passes[1, active] += 1
             gradient = gradient * allowed[active]
             zero_gradient[active] |= ~gradient.flatten(1).any(1)
             moved = point.detach() + step * self._direction(gradient, moments, active)
             delta[active] = (moved if radius is None else self.ball.project(moved, radius)) * allowed[active]
-            if self.stop_loss is not None:
-                active = active[loss.detach() >= self.stop_loss]
-                if not len(active):
-                    break
         final = best if self.keep == "best" else delta
         return AttackedPrompt(
             prompt_ids=batch.prompt_ids,

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_modules.losses.base import LossTerms, ReplyScores
 from lightning_modules.likelihood import mean_cross_entropy, soft_cutoff, unlikelihood
+from lightning_modules.losses.base import LossTerms, ReplyScores
 
 
 class TowardAwayUtility:
@@ -35,7 +35,9 @@ class TowardAwayUtility:
     ) -> None:
         for field, weight in (("weight_toward", weight_toward), ("weight_away", weight_away), ("weight_utility", weight_utility)):
             if weight < 0:
-                raise ValueError(f"TowardAwayUtility.{field}: expected >= 0, got {weight}; the term's direction is built in, set a magnitude")
+                raise ValueError(
+                    f"TowardAwayUtility.{field}: expected >= 0, got {weight}; the term's direction is built in, set a magnitude"
+                )
         if weight_toward + weight_away + weight_utility == 0:
             raise ValueError("TowardAwayUtility: expected a positive weight, got 0 for all three terms; set at least one")
         if cutoff_toward is not None and cutoff_toward < 0:

@@ -61,9 +61,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.lora is None:
-            raise ValueError("base.quantization: expected base.lora to be set with a 4-bit base, got null; 4-bit weights cannot learn themselves")
+            raise ValueError(
+                "base.quantization: expected base.lora to be set with a 4-bit base, got null; 4-bit weights cannot learn themselves"
+            )
         if self.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("base.quantization: nf4 needs bitsandbytes, which is not installed; pip install 'thundercat[4bit]', or set it to null")
+            raise ValueError(
+                "base.quantization: nf4 needs bitsandbytes, which is not installed; pip install 'thundercat[4bit]', or set it to null"
+            )
         if self.dtype == "float16" and self.lora is None:
             raise ValueError("base.dtype: expected float32 or bfloat16 when all weights learn, got float16; set it, or add base.lora")
 
@@ -74,7 +78,7 @@ def load_model(config: ModelConfig) -> nn.Module:
     Raises: ValueError or OSError naming the model where it cannot be loaded.
     """
     path = resolve_path(config.name_or_path)
-    shared = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    shared: dict[str, object] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if config.from_scratch:
         model = _random_model(path, config, shared)
     else:

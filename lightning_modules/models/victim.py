@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.models.adapters import merged_adapters
 from lightning_modules.models.token_log_probs import LogitTransform, token_log_probs
@@ -38,7 +38,7 @@ class Victim:
     def __init__(self, model: nn.Module, merge_adapters: bool = True, share_prompt: bool = True) -> None:
         self.model = model
         self.causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator, assignment]
-        self.config = self.causal_lm.config.get_text_config()
+        self.config: PreTrainedConfig = self.causal_lm.config.get_text_config()  # type: ignore[operator, union-attr]
         self.merge_adapters = merge_adapters
         self.share_prompt = share_prompt
         self._norm_cache: tuple[tuple[int, ...], Tensor] | None = None
@@ -107,9 +107,7 @@ class Victim:
         if len(replies) > 1:
             attention = self._branching_attention(mask, positions, prompt_length, lengths, embeds.dtype)
         hidden = self._decode(embeds, attention, positions)
-        return tuple(
-            self._score(hidden, reply, prompt_length, prompt_length + sum(lengths[:i])) for i, reply in enumerate(replies)
-        )
+        return tuple(self._score(hidden, reply, prompt_length, prompt_length + sum(lengths[:i])) for i, reply in enumerate(replies))
 
     def labelled_log_probs(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the labelled tokens of whole conversations.
@@ -149,9 +147,7 @@ class Victim:
         """(B, T, D) -> (B, T, D) final hidden states."""
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             attention_mask = attention_mask.long()
-        out = self.causal_lm.get_decoder()(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, use_cache=False
-        )
+        out = self.causal_lm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, use_cache=False)
         hidden: Tensor = out.last_hidden_state
         return hidden
 

@@ -1,0 +1,42 @@
+# make quickstart  install and run the main job     make test   install and run the tests
+# make check       format, lint, types, imports     make bench  measure the attack and the training step
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: quickstart test check bench tinychat clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/thundercat fit --config configs/quickstart.yaml
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m experiments.benchmark
+
+# Make the packaged tiny chat model again, from its corpus.
+tinychat: $(VENV)/.installed
+	$(BIN)/python -m experiments.tinychat_base
+	$(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml
+	$(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

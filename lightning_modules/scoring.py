@@ -1,0 +1,26 @@
+"""From batches to token log-probabilities: what training, validation and evaluation score."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from datamodules.batch import AdversarialBatch, UtilityBatch
+from lightning_modules.attacks.base import AttackedPrompt
+from lightning_modules.losses.base import ReplyScores
+from lightning_modules.models.victim import Reply, Victim
+
+
+def score_replies(victim: Victim, batch: AdversarialBatch, attacked: AttackedPrompt) -> ReplyScores:
+    """Both replies under the same perturbation, the one found for the harmful target."""
+    safe, harmful = victim.reply_log_probs(
+        attacked.embeds(victim),
+        attacked.prompt_mask,
+        Reply(batch.safe_ids, batch.safe_mask),
+        Reply(batch.harmful_ids, batch.harmful_mask),
+    )
+    return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask)
+
+
+def score_utility(victim: Victim, batch: UtilityBatch) -> tuple[Tensor, Tensor]:
+    """(B, T - 1) log-probabilities and mask of the utility replies' tokens."""
+    return victim.labelled_log_probs(batch.input_ids, batch.attention_mask, batch.labels)
