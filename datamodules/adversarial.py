@@ -12,7 +12,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import BehaviourBatch, TrainingBatch
-from datamodules.behaviours import BehaviourData, EvaluationSets, Subject, refuse_overlap
+from datamodules.behaviours import BehaviourData, EvaluationSets, Subject, find_overlap, overlap_error
 from datamodules.chat_format import Attackable, ChatFormat
 from datamodules.encoding import EncodedChat, EncodedHarmful, Encoder, OnBadRow, training_batch
 from datamodules.rows import HarmfulRow, Row, RowProblem
@@ -39,6 +39,7 @@ class AdversarialData(LightningDataModule):
             authors' code.
         system: system message of every conversation; null for none, '' for an empty one.
         on_bad_row: `error` stops at a bad row; `skip` leaves such rows out, counts them and lists them in the run folder.
+        on_overlap: a training row whose prompt is also evaluated on is an `error`, or left out and listed (`skip`).
         allow_overlap: evaluation sets (e.g. evaluation.harmful) that may overlap the training data.
         bucket_window: micro-batches that are sorted by length together; 1 switches bucketing off.
         eval_batch_size: rows per evaluation batch.
@@ -59,6 +60,7 @@ class AdversarialData(LightningDataModule):
         attackable: Attackable = "user",
         system: str | None = None,
         on_bad_row: OnBadRow = "error",
+        on_overlap: OnBadRow = "error",
         allow_overlap: list[str] | None = None,
         bucket_window: int = 8,
         eval_batch_size: int = 32,
@@ -95,6 +97,7 @@ class AdversarialData(LightningDataModule):
         self.attackable: Attackable = attackable
         self.system = system
         self.on_bad_row: OnBadRow = on_bad_row
+        self.on_overlap = on_overlap
         self.allow_overlap = allow_overlap or []
         self.bucket_window = bucket_window
         self.eval_batch_size = eval_batch_size
@@ -145,7 +148,7 @@ class AdversarialData(LightningDataModule):
         leading = next(iter(streams))
         steps = math.ceil(len(self._training.rows[leading]) / self.per_step[leading])
         sampler = StepSampler(streams, steps * self.micro_batches, self._position, self.trainer.global_rank, world)
-        return DataLoader(
+        return _StepLoader(
             self._training,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=partial(_collate, self.attackable),
@@ -183,7 +186,13 @@ class AdversarialData(LightningDataModule):
             "harmful": [row for source in self.harmful_sources for row in source.rows()] if self.per_step["harmful"] else [],
             "utility": [row for source in self.utility_sources for row in source.rows()] if self.per_step["utility"] else [],
         }
-        refuse_overlap([r for part in rows.values() for r in part if not isinstance(r, RowProblem)], self.evaluation, self.allow_overlap)
+        trained = [row for part in rows.values() for row in part if not isinstance(row, RowProblem)]
+        overlaps = find_overlap(trained, self.evaluation, self.allow_overlap)
+        if overlaps and self.on_overlap == "error":
+            raise overlap_error(overlaps)
+        encoder.problems += [overlap.problem for overlap in overlaps]
+        left_out = {overlap.trained for overlap in overlaps}
+        rows = {name: [row for row in part if row not in left_out] for name, part in rows.items()}
         examples = _Examples(
             {
                 "harmful": encoder.harmful(r for r in rows["harmful"] if isinstance(r, HarmfulRow | RowProblem)),
@@ -205,7 +214,7 @@ class AdversarialData(LightningDataModule):
         with path.open("w", encoding="utf-8") as stream:
             for problem in problems:
                 stream.write(json.dumps({"where": problem.where, "reason": problem.reason}) + "\n")
-        log.warning("left out %d bad rows, listed in %s; the first: %s", len(problems), path, problems[0])
+        log.warning("left out %d rows, listed in %s; the first: %s", len(problems), path, problems[0])
 
 
 class _Examples(Dataset[list[tuple[str, EncodedHarmful | EncodedChat]]]):
@@ -220,6 +229,16 @@ class _Examples(Dataset[list[tuple[str, EncodedHarmful | EncodedChat]]]):
 
     def lengths(self, name: str) -> list[int]:
         return [example.length for example in self.rows[name]]
+
+
+class _StepLoader(DataLoader[TrainingBatch]):
+    """A loader that Lightning may resume in the middle of an epoch: its sampler asks the trainer where training stands."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Nothing to restore: the position is a pure function of the optimiser steps taken."""
 
 
 def _collate(attackable: Attackable, items: list[tuple[str, EncodedHarmful | EncodedChat]]) -> TrainingBatch:

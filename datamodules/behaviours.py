@@ -68,26 +68,43 @@ def normalised(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
 
 
-def refuse_overlap(training: list[Row], sets: EvaluationSets, allowed: list[str]) -> None:
-    """Raises: ValueError naming the evaluation set and an example where a training prompt is also evaluated on.
+@dataclass(frozen=True)
+class Overlap:
+    """A training row whose prompt is also evaluated on."""
+
+    trained: Row
+    evaluated: Row
+    subject: str
+
+    @property
+    def problem(self) -> RowProblem:
+        return RowProblem(self.trained.where, f"the prompt is also in evaluation.{self.subject} ({self.evaluated.where})")
+
+
+def find_overlap(training: Sequence[Row], sets: EvaluationSets, allowed: Sequence[str]) -> list[Overlap]:
+    """Training rows whose prompt, letters and digits alone, is also evaluated on.
 
     Args:
         training: all training rows.
         sets: the evaluation sources.
         allowed: evaluation sets (`evaluation.harmful`, `.harmless`, `.utility`) whose overlap is accepted.
     """
-    seen = {normalised(row.prompt): row for row in training}
+    evaluated: dict[str, tuple[str, Row]] = {}
     for subject in ("harmful", "harmless", "utility"):
-        name = f"evaluation.{subject}"
-        if name in allowed:
-            continue
-        sources: list[HarmfulSource | ChatSource] = getattr(sets, subject)
-        rows = [row for source in sources for row in source.rows() if not isinstance(row, RowProblem)]
-        common = [row for row in rows if normalised(row.prompt) in seen]
-        if common:
-            trained = seen[normalised(common[0].prompt)]
-            raise ValueError(
-                f"data.{name} overlaps the training data in {len(common)} of {len(rows)} prompts, "
-                f"first {common[0].where} = {trained.where} "
-                f"({common[0].prompt[:60]!r}); remove them, or allow it by name with data.allow_overlap: [{name}]"
-            )
+        if f"evaluation.{subject}" not in allowed:
+            sources: list[HarmfulSource | ChatSource] = getattr(sets, subject)
+            rows = (row for source in sources for row in source.rows() if not isinstance(row, RowProblem))
+            evaluated |= {normalised(row.prompt): (subject, row) for row in rows}
+    found = ((row, evaluated.get(normalised(row.prompt))) for row in training)
+    return [Overlap(row, match[1], match[0]) for row, match in found if match is not None]
+
+
+def overlap_error(overlaps: Sequence[Overlap]) -> ValueError:
+    """The refusal to train on evaluation prompts, naming the set, an example and the remedies."""
+    first = overlaps[0]
+    name = f"evaluation.{first.subject}"
+    return ValueError(
+        f"data.{name} overlaps the training data in {len(overlaps)} rows, first {first.evaluated.where} = {first.trained.where} "
+        f"({first.trained.prompt[:60]!r}); leave such rows out with data.on_overlap: skip, or allow the overlap by name with "
+        f"data.allow_overlap: [{name}]"
+    )

@@ -207,13 +207,15 @@ class TinyChatHarmful:
 
     Args:
         split: `train` or `heldout`; no verb-object pair is in both.
+        limit: use only the first so many requests; null for all.
     """
 
-    def __init__(self, split: Literal["train", "heldout"]) -> None:
+    def __init__(self, split: Literal["train", "heldout"], limit: int | None = None) -> None:
         self.split = split
+        self.limit = limit
 
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
-        yield from tinychat_corpus.harmful_rows(self.split)
+        yield from tinychat_corpus.harmful_rows(self.split)[: self.limit]
 
 
 class TinyChatBenign:

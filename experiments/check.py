@@ -100,6 +100,8 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{path}: expected {_name(hint)}, got {value!r}")
         return
     if isinstance(value, Mapping):
+        if _plain(hint) and hint is not Any:
+            raise ConfigError(f"{path}.{next(iter(value), '')}: expected {_name(hint)} at {path}, got fields")
         record = _dataclass(hint)
         if record is not None:
             _check_arguments(path, value, record.__init__, required=True)  # type: ignore[misc]

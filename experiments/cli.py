@@ -7,8 +7,10 @@ thundercat report runs/quickstart
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A spinning OpenMP pool slows every other torch process on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _hush()
     from experiments.compose import ConfigError
 
     try:
@@ -57,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"thundercat: {error}", file=sys.stderr)
         return 2
+
+
+def _hush() -> None:
+    """Silence what third parties say at every start and nobody can act on."""
+    for message in (r".*LeafSpec.*", r".*does not have many workers.*", r".*is_gradient_checkpointing.*"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[str]]:

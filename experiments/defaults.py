@@ -7,15 +7,13 @@ from typing import Any
 CSV = "lightning.pytorch.loggers.CSVLogger"
 
 
-def with_defaults(config: dict[str, Any], command: str) -> dict[str, Any]:
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the trainer's defaults filled in; the CSV log is always kept."""
     trainer = dict(config.get("trainer") or {})
     trainer.setdefault("default_root_dir", "runs/unnamed")
     trainer.setdefault("inference_mode", False)
     trainer.setdefault("use_distributed_sampler", False)
     trainer.setdefault("log_every_n_steps", 1)
-    # Inside `fit` the evaluation callbacks keep their own clock.
-    trainer |= {"limit_val_batches": 0, "num_sanity_val_steps": 0} if command == "fit" else {}
     loggers = trainer.get("logger")
     loggers = [] if loggers in (None, True) else [loggers] if isinstance(loggers, dict) else loggers
     if isinstance(loggers, list) and not any(logger.get("class_path") == CSV for logger in loggers):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +52,7 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
         raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
     config = compose(files, overrides)
     check(config, command)
-    config = with_defaults(config, command)
+    config = with_defaults(config)
     if "--print_config" in flags:
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0
@@ -60,6 +62,9 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
         if "--traceback" in flags:
             traceback.print_exc()
         raise
+    if command == "fit":
+        # The evaluation callbacks keep their own clock inside `fit`; Lightning's validation loop is for `validate`.
+        cli.trainer.limit_val_batches = 0
     cli.trainer.callbacks.insert(0, Provenance(config))  # type: ignore[attr-defined]
     return _execute(cli, command, config.get("ckpt_path"), "--traceback" in flags)
 
@@ -68,7 +73,12 @@ def _instantiate(config: dict[str, Any], command: str) -> ThundercatCLI:
     """Parse types and build trainer, module and datamodule; no model is loaded yet."""
     settings = {key: value for key, value in config.items() if key != "ckpt_path"}
     try:
-        return ThundercatCLI(settings, run=False)
+        with warnings.catch_warnings():
+            # Lightning's own use of an older jsonargparse interface.
+            os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+            # The arguments are this configuration, not sys.argv, and that is meant.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            return ThundercatCLI(settings, run=False)
     except SystemExit as error:
         raise ConfigError(f"the configuration was refused (exit status {error.code})") from error
     except Exception as error:  # jsonargparse wraps every constructor's error in its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ class FineTuning(LightningModule):
         learning = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _Schedule(config, total))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -132,20 +133,21 @@ class FineTuning(LightningModule):
         ]
 
 
-@dataclass(frozen=True)
-class _Schedule:
-    """Learning rate factor by step: linear warm-up, then the configured decay."""
+def schedule(config: OptimizerConfig, total: int) -> Callable[[int], float]:
+    """Learning rate factor by step: linear warm-up, then the configured decay over `total` steps.
 
-    config: OptimizerConfig
-    total: int
+    A plain function: LambdaLR would store an object in the checkpoint, which then could not be loaded as weights only.
+    """
+    warmup = math.ceil(config.warmup_fraction * total)
 
-    def __call__(self, step: int) -> float:
-        warmup = math.ceil(self.config.warmup_fraction * self.total)
+    def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, self.total - warmup))
-        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1.0 - done, "constant": 1.0}[self.config.schedule]
-        return self.config.final_fraction + (1 - self.config.final_fraction) * shape
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1.0 - done, "constant": 1.0}[config.schedule]
+        return config.final_fraction + (1 - config.final_fraction) * shape
+
+    return factor
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

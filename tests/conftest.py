@@ -110,3 +110,7 @@ def thundercat(in_root: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
         return status, captured.out, captured.err
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate", action="store_true", help="write the golden loss curve again")

@@ -63,7 +63,8 @@ class Victim:
         versions = tuple(p._version for p in module.parameters())
         if self._norm_cache is None or self._norm_cache[0] != versions:
             rows = torch.arange(self.embedding_weight.shape[0], device=self.device)
-            norms = [module(chunk).float().norm(dim=-1) for chunk in rows.split(32_768)]
+            wide = torch.promote_types(self._dtype(), torch.float32)
+            norms = [module(chunk).to(wide).norm(dim=-1) for chunk in rows.split(32_768)]
             self._norm_cache = versions, torch.cat(norms).mean()
         return self._norm_cache[1]
 
