@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
-from callbacks.evaluation import Evaluation, EvaluationRun, Findings, flatten_rate
+from callbacks.evaluation import Evaluation, EvaluationRun, Findings, flatten
 from callbacks.health import health_flags
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
+from callbacks.metrics.means import Mean
 from callbacks.metrics.rates import Rate
 from datamodules.batch import BehaviourBatch
 from lightning_modules.attacks.base import Attack, AttackedPrompt
+
+MEANS = ("loss_start", "loss_best", "passes_per_example")
 
 
 class EmbeddingAttackEvaluation(Evaluation):
@@ -63,7 +66,7 @@ class EmbeddingAttackEvaluation(Evaluation):
                 any_success |= success
                 samples += [{"attack": name, **row} for row in rows]
             worst.update(any_success)
-        metrics = flatten_rate("worst_case/success_rate", worst)
+        metrics = flatten("worst_case/success_rate", worst)
         for name, tally in tallies.items():
             metrics |= tally.metrics(name)
         judge = TargetPrefix()
@@ -78,11 +81,11 @@ class _Tally:
     run: EvaluationRun
     curves: list[torch.Tensor] = field(default_factory=list)
     flags: dict[str, int] = field(default_factory=dict)
-    passes: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.success = Rate().to(self.run.module.device)
         self.not_refused = Rate().to(self.run.module.device)
+        self.means = {name: Mean().to(self.run.module.device) for name in MEANS}
 
     def add(self, run: EvaluationRun, attack: Attack, batch: BehaviourBatch, seed: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         assert batch.adversarial is not None
@@ -96,19 +99,19 @@ class _Tally:
         refused = [refusal(p, r) for p, r in zip(batch.prompts, replies, strict=True)]
         self.not_refused.update(~torch.tensor(refused, device=run.module.device))
         self.curves.append(attacked.loss_curve.cpu())
-        self.passes.append((attacked.forward_passes + attacked.backward_passes).cpu())
+        self.means["passes_per_example"].update(attacked.forward_passes + attacked.backward_passes)
+        if len(attacked.loss_curve):
+            self.means["loss_start"].update(attacked.start_loss)
+            self.means["loss_best"].update(attacked.best_loss)
         for flag, count in health_flags(attacked).items():
             self.flags[flag] = self.flags.get(flag, 0) + count
         rows = zip(batch.keys, batch.prompts, batch.references, replies, verdicts, refused, strict=True)
         return success, [{"key": k, "prompt": p, "target": t, "reply": r, "success": v, "refused": f} for k, p, t, r, v, f in rows]
 
     def metrics(self, name: str) -> dict[str, float]:
-        metrics = flatten_rate(f"{name}/success_rate", self.success) | flatten_rate(f"{name}/not_refused_rate", self.not_refused)
-        curve = self._curve()
-        if len(curve):
-            metrics[f"{name}/loss_start"] = curve[0].nanmean().item()
-            metrics[f"{name}/loss_best"] = torch.nan_to_num(curve, nan=torch.inf).amin(0).mean().item()
-        metrics[f"{name}/passes_per_example"] = torch.cat(self.passes).double().mean().item()
+        metrics = flatten(f"{name}/success_rate", self.success) | flatten(f"{name}/not_refused_rate", self.not_refused)
+        for quantity, mean in self.means.items():
+            metrics |= flatten(f"{name}/{quantity}", mean)
         return metrics
 
     def details(self) -> dict[str, Any]:

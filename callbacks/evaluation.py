@@ -19,6 +19,7 @@ from lightning import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
 from callbacks.loggers import log_table
+from callbacks.metrics.means import Mean
 from callbacks.metrics.rates import Rate
 from callbacks.undisturbed import undisturbed
 from datamodules.adversarial import AdversarialData
@@ -168,7 +169,7 @@ class EvaluationRun:
             return self.replies(self.victim.embed(batch.prompt_ids), batch.prompt_mask)
 
 
-def flatten_rate(name: str, rate: Rate) -> dict[str, float]:
-    """{name, name/low, name/high, name/n} of a rate."""
-    value = rate.compute()
+def flatten(name: str, metric: Rate | Mean) -> dict[str, float]:
+    """{name, name/low, name/high, name/n} of a rate or a mean."""
+    value = metric.compute()
     return {name: value["rate"], **{f"{name}/{key}": value[key] for key in ("low", "high", "n")}}

@@ -66,24 +66,31 @@ def _save(path: Path, draw: Any) -> Path:
 
 
 def _trade_off(axes: Axes, results: dict[str, Any]) -> None:
-    """One point per attack and snapshot: robustness = 1 - attack success."""
-    markers = "osD^vP*X"
-    for snapshot, color in (("before", BEFORE), ("after", AFTER)):
-        values = results[snapshot] or {}
-        attacks = [key for key in values if key.endswith("_attack_success_rate")]
-        for marker, key in zip(markers, sorted(attacks), strict=False):
-            utility, success = values.get("utility_exact_match"), values[key]
+    """One colour per attack, hollow before and filled after; robustness = 1 - attack success. Points are set apart sideways."""
+    suffix = "_attack_success_rate"
+    attacks = sorted(key for key in results["after"] if key.endswith(suffix))
+    lowest = 100.0
+    for number, key in enumerate(attacks):
+        color, points = f"C{number}", []
+        for snapshot, fill in (("before", "none"), ("after", color)):
+            values = results[snapshot] or {}
+            utility, success = values.get("utility_exact_match"), values.get(key)
             if utility is None or success is None:
                 continue
-            low, high = values["interval"][key]
-            left, right = values["interval"]["utility_exact_match"]
+            (low, high), (left, right) = values["interval"][key], values["interval"]["utility_exact_match"]
+            x, y = 100 * utility + 0.6 * (number - (len(attacks) - 1) / 2), 100 * (1 - success)
+            points.append((x, y))
+            lowest = min(lowest, 100 * left)
             axes.errorbar(
-                100 * utility, 100 * (1 - success),
-                xerr=[[100 * max(0, utility - left)], [100 * max(0, right - utility)]],
+                x, y, xerr=[[100 * max(0, utility - left)], [100 * max(0, right - utility)]],
                 yerr=[[100 * max(0, high - success)], [100 * max(0, success - low)]],
-                fmt=marker, color=color, capsize=3, label=f"{key.removesuffix('_attack_success_rate').replace('_', ' ')}, {snapshot}",
+                fmt="o", color=color, markerfacecolor=fill, markersize=8, capsize=3,
+                label=f"{key.removesuffix(suffix).replace('_', ' ')}, {snapshot}",
             )  # fmt: skip
-    axes.set(xlabel="utility: exact match on benign tasks, %", ylabel="robustness: 100 % - attack success, %", ylim=(-4, 104))
+        if len(points) == 2:
+            axes.annotate("", points[1], points[0], arrowprops={"arrowstyle": "->", "color": color, "alpha": 0.5})
+    axes.set(xlabel="utility: exact match on benign tasks, %", ylabel="robustness: 100 % - attack success, %", ylim=(-5, 105))
+    axes.set_xlim(max(-2.0, lowest - 12), 102)
     axes.set_title("Robustness against utility (95 % intervals)")
     axes.legend(fontsize="small", loc="center left")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from callbacks.evaluation import Evaluation, EvaluationRun, Findings, flatten_rate
+from callbacks.evaluation import Evaluation, EvaluationRun, Findings, flatten
 from callbacks.judges.keyword import KeywordRefusal
 from callbacks.metrics.rates import Rate
 
@@ -29,5 +29,5 @@ class RefusalEvaluation(Evaluation):
                 rate.update(torch.tensor(refused, device=run.module.device))
                 rows = zip(batch.keys, batch.prompts, replies, refused, strict=True)
                 findings.samples += [{"subject": subject, "key": k, "prompt": p, "reply": r, "refused": f} for k, p, r, f in rows]
-            findings.metrics |= flatten_rate(metric, rate)
+            findings.metrics |= flatten(metric, rate)
         return findings

@@ -22,6 +22,7 @@ NAMES = {
     "worst_case/success_rate": "worst_case_attack_success_rate",
 }
 ATTACK_SUFFIX = "/success_rate"
+MEAN_SUFFIXES = ("/loss_start", "/loss_best", "/passes_per_example")
 
 
 class RunReport(Callback):
@@ -72,17 +73,17 @@ def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _snapshot(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    snapshot: dict[str, Any] = {"n": {}, "interval": {}, "losses": {}, "loss_curves": {}, "judges": {}, "attack_flags": {}}
+    snapshot: dict[str, Any] = {"n": {}, "interval": {}, "means": {}, "loss_curves": {}, "judges": {}, "attack_flags": {}}
     for entry in entries:
         metrics = entry["metrics"]
         for key, value in metrics.items():
-            if f"{key}/n" in metrics:
+            if key.endswith(MEAN_SUFFIXES):
+                snapshot["means"][key] = {"mean": value} | {part: metrics[f"{key}/{part}"] for part in ("low", "high", "n")}
+            elif f"{key}/n" in metrics:
                 name = _metric_name(key)
                 snapshot[name] = value
                 snapshot["n"][name] = metrics[f"{key}/n"]
                 snapshot["interval"][name] = [metrics[f"{key}/low"], metrics[f"{key}/high"]]
-            elif key.endswith(("/loss_start", "/loss_best")):
-                snapshot["losses"][key] = value
         if "judge" in entry["details"]:
             snapshot["judges"][entry["name"]] = entry["details"]["judge"]
         for attack, detail in entry["details"].items():

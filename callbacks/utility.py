@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import torch
 
-from callbacks.evaluation import Evaluation, EvaluationRun, Findings, flatten_rate
+from callbacks.evaluation import Evaluation, EvaluationRun, Findings, flatten
 from callbacks.judges.exact import ExactMatch
 from callbacks.metrics.rates import Rate
 
@@ -29,6 +29,6 @@ class UtilityEvaluation(Evaluation):
             for category, prompt, reply, expected, ok in rows:
                 by_category[category].append(ok)
                 findings.samples.append({"category": category, "prompt": prompt, "reply": reply, "expected": expected, "right": ok})
-        findings.metrics |= flatten_rate("utility/exact_match", rate)
+        findings.metrics |= flatten("utility/exact_match", rate)
         findings.details["by_category"] = {name: sum(ok) / len(ok) for name, ok in by_category.items()}
         return findings

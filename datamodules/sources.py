@@ -58,7 +58,7 @@ class HarmBench:
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
         targets_path = local_file(self.targets)
         text = targets_path.read_text(encoding="utf-8")
-        targets = json.loads(text)
+        targets = _json(text, self.targets, dict)
         replies = self._safe_replies()
         for i, (line, record) in enumerate(read_records(self.behaviors)):
             if self.limit is not None and i >= self.limit:
@@ -302,7 +302,9 @@ def local_file(path: str) -> Path:
 
 
 def read_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, record) of a csv, json, jsonl, parquet or txt file; the line is where the record starts (1-based).
+    """Yield (line, record) of a csv, json, jsonl, parquet or txt file.
+
+    The line is where the record starts, from 1; in json and parquet files, which have no lines of rows, it is the row's number.
 
     Raises: ValueError for an unknown file type or malformed json.
     """
@@ -318,9 +320,10 @@ def read_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     elif kind == "jsonl":
         for line, text in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
             if text.strip():
-                yield line, _json_object(text, f"{path}:{line}")
+                yield line, _json(text, f"{path}:{line}", dict)
     elif kind == "json":
-        yield from enumerate(json.loads(file.read_text(encoding="utf-8")), start=1)
+        for row, record in enumerate(_json(file.read_text(encoding="utf-8"), path, list), start=1):
+            yield row, record if isinstance(record, dict) else {"": record}
     elif kind == "txt":
         for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             if text.strip():
@@ -331,12 +334,15 @@ def read_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"expected a csv, json, jsonl, parquet or txt file, got {path!r}")
 
 
-def _json_object(text: str, where: str) -> dict[str, Any]:
+def _json(text: str, where: str, kind: type) -> Any:
+    """Parsed JSON of the expected kind. Raises: ValueError naming the place."""
     try:
-        record = json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected one JSON object a line, got {error}") from error
-    return record if isinstance(record, dict) else {"": record}
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: expected a JSON {kind.__name__}, got {type(value).__name__}")
+    return value
 
 
 def _read_parquet(file: Path) -> list[dict[str, Any]]:

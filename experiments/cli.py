@@ -29,7 +29,7 @@ options of fit, validate, test and predict:
   --KEY=VALUE              override one field, e.g. --model.attack.epsilon=0.1 or --model.attack=NoAttack
   --ckpt_path PATH|last    continue from (fit) or evaluate (others) a checkpoint; `last` is the run's newest
   --print_config           print the resolved configuration and stop
-  --help                   this text; with --config also every field with its documentation
+  --help                   this text and every field of the configuration (the quickstart's if none is given)
   --help.CLASS             the fields of one class, e.g. --help.EmbeddingPGD
   --traceback              show Python's traceback of an error
 """

@@ -17,15 +17,12 @@ from experiments.compose import PROJECT_ROOT, ConfigError
 WIDTH = 110
 
 
-def print_help(command: str, flag: str, config: Mapping[str, Any] | None) -> None:
-    """Print usage, or the fields of one class (`--help.CLASS`), or of every class of a configuration."""
+def print_help(flag: str, config: Mapping[str, Any]) -> None:
+    """Print the fields of one class (`--help.CLASS`), or usage and the fields of every class of a configuration."""
     if flag.startswith("--help."):
         _print_class(_find_class(flag.removeprefix("--help.")))
         return
     print(USAGE)
-    if config is None:
-        print(f"with a configuration, every field: thundercat {command} --config configs/quickstart.yaml --help")
-        return
     for path, cls in _classes(config):
         print(f"\n{path}:")
         _print_class(cls)

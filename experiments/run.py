@@ -20,6 +20,8 @@ from experiments.check import check
 from experiments.compose import ConfigError, compose
 from experiments.defaults import with_defaults
 
+QUICKSTART = "configs/quickstart.yaml"
+
 
 class ThundercatCLI(LightningCLI):
     """LightningCLI over one resolved configuration."""
@@ -46,7 +48,7 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
     if help_flags:
         from experiments.help import print_help
 
-        print_help(command, help_flags[0], compose(files, overrides) if files else None)
+        print_help(help_flags[0], compose(files or [QUICKSTART], overrides))
         return 0
     if not files:
         raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")

@@ -26,8 +26,8 @@ Run = Callable[..., tuple[int, str, str]]
 QUICKSTART = "configs/quickstart.yaml"
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / QUICKSTART, *(ROOT / "configs" / "experiment").glob("*.yaml")])
 SHORT = (
-    "--trainer.max_steps=2", "--data.harmful_per_step=2", "--data.utility_per_step=2", "--model.attack.num_steps=1", "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
+    "--trainer.max_steps=2", "--data.harmful_per_step=2", "--data.utility_per_step=2", "--model.attack.num_steps=1",
+    "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
 )  # fmt: skip
 
 
@@ -242,7 +242,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quickstart_writes_its_results(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     names = {
-        "harmful_refusal_rate", "over_refusal_rate", "utility_exact_match", "embedding_attack_success_rate", "soft_prompt_attack_success_rate",
+        "harmful_refusal_rate", "over_refusal_rate", "utility_exact_match", "embedding_attack_success_rate",
+        "soft_prompt_attack_success_rate",
     }  # fmt: skip
     for snapshot in ("before", "after"):
         for name in names:

@@ -154,6 +154,20 @@ def test_unusable_paths(path: str, message: str) -> None:
         local_file(path)
 
 
+def test_malformed_files_are_named(tmp_path: Path) -> None:
+    broken_line = write(tmp_path / "b.jsonl", '{"prompt": "a"}\n{"prompt":')
+    with pytest.raises(ValueError, match=r"b.jsonl:2: not valid JSON"):
+        list(ChatTable(broken_line, columns={"prompt": "prompt"}).rows())
+    with pytest.raises(ValueError, match=r"o.json: expected a JSON list, got dict"):
+        list(ChatTable(write(tmp_path / "o.json", {"a": 1})).rows())
+    (row,) = ChatTable(write(tmp_path / "n.json", [3])).rows()
+    assert isinstance(row, RowProblem)
+    with pytest.raises(ValueError, match=r"expected a csv, json, jsonl, parquet or txt file, got .*x.doc"):
+        list(ChatTable(write(tmp_path / "x.doc", "a")).rows())
+    with pytest.raises(ValueError, match=r"ChatTable.columns: expected keys \['prompt'\] and optionally"):
+        ChatTable("x.csv", columns={"promt": "a"})
+
+
 def test_hub_files_are_fetched_at_their_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 

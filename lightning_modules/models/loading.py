@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -75,28 +76,24 @@ class ModelConfig:
 def load_model(config: ModelConfig) -> nn.Module:
     """Load the model (in train mode, so that checkpointing and dropout are on) with its learning weights marked.
 
+    A folder with saved adapters is loaded on its own base model and its adapters go on learning.
+
     Raises: ValueError or OSError naming the model where it cannot be loaded.
     """
     path = resolve_path(config.name_or_path)
-    shared: dict[str, object] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if config.from_scratch:
-        model = _random_model(path, config, shared)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            quantization_config=_nf4() if config.quantization else None,
-            **shared,
-            **config.config,
-        )
+    adapters = path if (Path(path) / "adapter_config.json").is_file() else None
+    if adapters is not None:
+        if config.lora is not None:
+            raise ValueError(f"base.lora: expected null for the saved adapters in {path!r}, whose own settings apply; set lora: null")
+        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    model: nn.Module = _base_model(path, config)
     if config.quantization:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.lora is None and isinstance(model, PreTrainedModel) and not _has_adapters(model):
-        return model.train()
-    if config.lora is not None and not _has_adapters(model):
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if adapters is not None:
+        model = PeftModel.from_pretrained(model, adapters, is_trainable=True)
+    elif config.lora is not None:
         lora = LoraConfig(
             r=config.lora.r,
             lora_alpha=config.lora.alpha,
@@ -105,9 +102,10 @@ def load_model(config: ModelConfig) -> nn.Module:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    if has_adapter(model):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return model.train()
 
 
@@ -116,8 +114,19 @@ def has_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
-def _has_adapters(model: nn.Module) -> bool:
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+def _base_model(path: str, config: ModelConfig) -> PreTrainedModel:
+    shared: dict[str, object] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.from_scratch:
+        return _random_model(path, config, shared)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        quantization_config=_nf4() if config.quantization else None,
+        **shared,
+        **config.config,
+    )
+    return model
 
 
 def _random_model(path: str, config: ModelConfig, shared: dict[str, object]) -> PreTrainedModel:

@@ -1,0 +1,208 @@
+"""Speed and memory of our attack and training step against the public implementations' schedule, interleaved in one run.
+
+    make bench                                    # all CPU shapes, about 20 minutes on 2 cores
+    python -m experiments.benchmark --vocabulary 32000 --repeats 3 --out experiments/results/benchmark_cpu_202611
+
+Same model, same batch, same mathematics: losses and perturbations are compared before anything is timed. Two settings: `equal`
+pads both sides alike (adversarial rows to 128 prompt + 32 reply tokens), `natural` takes HarmBench and Dolly rows with the
+Llama-2 tokenizer, where the reference pads its adversarial rows to the utility length of 256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from callbacks.cost import peak_memory_mib, reset_peak_memory
+from callbacks.provenance import environment_facts
+from datamodules.batch import AdversarialBatch, UtilityBatch
+from experiments import reference
+from experiments.benchmark_data import equal_rows, natural_rows
+from lightning_modules.attacks.base import AttackedPrompt
+from lightning_modules.attacks.embedding import EmbeddingPGD
+from lightning_modules.losses.toward_away import TowardAwayUtility
+from lightning_modules.models.victim import Victim
+from lightning_modules.scoring import score_replies, score_utility
+
+STEPS = 10
+EPSILON, STEP = 0.05, 1e-3
+REFERENCE_LENGTH = 256
+TOLERANCE = 1e-5
+
+
+def build_model(vocabulary: int) -> nn.Module:
+    """A random Llama with LoRA r 64 on all linear layers: 19.4 M parameters at V = 32,000, of which the body is 7.1 M."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=384, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    lora = LoraConfig(r=64, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model.train()
+
+
+class Ours:
+    """This project's attack and training step."""
+
+    def __init__(self, model: nn.Module, adversarial: AdversarialBatch, utility: UtilityBatch) -> None:
+        self.victim, self.adversarial, self.utility = Victim(model), adversarial, utility
+        self.pgd = EmbeddingPGD(epsilon=EPSILON, num_steps=STEPS, step_size=STEP, step_unit="absolute", step_rule="sign", keep="last")
+        self.objective = TowardAwayUtility()
+
+    def attack(self) -> AttackedPrompt:
+        return self.pgd(self.victim, self.adversarial)
+
+    def step(self, attacked: AttackedPrompt | None = None) -> Tensor:
+        attacked = attacked or self.attack()
+        adversarial = self.objective.adversarial(score_replies(self.victim, self.adversarial, attacked)).loss.mean()
+        loss = adversarial + self.objective.utility(*score_utility(self.victim, self.utility)).loss.mean()
+        loss.backward()
+        return loss.detach()
+
+
+class Public:
+    """The reference's attack and training step; `length` is what its adversarial rows are padded to."""
+
+    def __init__(self, model: nn.Module, adversarial: AdversarialBatch, utility: UtilityBatch, length: int) -> None:
+        self.model, self.adversarial, self.utility, self.length = model, adversarial, utility, length
+        self.radius = EPSILON * Victim(model).mean_embedding_norm()
+
+    def attack(self) -> Tensor:
+        return reference.attack(self.model, self.adversarial, self.length, STEPS, self.radius, torch.tensor(STEP))
+
+    def step(self, delta: Tensor | None = None) -> Tensor:
+        delta = self.attack() if delta is None else delta
+        loss = reference.step_loss(self.model, self.adversarial, self.utility, delta)
+        loss.backward()
+        return loss.detach()
+
+
+def agree(ours: Ours, public: Public) -> dict[str, float]:
+    """How far apart the two sides' step losses are, and which share of the perturbations' coordinates agrees.
+
+    A sign step flips where a gradient vanishes, so single coordinates may differ. Raises: AssertionError beyond the tolerances.
+    """
+    attacked, delta = ours.attack(), public.attack()
+    mine, theirs = ours.step(attacked), public.step(delta)
+    ours.victim.model.zero_grad()
+    difference = abs(mine - theirs).item()
+    assert difference <= TOLERANCE, f"the two sides compute different losses: {mine.item()} and {theirs.item()}"
+    assert attacked.delta is not None
+    masks = ours.adversarial.prompt_mask
+    rows = [(attacked.delta[i][masks[i]], delta[i, : int(masks[i].sum())]) for i in range(len(masks))]
+    same = torch.cat([((a - b).abs() <= 0.1 * STEP).flatten() for a, b in rows]).float().mean().item()
+    assert same >= 0.99, f"the two sides find different perturbations: {same:.4f} of the coordinates agree"
+    return {"loss_difference": difference, "loss": mine.item(), "equal_coordinates": same}
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turn (the comparison of results before has warmed both sides up)."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def measure(vocabulary: int, setting: str, what: str, repeats: int) -> dict[str, Any]:
+    """Ratio of the medians for one shape, and what it was taken from."""
+    model = build_model(vocabulary)
+    adversarial, utility = (equal_rows if setting == "equal" else natural_rows)(vocabulary)
+    length = adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1] if setting == "equal" else REFERENCE_LENGTH
+    ours, public = Ours(model, adversarial, utility), Public(model, adversarial, utility, length)
+    agreement = agree(ours, public)
+
+    def clean(call: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            call()
+            model.zero_grad()
+
+        return run
+
+    seconds = interleaved({"ours": clean(getattr(ours, what)), "reference": clean(getattr(public, what))}, repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "what": what, "setting": setting, "vocabulary": vocabulary, "body_parameters": _body(model), "repeats": repeats,
+        "rows": {"adversarial": len(adversarial), "utility": len(utility)},
+        "padded_length": {"ours": adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1], "reference": length},
+        "agreement": agreement, "median_seconds": medians,
+        "spread_seconds": {name: [min(values), max(values)] for name, values in seconds.items()},
+        "ratio": medians["reference"] / medians["ours"],
+    }  # fmt: skip
+
+
+def memory_of(vocabulary: int, side: str) -> float:
+    """MiB that one attack adds to the peak of a fresh process that holds the model (run in a process of its own)."""
+    model = build_model(vocabulary)
+    adversarial, utility = equal_rows(vocabulary)
+    length = adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1]
+    runner = Ours(model, adversarial, utility) if side == "ours" else Public(model, adversarial, utility, length)
+    reset_peak_memory()
+    before = peak_memory_mib()
+    runner.attack()
+    return peak_memory_mib() - before
+
+
+def memory(vocabulary: int) -> dict[str, Any]:
+    """Peak memory above the model's own, each side in a process of its own."""
+    figures = {}
+    for side in ("ours", "reference"):
+        command = [sys.executable, "-m", "experiments.benchmark", "--memory-of", side, "--vocabulary", str(vocabulary)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        figures[side] = float(done.stdout.strip().splitlines()[-1])
+    return {"what": "memory", "vocabulary": vocabulary, "mib_above_model": figures, "ratio": figures["ours"] / figures["reference"]}
+
+
+def _body(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and "lora" not in name)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a line per figure, and write `benchmark_<vocabularies>.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, nargs="*", default=[32_000, 256_000], help="vocabulary sizes")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds per figure")
+    parser.add_argument("--out", type=Path, default=None, help="folder to write the figures to")
+    parser.add_argument("--only", nargs="*", default=["attack/equal", "attack/natural", "step/natural", "memory"], help="figures to take")
+    parser.add_argument("--memory-of", choices=["ours", "reference"], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(os.cpu_count() or 1)
+    if options.memory_of:
+        print(memory_of(options.vocabulary[0], options.memory_of))
+        return
+    rows = []
+    for vocabulary in options.vocabulary:
+        for figure in options.only:
+            what, _, setting = figure.partition("/")
+            row = memory(vocabulary) if what == "memory" else measure(vocabulary, setting, what, options.repeats)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        report = {"environment": environment_facts(), "rows": rows}
+        name = "benchmark_" + "_".join(map(str, options.vocabulary)) + ".json"
+        (options.out / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
