@@ -3,7 +3,7 @@
     make bench                                    # all CPU shapes, about 20 minutes on 2 cores
     python -m experiments.benchmark --vocabulary 32000 --repeats 3 --out experiments/results/benchmark_cpu_202611
 
-Same model, same batch, same mathematics: losses and perturbations are compared before anything is timed. Two settings: `equal`
+Same model, same batch, same mathematics: a figure is reported only if losses (to 1e-5 of their size) and perturbations agree. Two settings: `equal`
 pads both sides alike (adversarial rows to 128 prompt + 32 reply tokens), `natural` takes HarmBench and Dolly rows with the
 Llama-2 tokenizer, where the reference pads its adversarial rows to the utility length of 256.
 """
@@ -74,8 +74,7 @@ class Ours:
         attacked = attacked or self.attack()
         adversarial = self.objective.adversarial(score_replies(self.victim, self.adversarial, attacked)).loss.mean()
         loss = adversarial + self.objective.utility(*score_utility(self.victim, self.utility)).loss.mean()
-        loss.backward()
-        return loss.detach()
+        return _differentiate(self.victim.model, loss)
 
 
 class Public:
@@ -91,37 +90,42 @@ class Public:
     def step(self, delta: Tensor | None = None) -> Tensor:
         delta = self.attack() if delta is None else delta
         loss = reference.step_loss(self.model, self.adversarial, self.utility, delta)
-        loss.backward()
-        return loss.detach()
+        return _differentiate(self.model, loss)
 
 
-def agree(ours: Ours, public: Public) -> dict[str, float]:
-    """How far apart the two sides' step losses are, and which share of the perturbations' coordinates agrees.
+def _differentiate(model: nn.Module, loss: Tensor) -> Tensor:
+    """Backward pass and gradients dropped, as an optimiser step would leave them; returns the loss."""
+    loss.backward()
+    model.zero_grad()
+    return loss.detach()
+
+
+def agree(ours: Ours, public: Public, attacked: AttackedPrompt, delta: Tensor) -> dict[str, float]:
+    """How far apart the two sides' step losses are (relative to the loss), and which share of the coordinates of delta agrees.
 
     A sign step flips where a gradient vanishes, so single coordinates may differ. Raises: AssertionError beyond the tolerances.
     """
-    attacked, delta = ours.attack(), public.attack()
     mine, theirs = ours.step(attacked), public.step(delta)
-    ours.victim.model.zero_grad()
-    difference = abs(mine - theirs).item()
+    difference = (abs(mine - theirs) / abs(theirs).clamp_min(1.0)).item()
     assert difference <= TOLERANCE, f"the two sides compute different losses: {mine.item()} and {theirs.item()}"
     assert attacked.delta is not None
     masks = ours.adversarial.prompt_mask
     rows = [(attacked.delta[i][masks[i]], delta[i, : int(masks[i].sum())]) for i in range(len(masks))]
     same = torch.cat([((a - b).abs() <= 0.1 * STEP).flatten() for a, b in rows]).float().mean().item()
     assert same >= 0.99, f"the two sides find different perturbations: {same:.4f} of the coordinates agree"
-    return {"loss_difference": difference, "loss": mine.item(), "equal_coordinates": same}
+    return {"relative_loss_difference": difference, "loss": mine.item(), "equal_coordinates": same}
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn (the comparison of results before has warmed both sides up)."""
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of each call, taken in turn, and the last result of each."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    results = {}
     for _ in range(repeats):
         for name, call in calls.items():
             began = time.perf_counter()
-            call()
+            results[name] = call()
             seconds[name].append(time.perf_counter() - began)
-    return seconds
+    return seconds, results
 
 
 def measure(vocabulary: int, setting: str, what: str, repeats: int) -> dict[str, Any]:
@@ -130,16 +134,12 @@ def measure(vocabulary: int, setting: str, what: str, repeats: int) -> dict[str,
     adversarial, utility = (equal_rows if setting == "equal" else natural_rows)(vocabulary)
     length = adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1] if setting == "equal" else REFERENCE_LENGTH
     ours, public = Ours(model, adversarial, utility), Public(model, adversarial, utility, length)
-    agreement = agree(ours, public)
-
-    def clean(call: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            call()
-            model.zero_grad()
-
-        return run
-
-    seconds = interleaved({"ours": clean(getattr(ours, what)), "reference": clean(getattr(public, what))}, repeats)
+    if what == "attack":
+        seconds, results = interleaved({"ours": ours.attack, "reference": public.attack}, repeats)
+        agreement = agree(ours, public, results["ours"], results["reference"])
+    else:
+        agreement = agree(ours, public, ours.attack(), public.attack())
+        seconds, _ = interleaved({"ours": ours.step, "reference": public.step}, repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "what": what, "setting": setting, "vocabulary": vocabulary, "body_parameters": _body(model), "repeats": repeats,

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from callbacks.provenance import Provenance
@@ -67,6 +68,7 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
     if command == "fit":
         # The evaluation callbacks keep their own clock inside `fit`; Lightning's validation loop is for `validate`.
         cli.trainer.limit_val_batches = 0
+    use_tqdm(cli.trainer)
     cli.trainer.callbacks.insert(0, Provenance(config))  # type: ignore[attr-defined]
     return _execute(cli, command, config.get("ckpt_path"), "--traceback" in flags)
 
@@ -100,6 +102,13 @@ def _execute(cli: ThundercatCLI, command: str, ckpt_path: str | None, show_trace
 
         print(write_predictions(cli.trainer.default_root_dir, result))
     return 1 if cli.trainer.interrupted else 0
+
+
+def use_tqdm(trainer: Trainer) -> None:
+    """One kind of progress bar: the evaluations' are tqdm's, and rich's bar redraws over them."""
+    for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
+        if isinstance(callback, RichProgressBar):
+            trainer.callbacks[i] = TQDMProgressBar()  # type: ignore[attr-defined]
 
 
 def innermost(error: BaseException) -> str:

@@ -51,7 +51,9 @@ def test_rate_adds_up_over_batches_and_processes() -> None:
     whole.update(torch.tensor([True, False, True, True, True]))
     assert rate.compute() == whole.compute() == {"rate": 0.8, "low": wilson_interval(4, 5)[0], "high": wilson_interval(4, 5)[1], "n": 5}
     assert all(reduction is not None for reduction in rate._reductions.values())
-    assert math.isnan(Rate().compute()["rate"])
+    empty = Rate()
+    empty.update(torch.empty(0, dtype=torch.bool))
+    assert math.isnan(empty.compute()["rate"])
 
 
 def test_mean_with_interval_by_hand() -> None:
