@@ -3,8 +3,8 @@
     make bench                                    # all CPU shapes, about 20 minutes on 2 cores
     python -m experiments.benchmark --vocabulary 32000 --repeats 3 --out experiments/results/benchmark_cpu_202611
 
-Same model, same batch, same mathematics: a figure is reported only if losses (to 1e-5 of their size) and perturbations agree. Two settings: `equal`
-pads both sides alike (adversarial rows to 128 prompt + 32 reply tokens), `natural` takes HarmBench and Dolly rows with the
+Same model, same batch, same mathematics: a figure is reported only if losses (to 1e-5 of their size) and perturbations agree.
+Two settings: `equal` pads both sides alike (adversarial rows to 128 prompt + 32 reply tokens), `natural` takes HarmBench and Dolly rows with the
 Llama-2 tokenizer, where the reference pads its adversarial rows to the utility length of 256.
 """
 
