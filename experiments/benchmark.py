@@ -4,8 +4,8 @@
     python -m experiments.benchmark --vocabulary 32000 --repeats 3 --out experiments/results/benchmark_cpu_202611
 
 Same model, same batch, same mathematics: a figure is reported only if losses (to 1e-5 of their size) and perturbations agree.
-Two settings: `equal` pads both sides alike (adversarial rows to 128 prompt + 32 reply tokens), `natural` takes HarmBench and Dolly rows with the
-Llama-2 tokenizer, where the reference pads its adversarial rows to the utility length of 256.
+Two settings: `equal` pads both sides alike (adversarial rows to 128 prompt + 32 reply tokens), `natural` takes HarmBench and
+Dolly rows with the Llama-2 tokenizer, where the reference pads its adversarial rows to the utility length of 256.
 """
 
 from __future__ import annotations
