@@ -10,9 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 log = logging.getLogger(__name__)
+
+
+class RunCSVLogger(CSVLogger):
+    """The run folder's own log: every row is on disk at once, and a resumed run or a later `test` never deletes earlier rows.
+
+    Writes `csv/metrics.csv`, or `csv_2/`, `csv_3/`, ... where that exists.
+
+    Args:
+        save_dir: the run folder.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__(save_dir, name="", flush_logs_every_n_steps=1)
+        self._chosen: str | None = None
+
+    @property
+    def log_dir(self) -> str:
+        if self._chosen is None:
+            taken = len(csv_logs(self.save_dir))
+            self._chosen = str(Path(self.save_dir) / ("csv" if not taken else f"csv_{taken + 1}"))
+        return self._chosen
+
+
+def csv_logs(folder: str | Path) -> list[Path]:
+    """The CSV logs of a run folder, oldest first."""
+    paths = Path(folder).glob("csv*/metrics.csv")
+    return sorted(paths, key=lambda path: int(path.parent.name.partition("_")[2] or 1))
 
 
 class ResilientWandbLogger(WandbLogger):

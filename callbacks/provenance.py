@@ -14,6 +14,10 @@ from typing import Any
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks.evaluation import EVALUATIONS_FILE
+from callbacks.loggers import csv_logs
 
 PACKAGES = (
     "thundercat",
@@ -50,6 +54,14 @@ class Provenance(Callback):
         (folder / f"{prefix}{CONFIG_FILE}").write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
         environment = {"seed": self.config.get("seed_everything"), "stage": stage, **environment_facts()}
         (folder / f"{prefix}{ENVIRONMENT_FILE}").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+@rank_zero_only
+def start_record(folder: str | Path) -> None:
+    """Drop the evaluations and the CSV log of an earlier run in this folder; a resumed run goes on with its own instead."""
+    folder = Path(folder)
+    for old in (folder / EVALUATIONS_FILE, *csv_logs(folder)):
+        old.unlink(missing_ok=True)
 
 
 def environment_facts() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from callbacks.cost import COST_FILE
 from callbacks.evaluation import EVALUATIONS_FILE
 from callbacks.figures import draw_figures, html_page
+from callbacks.loggers import csv_logs
 
 NAMES = {
     "harmful/refusal_rate": "harmful_refusal_rate",
@@ -26,11 +27,7 @@ MEAN_SUFFIXES = ("/loss_start", "/loss_best", "/passes_per_example")
 
 
 class RunReport(Callback):
-    """Writes the report when training has ended and prints its table; a new run (not a resumed one) starts a new record."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and trainer.ckpt_path is None:
-            (Path(trainer.default_root_dir) / EVALUATIONS_FILE).unlink(missing_ok=True)
+    """Writes the report when training has ended and prints its table."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and (Path(trainer.default_root_dir) / EVALUATIONS_FILE).is_file():
@@ -136,9 +133,11 @@ def _notes(results: dict[str, Any]) -> str:
 
 
 def read_training_log(folder: Path) -> list[dict[str, str]]:
-    """Rows of the run's CSV log, empty where there is none."""
-    path = folder / "csv" / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+    """Training rows of the run's CSV logs; where a run was resumed, the later log replaces what it repeats."""
+    rows: list[dict[str, str]] = []
+    for path in csv_logs(folder):
+        with path.open(encoding="utf-8", newline="") as stream:
+            part = [row for row in csv.DictReader(stream) if row.get("train/loss")]
+        if part:
+            rows = [row for row in rows if int(row["step"]) < int(part[0]["step"])] + part
+    return rows

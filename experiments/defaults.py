@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-CSV = "lightning.pytorch.loggers.CSVLogger"
+CSV = "callbacks.loggers.RunCSVLogger"
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     loggers = trainer.get("logger")
     loggers = [] if loggers in (None, True) else [loggers] if isinstance(loggers, dict) else loggers
     if isinstance(loggers, list) and not any(logger.get("class_path") == CSV for logger in loggers):
-        csv = {"class_path": CSV, "init_args": {"save_dir": trainer["default_root_dir"], "name": "", "version": "csv"}}
+        csv = {"class_path": CSV, "init_args": {"save_dir": trainer["default_root_dir"]}}
         loggers = [csv, *loggers]
     trainer["logger"] = loggers
     return {"seed_everything": 0, **config, "trainer": trainer}

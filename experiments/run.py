@@ -16,7 +16,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
-from callbacks.provenance import Provenance
+from callbacks.provenance import Provenance, start_record
 from experiments.check import check
 from experiments.compose import ConfigError, compose
 from experiments.defaults import with_defaults
@@ -59,6 +59,8 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
     if "--print_config" in flags:
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0
+    if command == "fit" and config.get("ckpt_path") is None:
+        start_record(config["trainer"]["default_root_dir"])
     try:
         cli = _instantiate(config, command)
     except ConfigError:

@@ -17,11 +17,11 @@ from callbacks.evaluation import Evaluation
 from callbacks.health import health_flags
 from callbacks.judges.exact import ExactMatch, TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
-from callbacks.loggers import ResilientWandbLogger, has_wandb_key, log_table
+from callbacks.loggers import ResilientWandbLogger, RunCSVLogger, csv_logs, has_wandb_key, log_table
 from callbacks.metrics.means import Mean
 from callbacks.metrics.rates import Rate, wilson_interval
 from callbacks.refusal import RefusalEvaluation
-from callbacks.report import markdown_table, summarise, write_report
+from callbacks.report import markdown_table, read_training_log, summarise, write_report
 from callbacks.undisturbed import undisturbed
 from datamodules.sources import ChatTable, read_records
 from lightning_modules.attacks.base import AttackedPrompt
@@ -200,6 +200,17 @@ def test_wandb_writes_offline_and_never_stops_a_run(tmp_path: Path, monkeypatch:
     broken._attempt(fail)
     broken.log_metrics({"x": 1.0})
     assert len(calls) == 1
+
+
+def test_csv_log_is_never_overwritten_and_read_as_one(tmp_path: Path) -> None:
+    for first, last in ((0, 5), (3, 8)):  # the second is resumed from step 3 after a kill
+        logger = RunCSVLogger(str(tmp_path))
+        for step in range(first, last):
+            logger.log_metrics({"train/loss": float(10 * first + step)}, step)
+            logger.save()
+    assert [path.parent.name for path in csv_logs(tmp_path)] == ["csv", "csv_2"]
+    rows = read_training_log(tmp_path)
+    assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == [(0, 0), (1, 1), (2, 2), *((s, 30 + s) for s in range(3, 8))]
 
 
 @pytest.mark.parametrize(

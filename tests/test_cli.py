@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from callbacks.report import read_training_log
 from experiments.check import check, check_precision
 from experiments.compose import ConfigError, compose, merge
 from experiments.defaults import with_defaults
@@ -312,7 +313,13 @@ def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert last.exists()
+    evaluations = tmp_path / "killed" / "evaluations.jsonl"
+    evaluations.write_text('{"name": "utility", "stage": "fit", "step": 0, "metrics": {}, "details": {}}\n')
     subprocess.run(command(tmp_path / "killed", "--ckpt_path=last"), check=True, **settings)
+    # The record goes on: the evaluation before the kill and the log's first rows are still there.
+    assert json.loads(evaluations.read_text().splitlines()[0])["step"] == 0
+    steps = [int(row["step"]) for row in read_training_log(tmp_path / "killed")]
+    assert sorted(set(steps)) == list(range(6))
     states = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "killed")]
     assert states[0]["global_step"] == states[1]["global_step"] == 6
     assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
