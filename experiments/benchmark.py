@@ -1,6 +1,6 @@
 """Speed and memory of our attack and training step against the public implementations' schedule, interleaved in one run.
 
-    make bench                                    # all CPU shapes, about 20 minutes on 2 cores
+    make bench                                    # all CPU shapes, about an hour on 2 cores
     python -m experiments.benchmark --vocabulary 32000 --repeats 3 --out experiments/results/benchmark_cpu_202611
 
 Same model, same batch, same mathematics: a figure is reported only if losses (to 1e-5 of their size) and perturbations agree.
@@ -17,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def build_model(vocabulary: int) -> nn.Module:
 class Ours:
     """This project's attack and training step."""
 
-    def __init__(self, model: nn.Module, adversarial: AdversarialBatch, utility: UtilityBatch) -> None:
+    def __init__(self, model: nn.Module, adversarial: AdversarialBatch, utility: list[UtilityBatch]) -> None:
         self.victim, self.adversarial, self.utility = Victim(model), adversarial, utility
         self.pgd = EmbeddingPGD(epsilon=EPSILON, num_steps=STEPS, step_size=STEP, step_unit="absolute", step_rule="sign", keep="last")
         self.objective = TowardAwayUtility()
@@ -70,50 +71,75 @@ class Ours:
     def attack(self) -> AttackedPrompt:
         return self.pgd(self.victim, self.adversarial)
 
-    def step(self, attacked: AttackedPrompt | None = None) -> Tensor:
-        attacked = attacked or self.attack()
-        adversarial = self.objective.adversarial(score_replies(self.victim, self.adversarial, attacked)).loss.mean()
-        loss = adversarial + self.objective.utility(*score_utility(self.victim, self.utility)).loss.mean()
-        return _differentiate(self.victim.model, loss)
+    def losses(self, attacked: AttackedPrompt) -> Iterator[Tensor]:
+        """The losses of a step's micro-batches, each to be differentiated before the next is asked for."""
+        yield self.objective.adversarial(score_replies(self.victim, self.adversarial, attacked)).loss.mean()
+        for utility in self.utility:
+            yield self.objective.utility(*score_utility(self.victim, utility)).loss.mean() / len(self.utility)
+
+    def step(self) -> Step:
+        return timed_step(self.victim.model, self.attack, self.losses)
 
 
 class Public:
     """The reference's attack and training step; `length` is what its adversarial rows are padded to."""
 
-    def __init__(self, model: nn.Module, adversarial: AdversarialBatch, utility: UtilityBatch, length: int) -> None:
+    def __init__(self, model: nn.Module, adversarial: AdversarialBatch, utility: list[UtilityBatch], length: int) -> None:
         self.model, self.adversarial, self.utility, self.length = model, adversarial, utility, length
         self.radius = EPSILON * Victim(model).mean_embedding_norm()
 
     def attack(self) -> Tensor:
         return reference.attack(self.model, self.adversarial, self.length, STEPS, self.radius, torch.tensor(STEP))
 
-    def step(self, delta: Tensor | None = None) -> Tensor:
-        delta = self.attack() if delta is None else delta
-        loss = reference.step_loss(self.model, self.adversarial, self.utility, delta)
-        return _differentiate(self.model, loss)
+    def losses(self, delta: Tensor) -> Iterator[Tensor]:
+        """As `Ours.losses`."""
+        yield reference.adversarial_loss(self.model, self.adversarial, delta)
+        for utility in self.utility:
+            yield reference.utility_loss(self.model, utility) / len(self.utility)
+
+    def step(self) -> Step:
+        return timed_step(self.model, self.attack, self.losses)
 
 
-def _differentiate(model: nn.Module, loss: Tensor) -> Tensor:
-    """Backward pass and gradients dropped, as an optimiser step would leave them; returns the loss."""
-    loss.backward()
+@dataclass
+class Step:
+    """One training step: its loss, the perturbation it trained under, and the seconds spent on finding that."""
+
+    loss: float
+    perturbation: Any
+    attack_seconds: float
+
+
+def timed_step(model: nn.Module, attack: Callable[[], Any], losses: Callable[[Any], Iterator[Tensor]]) -> Step:
+    """Attack, then a backward pass per micro-batch; gradients are dropped, as an optimiser step would leave them."""
+    began = time.perf_counter()
+    perturbation = attack()
+    seconds, total = time.perf_counter() - began, 0.0
+    for loss in losses(perturbation):
+        loss.backward()
+        total += loss.item()
     model.zero_grad()
-    return loss.detach()
+    return Step(total, perturbation, seconds)
 
 
-def agree(ours: Ours, public: Public, attacked: AttackedPrompt, delta: Tensor) -> dict[str, float]:
-    """How far apart the two sides' step losses are (relative to the loss), and which share of the coordinates of delta agrees.
+def losses_agree(ours: float, public: float) -> dict[str, float]:
+    """How far apart the two sides' step losses are, relative to the loss. Raises: AssertionError beyond 1e-5."""
+    difference = abs(ours - public) / max(abs(public), 1.0)
+    assert difference <= TOLERANCE, f"the two sides compute different losses: {ours} and {public}"
+    return {"relative_loss_difference": difference, "loss": ours}
 
-    A sign step flips where a gradient vanishes, so single coordinates may differ. Raises: AssertionError beyond the tolerances.
+
+def perturbations_agree(batch: AdversarialBatch, attacked: AttackedPrompt, delta: Tensor) -> dict[str, float]:
+    """Which share of the coordinates of delta agrees. A sign step flips where a gradient vanishes, so single ones may differ.
+
+    Raises: AssertionError below 99 %.
     """
-    mine, theirs = ours.step(attacked), public.step(delta)
-    difference = (abs(mine - theirs) / abs(theirs).clamp_min(1.0)).item()
-    assert difference <= TOLERANCE, f"the two sides compute different losses: {mine.item()} and {theirs.item()}"
     assert attacked.delta is not None
-    masks = ours.adversarial.prompt_mask
+    masks = batch.prompt_mask
     rows = [(attacked.delta[i][masks[i]], delta[i, : int(masks[i].sum())]) for i in range(len(masks))]
     same = torch.cat([((a - b).abs() <= 0.1 * STEP).flatten() for a, b in rows]).float().mean().item()
     assert same >= 0.99, f"the two sides find different perturbations: {same:.4f} of the coordinates agree"
-    return {"relative_loss_difference": difference, "loss": mine.item(), "equal_coordinates": same}
+    return {"equal_coordinates": same}
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
@@ -128,27 +154,42 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict
     return seconds, results
 
 
-def measure(vocabulary: int, setting: str, what: str, repeats: int) -> dict[str, Any]:
-    """Ratio of the medians for one shape, and what it was taken from."""
+def measure(vocabulary: int, setting: str, what: str, repeats: int) -> list[dict[str, Any]]:
+    """Ratio of the medians for one shape, and what it was taken from; a measured step gives its attack's figure too."""
     model = build_model(vocabulary)
     adversarial, utility = (equal_rows if setting == "equal" else natural_rows)(vocabulary)
     length = adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1] if setting == "equal" else REFERENCE_LENGTH
     ours, public = Ours(model, adversarial, utility), Public(model, adversarial, utility, length)
+    shape = {
+        "setting": setting, "vocabulary": vocabulary, "body_parameters": _body(model), "repeats": repeats,
+        "rows": {"adversarial": len(adversarial), "utility": sum(map(len, utility))},
+        "padded_length": {"ours": adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1], "reference": length},
+    }  # fmt: skip
     if what == "attack":
         seconds, results = interleaved({"ours": ours.attack, "reference": public.attack}, repeats)
-        agreement = agree(ours, public, results["ours"], results["reference"])
-    else:
-        agreement = agree(ours, public, ours.attack(), public.attack())
-        seconds, _ = interleaved({"ours": ours.step, "reference": public.step}, repeats)
+        losses = [sum(loss.item() for loss in side.losses(results[name])) for name, side in (("ours", ours), ("reference", public))]
+        agreement = losses_agree(*losses) | perturbations_agree(adversarial, results["ours"], results["reference"])
+        return [{"what": "attack", **shape, "agreement": agreement, **ratio(seconds)}]
+    attack_seconds: dict[str, list[float]] = {"ours": [], "reference": []}
+
+    def recorded(name: str, step: Callable[[], Step]) -> Step:
+        done = step()
+        attack_seconds[name].append(done.attack_seconds)
+        return done
+
+    seconds, results = interleaved(
+        {"ours": lambda: recorded("ours", ours.step), "reference": lambda: recorded("reference", public.step)}, repeats
+    )
+    agreement = losses_agree(results["ours"].loss, results["reference"].loss)
+    agreement |= perturbations_agree(adversarial, results["ours"].perturbation, results["reference"].perturbation)
+    shared = {**shape, "agreement": agreement}
+    return [{"what": "attack", **shared, **ratio(attack_seconds)}, {"what": "step", **shared, **ratio(seconds)}]
+
+
+def ratio(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, spread and the ratio of the medians of interleaved timings."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "what": what, "setting": setting, "vocabulary": vocabulary, "body_parameters": _body(model), "repeats": repeats,
-        "rows": {"adversarial": len(adversarial), "utility": len(utility)},
-        "padded_length": {"ours": adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1], "reference": length},
-        "agreement": agreement, "median_seconds": medians,
-        "spread_seconds": {name: [min(values), max(values)] for name, values in seconds.items()},
-        "ratio": medians["reference"] / medians["ours"],
-    }  # fmt: skip
+    return {"median_seconds": medians, "seconds": seconds, "ratio": medians["reference"] / medians["ours"]}
 
 
 def memory_of(vocabulary: int, side: str) -> float:
@@ -183,7 +224,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, nargs="*", default=[32_000, 256_000], help="vocabulary sizes")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds per figure")
     parser.add_argument("--out", type=Path, default=None, help="folder to write the figures to")
-    parser.add_argument("--only", nargs="*", default=["attack/equal", "attack/natural", "step/natural", "memory"], help="figures to take")
+    parser.add_argument(
+        "--only", nargs="*", default=["memory", "attack/equal", "step/natural"], help="figures to take (a step includes its attack)"
+    )
     parser.add_argument("--memory-of", choices=["ours", "reference"], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -194,9 +237,10 @@ def main(arguments: list[str] | None = None) -> None:
     for vocabulary in options.vocabulary:
         for figure in options.only:
             what, _, setting = figure.partition("/")
-            row = memory(vocabulary) if what == "memory" else measure(vocabulary, setting, what, options.repeats)
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            taken = [memory(vocabulary)] if what == "memory" else measure(vocabulary, setting, what, options.repeats)
+            rows.extend(taken)
+            for row in taken:
+                print(json.dumps(row), flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         report = {"environment": environment_facts(), "rows": rows}

@@ -18,10 +18,11 @@ LLAMA2_TEMPLATE = (
     "{{ bos_token }}[INST] {{ messages[0]['content'].strip() }} [/INST]"
     "{% if messages|length > 1 %} {{ messages[1]['content'].strip() }} {{ eos_token }}{% endif %}"
 )
-ADVERSARIAL_ROWS, UTILITY_ROWS, MAX_LENGTH = 8, 8, 256
+# A step of the recipe: 8 adversarial rows and 56 utility rows, these in micro-batches of 8.
+ADVERSARIAL_ROWS, MICRO_BATCH, UTILITY_BATCHES, MAX_LENGTH = 8, 8, 7, 256
 
 
-def equal_rows(vocabulary: int, prompt: int = 128, reply: int = 32) -> tuple[AdversarialBatch, UtilityBatch]:
+def equal_rows(vocabulary: int, prompt: int = 128, reply: int = 32) -> tuple[AdversarialBatch, list[UtilityBatch]]:
     """Random rows without any padding; the first 24 prompt tokens are the template's."""
     generator = torch.Generator().manual_seed(0)
 
@@ -39,11 +40,11 @@ def equal_rows(vocabulary: int, prompt: int = 128, reply: int = 32) -> tuple[Adv
     conversations = ids(prompt + reply)
     labels = conversations.clone()
     labels[:, :prompt] = -100
-    return batch, UtilityBatch(conversations, full(prompt + reply), labels)
+    return batch, [UtilityBatch(conversations, full(prompt + reply), labels)]
 
 
-def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, UtilityBatch]:
-    """One length-bucketed micro-batch of HarmBench rows and one of Dolly rows.
+def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, list[UtilityBatch]]:
+    """One length-bucketed micro-batch of HarmBench rows and the utility rows of a step, from Dolly.
 
     A vocabulary other than the tokenizer's 32,000 keeps the lengths and spreads the ids over it.
     """
@@ -60,11 +61,16 @@ def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, UtilityBatch]:
     harmful = encoder.harmful(source.rows())
     chats = encoder.chats(ChatTable(str(data / "dolly/databricks-dolly-15k.jsonl"), "dolly", limit=2000).rows())
     rows = [harmful[i] for i in Stream([e.length for e in harmful], ADVERSARIAL_ROWS, 0).micro_batch(0)]
-    keep = [chats[i] for i in Stream([e.length for e in chats], UTILITY_ROWS, 1).micro_batch(0)]
-    batch, utility = adversarial_batch(rows, "prompt"), utility_batch(keep)
+    order = Stream([e.length for e in chats], MICRO_BATCH, 1)
+    keep = [utility_batch([chats[i] for i in order.micro_batch(number)]) for number in range(UTILITY_BATCHES)]
+    batch = adversarial_batch(rows, "prompt")
     if vocabulary == 32_000:
-        return batch, utility
+        return batch, keep
     factor = vocabulary // 32_000
     spread = {f"{name}_ids": getattr(batch, f"{name}_ids") * factor for name in ("prompt", "harmful", "safe")}
+    return AdversarialBatch(**(vars(batch) | spread)), [_spread(conversations, factor) for conversations in keep]
+
+
+def _spread(utility: UtilityBatch, factor: int) -> UtilityBatch:
     labels = torch.where(utility.labels == -100, -100, utility.labels * factor)
-    return AdversarialBatch(**(vars(batch) | spread)), UtilityBatch(utility.input_ids * factor, utility.attention_mask, labels)
+    return UtilityBatch(utility.input_ids * factor, utility.attention_mask, labels)

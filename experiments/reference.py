@@ -62,13 +62,17 @@ def attack(model: nn.Module, batch: AdversarialBatch, length: int, steps: int, r
     return delta
 
 
-def step_loss(model: nn.Module, adversarial: AdversarialBatch, utility: UtilityBatch, delta: Tensor) -> Tensor:
-    """CAT's loss of one micro-batch by three forward passes, weights 0.5 / 0.5 / 1 and cutoffs 0.5 / -5."""
+def adversarial_loss(model: nn.Module, batch: AdversarialBatch, delta: Tensor) -> Tensor:
+    """CAT's adversarial loss of one micro-batch by two forward passes, weights 0.5 / 0.5 and cutoffs 0.5 / -5."""
     losses = {}
     for reply in ("harmful", "safe"):
-        ids, mask, labels, attackable = padded_rows(adversarial, reply, delta.shape[1])
+        ids, mask, labels, attackable = padded_rows(batch, reply, delta.shape[1])
         # The perturbation belongs to the prompt, which both replies share.
         losses[reply] = loss_per_example(model, embed(model, ids) + delta * attackable[..., None], mask, labels)
     away, toward = soft_cutoff(-losses["harmful"], -5.0), soft_cutoff(losses["safe"], 0.5)
-    keep = loss_per_example(model, embed(model, utility.input_ids), utility.attention_mask, utility.labels)
-    return (0.5 * toward + 0.5 * away).mean() + keep.mean()
+    return (0.5 * toward + 0.5 * away).mean()
+
+
+def utility_loss(model: nn.Module, utility: UtilityBatch) -> Tensor:
+    """Mean cross-entropy of the replies of one micro-batch of utility rows."""
+    return loss_per_example(model, embed(model, utility.input_ids), utility.attention_mask, utility.labels).mean()
