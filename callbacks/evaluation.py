@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ class Evaluation(Callback, ABC):
         every_n_steps: evaluate after every so many optimiser steps; null for no periodic evaluation.
         at_start: evaluate before the first training step.
         at_end: evaluate after the last training step.
-        limit: use at most so many rows per subject, evenly spaced, inside `fit`; `validate` and `test` use all.
+        limit: use at most so many rows per subject, evenly spaced, inside `fit`.
         max_new_tokens: longest generated reply.
+        test_limit: the same for `validate` and `test`; null uses all rows.
     """
 
     name = "evaluation"
@@ -61,6 +62,7 @@ class Evaluation(Callback, ABC):
         at_end: bool = True,
         limit: int | None = None,
         max_new_tokens: int = 64,
+        test_limit: int | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"{type(self).__name__}.every_n_steps: expected >= 1 or null, got {every_n_steps}")
@@ -69,7 +71,11 @@ class Evaluation(Callback, ABC):
         self.every_n_steps = every_n_steps
         self.at_start = at_start
         self.at_end = at_end
+        for name, rows in (("limit", limit), ("test_limit", test_limit)):
+            if rows is not None and rows < 1:
+                raise ValueError(f"{type(self).__name__}.{name}: expected >= 1 or null, got {rows}")
         self.limit = limit
+        self.test_limit = test_limit
         self.max_new_tokens = max_new_tokens
         self._last_step = -1
 
@@ -108,7 +114,9 @@ class Evaluation(Callback, ABC):
         assert isinstance(pl_module, FineTuning)
         self._last_step = trainer.global_step
         with undisturbed(pl_module):
-            findings = self.evaluate(EvaluationRun(trainer, pl_module, self.limit if stage == "fit" else None, self.max_new_tokens))
+            findings = self.evaluate(
+                EvaluationRun(trainer, pl_module, self.limit if stage == "fit" else self.test_limit, self.max_new_tokens)
+            )
         metrics = {f"eval/{key}": value for key, value in findings.metrics.items()}
         if stage == "fit":
             for logger in trainer.loggers:
@@ -148,20 +156,28 @@ class EvaluationRun:
         data: AdversarialData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
-    def batches(self, subject: Subject, what: str) -> Iterator[BehaviourBatch]:
-        """This process's share of a subject's rows on the model's device, with a progress bar."""
+    def batches(self, subject: Subject, what: str | None = None) -> Iterator[BehaviourBatch]:
+        """This process's share of a subject's rows on the model's device; with a progress bar where it is given a name."""
         loader = self.data.behaviours.loader(subject, self.limit, self.trainer.global_rank, self.trainer.world_size)
-        silent = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        for batch in tqdm(loader, desc=f"{what} ({subject})", leave=False, disable=silent):
-            yield batch.to(self.module.device)
+        with self.progress(len(loader), f"{what} ({subject})", silent=what is None) as bar:
+            for batch in loader:
+                yield batch.to(self.module.device)
+                bar.update()
+
+    def progress(self, total: int, what: str, silent: bool = False) -> tqdm[Any]:
+        """A progress bar on the first process, unless the run has none."""
+        silent = silent or not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
+        return tqdm(total=total, desc=what, leave=False, disable=silent)
 
     def has(self, subject: Subject) -> bool:
         return bool(self.data.behaviours.examples[subject])
 
-    def replies(self, embeds: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        """Greedy replies to prompts given as embeddings."""
+    def replies(self, embeds: torch.Tensor, mask: torch.Tensor, forced: Sequence[Sequence[int]] = ()) -> list[str]:
+        """Greedy replies to prompts given as embeddings; `forced` ids, which end the prompts already, are part of the replies."""
         chat = self.data.chat
-        return [chat.decode(ids) for ids in self.victim.generate(embeds, mask, self.max_new_tokens, chat.stop_ids)]
+        generated = self.victim.generate(embeds, mask, self.max_new_tokens, chat.stop_ids)
+        starts = forced or [()] * len(generated)
+        return [chat.decode([*start, *ids]) for start, ids in zip(starts, generated, strict=True)]
 
     def clean_replies(self, batch: BehaviourBatch) -> list[str]:
         """Greedy replies to the prompts as they are."""

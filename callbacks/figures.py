@@ -17,16 +17,17 @@ BEFORE, AFTER = "#c44e52", "#4c72b0"
 CURVES = ("train/loss", "train/loss_toward", "train/loss_away", "train/loss_utility")
 
 
-def draw_figures(folder: Path, results: dict[str, Any], log: list[dict[str, str]]) -> dict[str, Path]:
-    """Draw what the data allows into `figures/`; returns {title: path}."""
-    target = folder / "figures"
+def draw_figures(target: Path, results: dict[str, Any], log: list[dict[str, str]]) -> dict[str, Path]:
+    """Draw what the data allows into the folder `target`; returns {title: path}."""
     target.mkdir(exist_ok=True)
     figures = {}
     after = results["after"] or {}
     if "utility_exact_match" in after and any(key.endswith("_attack_success_rate") for key in after):
         figures["Robustness against utility"] = _save(target / "trade_off.png", lambda axes: _trade_off(axes, results))
-    if after.get("loss_curves"):
+    if any(len(curve) > 1 for curve in after.get("loss_curves", {}).values()):
         figures["Attack loss against steps"] = _save(target / "attack_loss.png", lambda axes: _attack_loss(axes, results))
+    if any(curves.get("passes", {}).get("budget") for curves in after.get("budgets", {}).values()):
+        figures["Success against budget"] = _save(target / "budget.png", lambda axes: _budget(axes, results))
     if log:
         figures["Training curves"] = _save(target / "training.png", lambda axes: _training(axes, log))
     return figures
@@ -99,12 +100,28 @@ def _attack_loss(axes: Axes, results: dict[str, Any]) -> None:
     styles = ("-", "--", ":", "-.")
     for snapshot, color in (("before", BEFORE), ("after", AFTER)):
         curves = (results[snapshot] or {}).get("loss_curves", {})
-        for style, (attack, curve) in zip(styles, curves.items(), strict=False):
-            axes.plot(range(len(curve)), curve, style, color=color, label=f"{attack.replace('_', ' ')}, {snapshot}")
+        searched = {attack: curve for attack, curve in curves.items() if len(curve) > 1}
+        for number, (attack, curve) in enumerate(searched.items()):
+            own = color if results["before"] else f"C{number % 10}"
+            axes.plot(range(len(curve)), curve, styles[number % 4], color=own, label=f"{attack.replace('_', ' ')}, {snapshot}")
     axes.set_yscale("log")
     axes.set(
         xlabel="attack step", ylabel="CE of the harmful target, nats per token", title="Attack loss against steps (lower: attack wins)"
     )
+    axes.legend(fontsize="small")
+
+
+def _budget(axes: Axes, results: dict[str, Any]) -> None:
+    """Share of examples broken within so many passes, one colour per attack, dashed before and solid after."""
+    for snapshot, style in (("before", "--"), ("after", "-")):
+        for number, (attack, curves) in enumerate((results[snapshot] or {}).get("budgets", {}).items()):
+            curve = curves.get("passes", {})
+            if curve.get("budget"):
+                label = f"{attack.replace('_', ' ')}, {snapshot}" if results["before"] else attack.replace("_", " ")
+                shares = [100 * share for share in curve["share"]]
+                axes.step(curve["budget"], shares, style, where="post", color=f"C{number % 10}", marker="o", markersize=3, label=label)
+    axes.set_xscale("symlog")
+    axes.set(xlabel="forward and backward passes per example", ylabel="attack success, %", ylim=(-3, 103), title="Success against budget")
     axes.legend(fontsize="small")
 
 

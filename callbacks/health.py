@@ -19,16 +19,23 @@ REMEDIES = {
 }
 
 
-def health_flags(attacked: AttackedPrompt) -> dict[str, int]:
-    """How many examples show each sign; no signs for an attack that took no step."""
-    if len(attacked.loss_curve) == 0:
+def example_flags(attacked: AttackedPrompt) -> dict[str, torch.Tensor]:
+    """(B,) bool per sign that the attack did not do its work (after Carlini et al. 2019); none for an attack that took no step."""
+    curve = attacked.loss_curve
+    if len(curve) == 0:
         return {}
-    flags = {"zero_gradient": int(attacked.zero_gradient.sum())}
-    if len(attacked.loss_curve) > 1:
-        flags["loss_not_reduced"] = int((attacked.best_loss >= attacked.start_loss).sum())
+    uses_gradients = bool((attacked.backward_passes > 0).any() or attacked.zero_gradient.any())
+    flags = {"zero_gradient": attacked.zero_gradient} if uses_gradients else {}
+    if len(curve) > 1:
+        flags["loss_not_reduced"] = attacked.best_loss >= attacked.start_loss
     if not attacked.distance.isnan().any():
-        flags["budget_unused"] = int((attacked.distance < 0.99).sum())
+        flags["budget_unused"] = attacked.distance < 0.99
     return flags
+
+
+def health_flags(attacked: AttackedPrompt) -> dict[str, int]:
+    """How many examples show each sign."""
+    return {name: int(raised.sum()) for name, raised in example_flags(attacked).items()}
 
 
 class AttackHealth(Callback):

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.evaluation import EVALUATIONS_FILE
 from callbacks.loggers import csv_logs
+from callbacks.store import clear_store
 
 PACKAGES = (
     "thundercat",
@@ -50,6 +51,7 @@ class Provenance(Callback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        stage = str(getattr(stage, "value", stage))  # Lightning passes an enum whose format depends on the Python version
         prefix = "" if stage == "fit" else f"{stage}_"
         (folder / f"{prefix}{CONFIG_FILE}").write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
         environment = {"seed": self.config.get("seed_everything"), "stage": stage, **environment_facts()}
@@ -58,10 +60,11 @@ class Provenance(Callback):
 
 @rank_zero_only
 def start_record(folder: str | Path) -> None:
-    """Drop the evaluations and the CSV log of an earlier run in this folder; a resumed run goes on with its own instead."""
+    """Drop the evaluations, attacks and CSV log of an earlier run in this folder; a resumed run goes on with its own instead."""
     folder = Path(folder)
     for old in (folder / EVALUATIONS_FILE, *csv_logs(folder)):
         old.unlink(missing_ok=True)
+    clear_store(folder)
 
 
 def environment_facts() -> dict[str, Any]:

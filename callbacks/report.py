@@ -23,54 +23,81 @@ NAMES = {
     "worst_case/success_rate": "worst_case_attack_success_rate",
 }
 ATTACK_SUFFIX = "/success_rate"
-MEAN_SUFFIXES = ("/loss_start", "/loss_best", "/passes_per_example")
+MEAN_SUFFIXES = ("/loss_start", "/loss_best", "/passes_per_example", "/queries_per_example", "/seconds_per_example")
 
 
 class RunReport(Callback):
-    """Writes the report when training has ended and prints its table."""
+    """Writes the report when training, validation or testing has ended and prints its table."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, "fit")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._write(trainer, "validate")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, "test")
+
+    def _write(self, trainer: Trainer, stage: str) -> None:
         if trainer.is_global_zero and (Path(trainer.default_root_dir) / EVALUATIONS_FILE).is_file():
-            print(write_report(trainer.default_root_dir))
+            print(write_report(trainer.default_root_dir, stage))
 
 
-def write_report(folder: str | Path) -> str:
+def write_report(folder: str | Path, stage: str = "fit") -> str:
     """Write the report files of a run folder and return the table as text.
+
+    The report of `validate` or `test` has the stage's name in front of its files' and shows one model.
 
     Raises: FileNotFoundError where the folder holds no evaluations.
     """
+    prefix = "" if stage == "fit" else f"{stage}_"
     folder = Path(folder)
     if not (folder / EVALUATIONS_FILE).is_file():
         raise FileNotFoundError(f"no {EVALUATIONS_FILE} in {folder}; run `thundercat fit` with evaluation callbacks first")
     entries = [json.loads(line) for line in (folder / EVALUATIONS_FILE).read_text(encoding="utf-8").splitlines()]
-    results = summarise(entries)
+    results = summarise(entries, stage)
     results["cost"] = json.loads((folder / COST_FILE).read_text(encoding="utf-8")) if (folder / COST_FILE).is_file() else {}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{prefix}results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     table = markdown_table(results)
-    figures = draw_figures(folder, results, read_training_log(folder))
-    pictures = "\n".join(f"![{title}](figures/{path.name})\n" for title, path in figures.items())
+    figures = draw_figures(folder / f"{prefix}figures", results, read_training_log(folder) if stage == "fit" else [])
+    pictures = "\n".join(f"![{title}]({prefix}figures/{path.name})\n" for title, path in figures.items())
     text = f"# Report of {folder.name}\n\n{table}\n\n{_notes(results)}\n\n{pictures}"
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    (folder / "report.html").write_text(html_page(folder.name, results, table, _notes(results), figures), encoding="utf-8")
-    return f"\n{table}\n\n{_notes(results)}\n\nreport: {folder / 'report.html'}"
+    (folder / f"{prefix}report.md").write_text(text, encoding="utf-8")
+    (folder / f"{prefix}report.html").write_text(html_page(folder.name, results, table, _notes(results), figures), encoding="utf-8")
+    return f"\n{table}\n\n{_notes(results)}\n\nreport: {folder / f'{prefix}report.html'}"
 
 
-def summarise(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """`before` (first evaluation of the model inside fit) and `after` (last), each {metric: rate, n: {...}, interval: {...}}."""
+def summarise(entries: list[dict[str, Any]], stage: str = "fit") -> dict[str, Any]:
+    """`before` (first evaluation of the model inside fit) and `after` (last), each {metric: rate, n: {...}, interval: {...}}.
+
+    Outside `fit` there is no `before`.
+    """
     by_step: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
-        if entry["stage"] == "fit":
+        if entry["stage"] == stage:
             by_step[entry["step"]].append(entry)
     steps = sorted(by_step)
-    results: dict[str, Any] = {"schema": 1, "steps": steps}
-    for name, step in (("before", steps[0] if steps and steps[0] == 0 else None), ("after", steps[-1] if steps else None)):
+    results: dict[str, Any] = {"schema": 2, "stage": stage, "steps": steps}
+    starts_untrained = stage == "fit" and steps[:1] == [0]
+    for name, step in (("before", steps[0] if starts_untrained else None), ("after", steps[-1] if steps else None)):
         results[name] = _snapshot(by_step[step]) if step is not None else None
     results["history"] = [{"step": step, **_snapshot(by_step[step])} for step in steps]
     return results
 
 
 def _snapshot(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    snapshot: dict[str, Any] = {"n": {}, "interval": {}, "means": {}, "loss_curves": {}, "judges": {}, "attack_flags": {}}
+    snapshot: dict[str, Any] = {
+        "n": {},
+        "interval": {},
+        "means": {},
+        "loss_curves": {},
+        "judges": {},
+        "attack_flags": {},
+        "budgets": {},
+        "categories": {},
+        "bootstrap": {},
+    }
     for entry in entries:
         metrics = entry["metrics"]
         for key, value in metrics.items():
@@ -87,6 +114,13 @@ def _snapshot(entries: list[dict[str, Any]]) -> dict[str, Any]:
             if isinstance(detail, dict) and "loss_curve" in detail:
                 snapshot["loss_curves"][attack] = detail["loss_curve"]
                 snapshot["attack_flags"][attack] = detail["flags"]
+                snapshot["budgets"][attack] = detail.get("success_by_budget", {})
+            if isinstance(detail, dict) and "bootstrap" in detail:
+                snapshot["bootstrap"][attack] = detail["bootstrap"]
+            if isinstance(detail, dict) and "by_category" in detail:
+                snapshot["categories"][attack] = detail["by_category"]
+        for flag, count in entry["details"].get("cross_flags", {}).items():
+            snapshot["attack_flags"].setdefault("the suite", {})[flag] = count
     return snapshot
 
 
@@ -99,8 +133,11 @@ def _metric_name(key: str) -> str:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """The metrics before and after, with 95 % intervals and n."""
+    """The metrics before and after (outside `fit` of one model), with 95 % intervals and n."""
     before, after = results["before"] or {}, results["after"] or {}
+    if results.get("stage", "fit") != "fit":
+        lines = ["| metric | rate | n |", "| --- | --- | --- |"]
+        return "\n".join(lines + [f"| {n.replace('_', ' ')} | {_cell(after, n)} | {k:.0f} |" for n, k in after.get("n", {}).items()])
     lines = ["| metric | before | after | n |", "| --- | --- | --- | --- |"]
     for name in after.get("n", {}):
         lines.append(f"| {name.replace('_', ' ')} | {_cell(before, name)} | {_cell(after, name)} | {after['n'][name]:.0f} |")

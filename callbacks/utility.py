@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 
 from callbacks.evaluation import Evaluation, EvaluationRun, Findings, flatten
 from callbacks.judges.exact import ExactMatch
-from callbacks.metrics.rates import Rate
+from callbacks.metrics.rates import Rate, rates_by_name
 
 
 class UtilityEvaluation(Evaluation):
@@ -20,15 +18,15 @@ class UtilityEvaluation(Evaluation):
         judge = ExactMatch()
         findings = Findings({}, details={"judge": f"{judge.name}@{judge.revision}"})
         rate = Rate().to(run.module.device)
-        by_category: dict[str, list[bool]] = defaultdict(list)
+        by_category = rates_by_name((e.row.category for e in run.data.behaviours.examples["utility"]), run.module.device)
         for batch in run.batches("utility", "utility"):
             replies = run.clean_replies(batch)
             right = [judge(p, r, e) for p, r, e in zip(batch.prompts, replies, batch.references, strict=True)]
             rate.update(torch.tensor(right, device=run.module.device))
             rows = zip(batch.categories, batch.prompts, replies, batch.references, right, strict=True)
             for category, prompt, reply, expected, ok in rows:
-                by_category[category].append(ok)
+                by_category[category].update(torch.tensor([ok], device=run.module.device))
                 findings.samples.append({"category": category, "prompt": prompt, "reply": reply, "expected": expected, "right": ok})
         findings.metrics |= flatten("utility/exact_match", rate)
-        findings.details["by_category"] = {name: sum(ok) / len(ok) for name, ok in by_category.items()}
+        findings.details["by_category"] = {name: rates.compute() for name, rates in by_category.items()}
         return findings

@@ -42,6 +42,11 @@ class AdversarialBatch(_Movable):
     safe_ids: Tensor
     """(B, S) int64, right-padded."""
     safe_mask: Tensor
+    prompts: tuple[str, ...] = ()
+    """The users' texts behind `prompt_ids`; attacks that rewrite text need them, others do not. Empty where unknown."""
+    systems: tuple[str | None, ...] = ()
+    targets: tuple[str, ...] = ()
+    """The harmful targets as text."""
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
@@ -102,6 +107,9 @@ class BehaviourBatch(_Movable):
     references: tuple[str, ...]
     """The harmful target (harmful rows) or the expected reply (benign rows), as text; '' where there is none."""
     categories: tuple[str, ...]
+    """Semantic category of every row, '' where there is none."""
+    functional: tuple[str, ...]
+    """HarmBench's functional category (standard, contextual, copyright), '' where there is none."""
     prompt_ids: Tensor
     """(B, P) int64, left-padded."""
     prompt_mask: Tensor

@@ -7,6 +7,7 @@ a response key. Where the tokenizer would merge across the border between prompt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -24,6 +25,10 @@ class Role(IntEnum):
     USER = 2
 
 
+Turn = tuple[str, str]
+"""An earlier exchange of a conversation: the user's text and the assistant's reply."""
+
+
 @dataclass(frozen=True)
 class PromptTokens:
     """A tokenised prompt: ids and the role of every token."""
@@ -31,6 +36,11 @@ class PromptTokens:
     ids: list[int]
     roles: list[Role]
     text: str
+    system: str | None
+    user_span: tuple[int, int]
+    """Characters of `text` that are the (last) user's."""
+    offsets: list[tuple[int, int]]
+    """Characters of `text` behind every token."""
 
     def attackable(self, span: Attackable) -> list[bool]:
         """True where an attack may act: the user's tokens, or every prompt token as in the CAT authors' code."""
@@ -63,13 +73,18 @@ class ChatFormat:
         eos = self.tokenizer.eos_token_id
         return [*ids, *([eos] if eos is not None and eos not in ids else [])]
 
-    def prompt(self, user: str, system: str | None = None) -> PromptTokens:
-        """Tokenise a one-turn prompt up to where the assistant's reply starts.
+    @property
+    def end_of_turn(self) -> list[int]:
+        """Ids that follow a reply's text; a reply ends with them unless the tokenizer merges across the border."""
+        return self._encode(self._after_reply)
+
+    def prompt(self, user: str, system: str | None = None, history: Sequence[Turn] = ()) -> PromptTokens:
+        """Tokenise a prompt, after earlier turns if there are any, up to where the assistant's reply starts.
 
         Raises: ValueError if the template rewrites the text, or if the user's text contains one of its special tokens.
         """
-        text = self._render(user, system, None)
-        spans = self._spans(text, user, system)
+        text = self._render(user, system, None, history)
+        spans = self._spans(text, user, system, history)
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
         roles = [_role(start, end, spans) for start, end in encoding.offsets]
         for i, (token, (start, _)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
@@ -80,7 +95,8 @@ class ChatFormat:
             else:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 raise ValueError(f"the user's text contains the template's special token {name!r}; remove it from the prompt")
-        return PromptTokens(list(encoding.ids), roles, text)
+        user_span = next(((start, end) for start, end, role in spans if role is Role.USER))
+        return PromptTokens(list(encoding.ids), roles, text, system, user_span, list(encoding.offsets))
 
     def reply(self, prompt: PromptTokens, reply: str) -> list[int]:
         """Ids of a reply, end of turn included, as they continue `prompt.ids`.
@@ -105,8 +121,25 @@ class ChatFormat:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
-    def _render(self, user: str, system: str | None, reply: str | None) -> str:
+    def decode_batch(self, rows: list[list[int]]) -> list[str]:
+        """Texts of token lists, special tokens included."""
+        return list(self.tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=False))  # type: ignore[attr-defined]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of rendered prompts, as `prompt` tokenises them."""
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # type: ignore[attr-defined]
+        return [encoding.ids for encoding in encodings]
+
+    def neutralised(self, text: str) -> str:
+        """The text with every special token of the template broken by a space, so that it cannot end a turn or start one."""
+        for token in self._special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def _render(self, user: str, system: str | None, reply: str | None, history: Sequence[Turn] = ()) -> str:
         messages = [] if system is None else [{"role": "system", "content": system}]
+        for earlier_user, earlier_reply in history:
+            messages += [{"role": "user", "content": earlier_user}, {"role": "assistant", "content": earlier_reply}]
         messages.append({"role": "user", "content": user})
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
@@ -132,10 +165,10 @@ class ChatFormat:
             )
         return before, after[: min(ends)] if ends else after
 
-    def _spans(self, text: str, user: str, system: str | None) -> list[tuple[int, int, Role]]:
+    def _spans(self, text: str, user: str, system: str | None, history: Sequence[Turn]) -> list[tuple[int, int, Role]]:
         """Character spans of the system's and the user's text in a rendered prompt."""
         for with_system in (system, None):
-            skeleton = self._render(_USER, None if with_system is None else _SYSTEM, None)
+            skeleton = self._render(_USER, None if with_system is None else _SYSTEM, None, history)
             for strip in (False, True):
                 shown = {_USER: user.strip() if strip else user, _SYSTEM: ((system or "").strip() if strip else system) or ""}
                 built, spans = _fill(skeleton, shown)

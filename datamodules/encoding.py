@@ -124,6 +124,9 @@ def adversarial_batch(examples: Sequence[EncodedHarmful], attackable: Attackable
         harmful_mask=harmful_mask,
         safe_ids=safe_ids,
         safe_mask=safe_mask,
+        prompts=tuple(e.row.prompt for e in examples),
+        systems=tuple(e.prompt.system for e in examples),
+        targets=tuple(e.row.target for e in examples),
     ).validate()
 
 
@@ -144,6 +147,7 @@ def behaviour_batch(examples: Sequence[EncodedHarmful | EncodedChat], attackable
         prompts=tuple(e.row.prompt for e in examples),
         references=tuple(references),
         categories=tuple(e.row.category for e in examples),
+        functional=tuple(e.row.functional if isinstance(e.row, HarmfulRow) else "" for e in examples),
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         adversarial=adversarial_batch(harmful, attackable) if harmful else None,

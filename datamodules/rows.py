@@ -19,6 +19,8 @@ class HarmfulRow:
     where: str
     """Origin of the row as `file:line` (or `file:line key[item]`), for error messages."""
     category: str = ""
+    functional: str = ""
+    """HarmBench's functional category: standard, contextual or copyright."""
     system: str | None = None
 
 

@@ -90,6 +90,7 @@ class HarmBench:
                     safe_reply=safe,
                     where=target_where,
                     category=record.get("SemanticCategory") or record.get("Category") or "",
+                    functional=record.get("FunctionalCategory") or "",
                 )
 
     def _safe_replies(self) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Console script `thundercat`: fit | validate | test | predict from YAML, and report for a finished run.
+"""Console script `thundercat`: fit | validate | test | predict | attack from YAML, and report for a finished run.
 
 thundercat fit --config configs/quickstart.yaml --model.attack.epsilon=0.05
 thundercat fit --config configs/experiment/cat_tinychat.yaml --config my_changes.yaml --print_config
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-COMMANDS = ("fit", "validate", "test", "predict", "report")
+COMMANDS = ("fit", "validate", "test", "predict", "attack", "report")
 USAGE = """usage: thundercat COMMAND [options]
 
 commands:
@@ -22,9 +22,10 @@ commands:
   validate   evaluate on the evaluation sets (all rows)
   test       the same under the name `test`
   predict    write the model's replies to the evaluation prompts to RUN/predictions.jsonl
+  attack     one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..." (the model's attack of the YAML)
   report     write the report of a finished run again: thundercat report RUN
 
-options of fit, validate, test and predict:
+options of fit, validate, test, predict and attack:
   --config FILE, -c FILE   a YAML file; give several to merge them in order
   --KEY=VALUE              override one field, e.g. --model.attack.epsilon=0.1 or --model.attack=NoAttack
   --ckpt_path PATH|last    continue from (fit) or evaluate (others) a checkpoint; `last` is the run's newest
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "report":
             return _report(rest)
+        if command == "attack" and not any(word.startswith(("--help", "-h", "--print_config")) for word in rest):
+            from experiments.attack import attack
+
+            return attack(*split_arguments(rest))
         from experiments.run import run
 
         return run(command, *split_arguments(rest))

@@ -62,7 +62,7 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
     if command == "fit" and config.get("ckpt_path") is None:
         start_record(config["trainer"]["default_root_dir"])
     try:
-        cli = _instantiate(config, command)
+        cli = instantiate(config)
     except ConfigError:
         if "--traceback" in flags:
             traceback.print_exc()
@@ -75,7 +75,7 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
     return _execute(cli, command, config.get("ckpt_path"), "--traceback" in flags)
 
 
-def _instantiate(config: dict[str, Any], command: str) -> ThundercatCLI:
+def instantiate(config: dict[str, Any]) -> ThundercatCLI:
     """Parse types and build trainer, module and datamodule; no model is loaded yet."""
     settings = {key: value for key, value in config.items() if key != "ckpt_path"}
     try:

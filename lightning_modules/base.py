@@ -14,11 +14,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from datamodules.batch import BehaviourBatch
-from lightning_modules.attacks.base import NoAttack
-from lightning_modules.likelihood import mean_cross_entropy
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_model
 from lightning_modules.models.victim import Victim
-from lightning_modules.scoring import score_replies
 
 PREDICTED_TOKENS = 64
 """Longest reply of `predict`."""
@@ -74,7 +71,8 @@ class FineTuning(LightningModule):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(step_seed(self.seed, -1, 0))
                 self.model = load_model(self.base)
-            self.victim = Victim(self.model)
+            data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+            self.victim = Victim(self.model, chat=getattr(data, "chat", None))
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Seed dropout from (seed, micro-batch, rank): resuming is bit-exact and callbacks cannot disturb training."""
@@ -110,14 +108,7 @@ class FineTuning(LightningModule):
             )
 
     def validation_step(self, batch: BehaviourBatch, batch_idx: int) -> None:
-        """Clean losses of harmful behaviours; attacks and generation are the callbacks' work."""
-        if batch.adversarial is not None:
-            scores = score_replies(self.victim, batch.adversarial, NoAttack()(self.victim, batch.adversarial))
-            losses = {
-                "eval/harmful/loss_target": mean_cross_entropy(scores.harmful_log_probs, scores.harmful_mask).mean(),
-                "eval/harmful/loss_safe": mean_cross_entropy(scores.safe_log_probs, scores.safe_mask).mean(),
-            }
-            self.log_dict(losses, batch_size=len(batch))
+        """Nothing batch by batch: `validate` and `test` are the evaluation callbacks' work, which report n and an interval."""
 
     test_step = validation_step
 

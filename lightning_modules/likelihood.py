@@ -32,3 +32,12 @@ def soft_cutoff(loss: Tensor, cutoff: float, slope: float = 1e-3) -> Tensor:
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
+def mellowmax(losses: Tensor, mask: Tensor, alpha: float) -> Tensor:
+    """(B,) mellowmax of (B, T) token losses (Asadi and Littman 2017): between their mean (alpha -> 0) and maximum (alpha -> inf).
+
+    mm = (1 / alpha) log( (1 / n) sum_t exp(alpha loss_t) )
+    """
+    scaled = (alpha * losses).masked_fill(~mask, -torch.inf)
+    return (scaled.logsumexp(1) - mask.sum(1).to(losses.dtype).log()) / alpha

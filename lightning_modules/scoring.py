@@ -12,12 +12,9 @@ from lightning_modules.models.victim import Reply, Victim
 
 def score_replies(victim: Victim, batch: AdversarialBatch, attacked: AttackedPrompt) -> ReplyScores:
     """Both replies under the same perturbation, the one found for the harmful target."""
-    safe, harmful = victim.reply_log_probs(
-        attacked.embeds(victim),
-        attacked.prompt_mask,
-        Reply(batch.safe_ids, batch.safe_mask),
-        Reply(batch.harmful_ids, batch.harmful_mask),
-    )
+    replies = Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)
+    with attacked.applied(victim) as embeds:
+        safe, harmful = victim.reply_log_probs(embeds, attacked.prompt_mask, *replies)
     return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask)
 
 

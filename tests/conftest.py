@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ from transformers import (
 )
 
 from datamodules.batch import AdversarialBatch, UtilityBatch
+from datamodules.chat_format import ChatFormat
+from datamodules.encoding import Encoder, adversarial_batch
+from datamodules.sources import TinyChatHarmful
+from datamodules.tokenizers import TokenizerConfig, load_tokenizer
+from lightning_modules.models.victim import Victim
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 97
@@ -40,11 +46,31 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random two-layer model, in evaluation mode."""
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **settings: int) -> PreTrainedModel:
+    """A random two-layer model, in evaluation mode; `settings` replace fields of its configuration."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), dtype=dtype)
+    config = copy.deepcopy(FAMILIES[family])
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
+
+
+@cache
+def tinychat_format() -> ChatFormat:
+    """The packaged model's chat format."""
+    return ChatFormat(load_tokenizer(TokenizerConfig("tinychat:aligned")))
+
+
+def chat_victim(family: str = "llama", dtype: torch.dtype = torch.float32) -> Victim:
+    """A random model of a family behind the packaged model's chat format."""
+    return Victim(tiny_model(family, dtype, vocab_size=1024, max_position_embeddings=256), chat=tinychat_format())
+
+
+def text_batch(size: int = 3, start: int = 0) -> AdversarialBatch:
+    """Held-out requests of the packaged corpus with prompts of different lengths, texts included."""
+    rows = Encoder(tinychat_format(), 128, "error", None, "user").harmful(TinyChatHarmful("heldout").rows())
+    return adversarial_batch(rows[3 * start : 3 * (start + size) : 3], "user")
 
 
 def ragged_batch(seed: int = 0, size: int = 3, prompt: int = 9, harmful: int = 5, safe: int = 7, start: int = 0) -> AdversarialBatch:

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lightning_modules.attacks.base import Attack, NoAttack
 from lightning_modules.attacks.embedding import EmbeddingPGD
+from lightning_modules.attacks.latent import LatentPGD
 from lightning_modules.attacks.restarts import Restarts
 from lightning_modules.attacks.soft_prompt import SoftPrompt, append_slots
 from lightning_modules.likelihood import mean_cross_entropy
@@ -28,6 +29,8 @@ ATTACKS: dict[str, Attack] = {
     "fgsm": EmbeddingPGD(epsilon=0.2, num_steps=1, step_size=1.0, step_rule="sign"),
     "restarts": Restarts(EmbeddingPGD(epsilon=0.5, num_steps=2, random_start=True), num_restarts=3),
     "soft_prompt": SoftPrompt(num_tokens=3, num_steps=4, step_size=0.1),
+    "latent": LatentPGD(layers=[0, 1], epsilon=0.5, radius_unit="embedding_norm", num_steps=4),
+    "latent_layer": LatentPGD(layers=[0], embedding=False, epsilon=0.3, ball="linf", step_rule="sign", num_steps=3),
     "none": NoAttack(),
 }
 BEST = [name for name in ATTACKS if name not in ("none", "pgd_sign_last")]
@@ -40,7 +43,8 @@ def generator() -> torch.Generator:
 
 def loss_of(victim: Victim, batch: object, attacked: object) -> torch.Tensor:
     reply = Reply(batch.harmful_ids, batch.harmful_mask)  # type: ignore[attr-defined]
-    (scores,) = victim.reply_log_probs(attacked.embeds(victim), attacked.prompt_mask, reply)  # type: ignore[attr-defined]
+    with attacked.applied(victim) as embeds:  # type: ignore[attr-defined]
+        (scores,) = victim.reply_log_probs(embeds, attacked.prompt_mask, reply)  # type: ignore[attr-defined]
     return mean_cross_entropy(scores, reply.mask).detach()
 
 
@@ -92,7 +96,7 @@ def test_objective_is_not_worse_than_at_the_start_and_reported_truly(name: str) 
     torch.testing.assert_close(loss_of(victim, batch, attacked), attacked.best_loss, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["pgd_l2", "pgd_linf", "pgd_adam", "soft_prompt", "fgsm"])
+@pytest.mark.parametrize("name", ["pgd_l2", "pgd_linf", "pgd_adam", "soft_prompt", "fgsm", "latent", "latent_layer"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reduces_the_loss_on_every_family(name: str, family: str) -> None:
     attacked = ATTACKS[name](Victim(tiny_model(family)), ragged_batch(), generator())
@@ -232,3 +236,36 @@ def test_impossible_values(fields: dict[str, object], message: str) -> None:
 def test_restarts_need_randomness() -> None:
     with pytest.raises(ValueError, match="Restarts.attack: expected random_start true"):
         Restarts(EmbeddingPGD())
+
+
+def test_latent_perturbation_stays_in_its_balls_and_in_the_span() -> None:
+    victim, batch = Victim(tiny_model()), ragged_batch()
+    attacked = LatentPGD(layers=[0], epsilon=0.5, radius_unit="embedding_norm", num_steps=4)(victim, batch)
+    radius = 0.5 * victim.mean_embedding_norm() * (1 + 1e-6)
+    assert attacked.delta is not None
+    for delta in (attacked.delta, attacked.layers[0]):
+        assert delta.norm(dim=-1).max() <= radius
+        assert (delta[~batch.attackable_mask] == 0).all()
+        assert delta.any()
+
+
+def test_a_perturbed_layer_is_its_output_plus_delta() -> None:
+    # With delta on the last layer only, the final norm sees h + delta.
+    victim, batch = Victim(tiny_model()), ragged_batch(size=1)
+    embeds, mask = victim.embed(batch.prompt_ids), batch.prompt_mask
+    seen: list[torch.Tensor] = []
+    handle = victim.causal_lm.get_decoder().norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    delta = torch.randn(embeds.shape, generator=generator())
+    victim.reply_log_probs(embeds, mask, Reply(batch.harmful_ids, batch.harmful_mask))
+    with victim.perturbed_layers({1: delta}):
+        victim.reply_log_probs(embeds, mask, Reply(batch.harmful_ids, batch.harmful_mask))
+    handle.remove()
+    torch.testing.assert_close(seen[1][:, : delta.shape[1]], seen[0][:, : delta.shape[1]] + delta)
+    assert torch.equal(seen[1][:, delta.shape[1] :], seen[0][:, delta.shape[1] :])
+
+
+def test_latent_layers_must_exist() -> None:
+    with pytest.raises(ValueError, match="expected distinct layer numbers counted from 0, got"):
+        LatentPGD(layers=[])
+    with pytest.raises(ValueError, match="expected layers below 2, got"):
+        LatentPGD(layers=[2])(Victim(tiny_model()), ragged_batch())

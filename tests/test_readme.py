@@ -30,7 +30,8 @@ def test_commands_parse(command: str, in_root: Path) -> None:
     files, overrides, flags = split_arguments(rest)
     # A run folder's own config exists only after the run; it has the same fields as the file it was made from.
     files = ["configs/quickstart.yaml" if file.startswith("runs/") else file for file in files]
-    check(compose(files, overrides), name)
+    texts = {"prompt", "target"} if name == "attack" else set()
+    check(compose(files, [(key, value) for key, value in overrides if key not in texts]), name)
     assert set(flags) <= {"--print_config", "--help"}
 
 

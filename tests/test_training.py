@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from callbacks.embedding_attacks import EmbeddingAttackEvaluation
 from callbacks.export import ExportModel
 from callbacks.refusal import RefusalEvaluation
+from callbacks.robustness import RobustnessEvaluation
 from callbacks.utility import UtilityEvaluation
 from datamodules.adversarial import AdversarialData
 from datamodules.batch import TrainingBatch
@@ -234,7 +234,7 @@ def test_evaluation_callbacks_do_not_disturb_training(tmp_path: Path) -> None:
     evaluations = (
         RefusalEvaluation(every_n_steps=1, at_start=True, limit=4, max_new_tokens=4),
         UtilityEvaluation(every_n_steps=1, limit=4, max_new_tokens=4),
-        EmbeddingAttackEvaluation(attacks, every_n_steps=1, limit=4, max_new_tokens=4),
+        RobustnessEvaluation(attacks, every_n_steps=1, limit=4, max_new_tokens=4),
     )
     results = []
     for callbacks in ((), evaluations):

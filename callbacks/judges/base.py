@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 
 class Judge(Protocol):
-    """Says whether a completion counts: as a refusal, as a success of an attack, as a right answer - the judge's name tells."""
+    """Says whether a completion counts: as a refusal, as a success of an attack, as a right answer - the judge's name tells.
 
-    name: str
-    revision: str
+    A judge that is faster on many completions at once may also have `judge_batch(prompts, completions, references)`, which
+    returns a list of `Judgement`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> str: ...
 
     def __call__(self, prompt: str, completion: str, reference: str) -> bool:
         """`reference` is the harmful target or the expected reply; judges that need none ignore it."""
         ...
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One verdict, with the score behind it where the judge gives one."""
+
+    verdict: bool
+    score: float | None = None
+
+
+def judge_all(judge: Judge, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]) -> list[Judgement]:
+    """Judge several completions, in one call where the judge can."""
+    batch = getattr(judge, "judge_batch", None)
+    if batch is not None:
+        judgements: list[Judgement] = batch(prompts, completions, references)
+        return judgements
+    return [Judgement(judge(p, c, r)) for p, c, r in zip(prompts, completions, references, strict=True)]
+
+
+def label(judge: Judge) -> str:
+    """`name@revision`, as stored beside a verdict."""
+    return f"{judge.name}@{judge.revision}"

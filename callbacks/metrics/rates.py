@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class Rate(Metric):
         successes, trials = int(self.successes), int(self.trials)
         low, high = wilson_interval(successes, trials)
         return {"rate": successes / trials if trials else math.nan, "low": low, "high": high, "n": trials}
+
+
+def rates_by_name(names: Iterable[str], device: torch.device) -> dict[str, Rate]:
+    """A rate per distinct name, sorted; each can be computed, and takes part in adding up, before its first trial."""
+    rates = {name: Rate().to(device) for name in sorted(set(names))}
+    for rate in rates.values():
+        rate.update(torch.empty(0, dtype=torch.bool, device=device))
+    return rates
 
 
 def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:

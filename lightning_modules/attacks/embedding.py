@@ -7,6 +7,8 @@ One step of size epsilon is FGSM. The perturbation and its update are fp32 whate
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,12 +17,28 @@ from torch import Tensor
 from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_gradients
 from lightning_modules.attacks.constraints import BALLS, Ball
+from lightning_modules.attacks.progress import notify
 from lightning_modules.likelihood import mean_cross_entropy
 from lightning_modules.models.victim import Reply, Victim
 
 StepRule = Literal["sign", "l2", "adam"]
 StepUnit = Literal["radius", "embedding_norm", "absolute"]
 RadiusUnit = Literal["embedding_norm", "absolute"]
+
+
+TargetLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What a descent found; the fields are those of AttackedPrompt."""
+
+    delta: Tensor
+    loss_curve: Tensor
+    forward_passes: Tensor
+    backward_passes: Tensor
+    distance: Tensor
+    zero_gradient: Tensor
 
 
 class EmbeddingPGD:
@@ -82,19 +100,28 @@ class EmbeddingPGD:
     def __call__(self, victim: Victim, batch: AdversarialBatch, generator: torch.Generator | None = None) -> AttackedPrompt:
         """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode."""
         require_gradients(self)
-        rho = victim.mean_embedding_norm()
-        radius = self._radius(rho)
-        step = self._step_length(rho, radius)
+        radius, step = self.lengths(victim)
         with victim.frozen():
             clean = victim.embed(batch.prompt_ids).detach()
             delta = self._start(clean, batch, radius, generator)
-            return self._descend(victim, batch, clean, delta, radius, step)
 
-    def _descend(
-        self, victim: Victim, batch: AdversarialBatch, clean: Tensor, delta: Tensor, radius: Tensor | None, step: Tensor
-    ) -> AttackedPrompt:
-        size, device = len(batch), clean.device
-        allowed = batch.attackable_mask[..., None]
+            def loss(point: Tensor, active: Tensor) -> Tensor:
+                return target_loss(victim, batch, clean[active] + point, active)
+
+            found = self.descend(loss, delta, batch.attackable_mask[..., None], radius, step)
+        return AttackedPrompt(batch.prompt_ids, batch.prompt_mask, **vars(found))
+
+    def descend(self, target: TargetLoss, delta: Tensor, allowed: Tensor, radius: Tensor | None, step: Tensor) -> Descent:
+        """The projected descent itself, whatever delta is added to.
+
+        Args:
+            target: (A, T, D) perturbations of the active examples and their (A,) indices -> (A,) attacked losses.
+            delta: (B, T, D) start, fp32.
+            allowed: (B, T, 1) bool, where delta may differ from zero.
+            radius: absolute radius per token, None for no ball.
+            step: absolute step length.
+        """
+        size, device = len(delta), delta.device
         best, best_loss = delta.clone(), torch.full((size,), torch.inf, device=device, dtype=delta.dtype)
         passes = torch.zeros(2, size, dtype=torch.long, device=device)
         zero_gradient = torch.zeros(size, dtype=torch.bool, device=device)
@@ -105,9 +132,10 @@ class EmbeddingPGD:
             differentiate = i < self.num_steps
             point = delta[active].requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
-                loss = _target_loss(victim, batch, clean, point, active)
+                loss = target(point, active)
             passes[0, active] += 1
             curve.append(_scatter_row(loss.detach(), active, size))
+            notify(curve[-1])
             improved = loss.detach() < best_loss[active]
             best_loss[active] = torch.where(improved, loss.detach(), best_loss[active])
             best[active] = torch.where(improved[:, None, None], point.detach(), best[active])
@@ -125,9 +153,7 @@ class EmbeddingPGD:
             moved = point.detach() + step * self._direction(gradient, moments, active)
             delta[active] = (moved if radius is None else self.ball.project(moved, radius)) * allowed[active]
         final = best if self.keep == "best" else delta
-        return AttackedPrompt(
-            prompt_ids=batch.prompt_ids,
-            prompt_mask=batch.prompt_mask,
+        return Descent(
             delta=final,
             loss_curve=torch.stack(curve),
             forward_passes=passes[0],
@@ -136,16 +162,15 @@ class EmbeddingPGD:
             zero_gradient=zero_gradient,
         )
 
-    def _radius(self, rho: Tensor) -> Tensor | None:
-        if self.epsilon is None:
-            return None
-        return self.epsilon * (rho if self.radius_unit == "embedding_norm" else torch.ones_like(rho))
-
-    def _step_length(self, rho: Tensor, radius: Tensor | None) -> Tensor:
+    def lengths(self, victim: Victim) -> tuple[Tensor | None, Tensor]:
+        """Absolute radius (None without a ball) and absolute step length."""
+        rho = victim.mean_embedding_norm()
+        units = {"embedding_norm": rho, "absolute": torch.ones_like(rho)}
+        radius = None if self.epsilon is None else self.epsilon * units[self.radius_unit]
         if self.step_unit == "radius":
             assert radius is not None
-            return self.step_size * radius
-        return self.step_size * (rho if self.step_unit == "embedding_norm" else torch.ones_like(rho))
+            return radius, self.step_size * radius
+        return radius, self.step_size * units[self.step_unit]
 
     def _start(self, clean: Tensor, batch: AdversarialBatch, radius: Tensor | None, generator: torch.Generator | None) -> Tensor:
         delta = torch.zeros(clean.shape, dtype=torch.promote_types(clean.dtype, torch.float32), device=clean.device)
@@ -179,10 +204,10 @@ class _Adam:
         return -mean / (scale + self.eps)
 
 
-def _target_loss(victim: Victim, batch: AdversarialBatch, clean: Tensor, delta: Tensor, active: Tensor) -> Tensor:
-    """(A,) CE of the harmful target for the active examples."""
+def target_loss(victim: Victim, batch: AdversarialBatch, embeds: Tensor, active: Tensor) -> Tensor:
+    """(A,) CE of the harmful target for the active examples, whose prompts are given as (A, P, D) embeddings."""
     reply = Reply(batch.harmful_ids[active], batch.harmful_mask[active])
-    (log_probs,) = victim.reply_log_probs(clean[active] + delta, batch.prompt_mask[active], reply)
+    (log_probs,) = victim.reply_log_probs(embeds, batch.prompt_mask[active], reply)
     return mean_cross_entropy(log_probs, reply.mask)
 
 

@@ -7,15 +7,17 @@ is padding, whatever id fills it).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from datamodules.chat_format import ChatFormat
 from lightning_modules.models.adapters import merged_adapters
+from lightning_modules.models.prefix_cache import PrefixCache
 from lightning_modules.models.token_log_probs import LogitTransform, token_log_probs
 
 
@@ -33,10 +35,12 @@ class Victim:
         model: the Hugging Face model or PeftModel; it is not copied.
         merge_adapters: merge fp32 LoRA weights while the model is frozen for an attack (exact in fp32, never done below).
         share_prompt: score several replies to one prompt in a single forward pass that computes the prompt once.
+        chat: the model's chat format; attacks that write text need it, those on embeddings do not.
     """
 
-    def __init__(self, model: nn.Module, merge_adapters: bool = True, share_prompt: bool = True) -> None:
+    def __init__(self, model: nn.Module, merge_adapters: bool = True, share_prompt: bool = True, chat: ChatFormat | None = None) -> None:
         self.model = model
+        self._chat = chat
         self.causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator, assignment]
         self.config: PreTrainedConfig = self.causal_lm.config.get_text_config()  # type: ignore[operator, union-attr]
         self.merge_adapters = merge_adapters
@@ -48,6 +52,17 @@ class Victim:
         return self.embedding_weight.device
 
     @property
+    def chat(self) -> ChatFormat:
+        """The model's chat format. Raises: ValueError where none was given."""
+        if self._chat is None:
+            raise ValueError("expected a victim with a chat format for an attack that writes text, got none; set Victim(model, chat=...)")
+        return self._chat
+
+    @chat.setter
+    def chat(self, chat: ChatFormat) -> None:
+        self._chat = chat
+
+    @property
     def embedding_weight(self) -> Tensor:
         return next(iter(self.causal_lm.get_input_embeddings().parameters()))
 
@@ -55,6 +70,14 @@ class Victim:
         """(B, T) ids -> (B, T, D) embeddings as the decoder stack receives them."""
         embedded: Tensor = self.causal_lm.get_input_embeddings()(ids)
         return embedded
+
+    @torch.no_grad()
+    def embedding_table(self) -> Tensor:
+        """(V, D) embedding of every token as the decoder receives it; the weight itself where the module only looks it up."""
+        module = self.causal_lm.get_input_embeddings()
+        if type(module) is nn.Embedding:
+            return module.weight
+        return torch.cat([module(chunk) for chunk in torch.arange(self.embedding_weight.shape[0], device=self.device).split(32_768)])
 
     @torch.no_grad()
     def mean_embedding_norm(self) -> Tensor:
@@ -123,8 +146,90 @@ class Victim:
         return self._scatter(hidden[:, :-1][scored], targets[scored], scored), scored
 
     @torch.no_grad()
-    def generate(self, prompt_embeds: Tensor, prompt_mask: Tensor, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        """Greedy continuations of (B, P, D) prompts, each cut before the first stop token."""
+    def prefix_cache(self, ids: Tensor, mask: Tensor) -> PrefixCache:
+        """Compute the keys and values of (B, P) left-padded prompt beginnings, P at least 1."""
+        cache = DynamicCache()
+        self._decode(self.embed(ids), mask, (mask.long().cumsum(1) - 1).clamp_min(0), cache)
+        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+        return PrefixCache(mask, layers)
+
+    @torch.no_grad()
+    def extend_cache(self, prefix: PrefixCache, rows: Tensor, embeds: Tensor, mask: Tensor) -> PrefixCache:
+        """The beginnings `rows` (N,) of a cache, each continued by (N, M, D) embeddings with their (N, M) mask."""
+        cache = prefix.rows(rows)
+        self._continue(prefix, rows, embeds, mask, cache)
+        return cache.extended(torch.cat([prefix.mask[rows], mask], dim=1))
+
+    def continued_log_probs(self, prefix: PrefixCache, rows: Tensor, embeds: Tensor, mask: Tensor, reply: Reply) -> Tensor:
+        """Log-probabilities of N replies to prompts that continue cached beginnings.
+
+        Args:
+            prefix: the beginnings; they hold no gradient.
+            rows: (N,) which beginning each row continues.
+            embeds: (N, M, D) the prompts' rest; (N, M) mask, left-padded where a prompt is shorter than M.
+            reply: (N, R) replies.
+
+        Returns: (N, R) fp32, 0 where the reply's mask is False.
+        """
+        fed = Reply(reply.ids[:, :-1], reply.mask[:, :-1])
+        whole = torch.cat([embeds.to(self._dtype()), self.embed(fed.ids)], dim=1)
+        hidden = self._continue(prefix, rows, whole, torch.cat([mask, fed.mask], dim=1))
+        return self._score(hidden, reply, mask.shape[1], mask.shape[1])
+
+    @torch.no_grad()
+    def next_token_logits(self, prefix: PrefixCache, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """(N, V) fp32 logits of the token after each continued prompt; arguments as in `continued_log_probs`, ids (N, M)."""
+        hidden = self._continue(prefix, rows, self.embed(ids), mask)[:, -1]
+        return self._logits(hidden)
+
+    @torch.no_grad()
+    def replies_greedily(self, prompt_embeds: Tensor, prompt_mask: Tensor, reply: Reply) -> Tensor:
+        """(B,) bool: whether greedy decoding of each prompt begins with exactly this reply."""
+        embeds = torch.cat([prompt_embeds.to(self._dtype()), self.embed(reply.ids[:, :-1])], dim=1)
+        mask = torch.cat([prompt_mask, reply.mask[:, :-1]], dim=1)
+        hidden = self._decode(embeds, mask, (mask.long().cumsum(1) - 1).clamp_min(0))[:, prompt_mask.shape[1] - 1 :]
+        wrong = torch.zeros_like(reply.mask)
+        wrong[reply.mask] = self._logits(hidden[reply.mask]).argmax(-1) != reply.ids[reply.mask]
+        return ~wrong.any(1)
+
+    @contextmanager
+    def perturbed_layers(self, deltas: Mapping[int, Tensor]) -> Iterator[None]:
+        """Add deltas[l] (B, P, D) to the output of decoder layer l at a prompt's P positions, wherever a whole prompt passes.
+
+        Steps of generation that feed single tokens pass unchanged: their prompt's perturbed states are in the cache.
+        """
+
+        def hook_of(delta: Tensor) -> Any:
+            def hook(module: nn.Module, inputs: object, output: Any) -> Any:
+                hidden = output[0] if isinstance(output, tuple) else output
+                length = delta.shape[1]
+                if hidden.shape[1] < length:
+                    return output
+                moved = torch.cat([(hidden[:, :length] + delta).to(hidden.dtype), hidden[:, length:]], dim=1)
+                return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+            return hook
+
+        layers = self.causal_lm.get_decoder().layers
+        handles = [layers[number].register_forward_hook(hook_of(delta)) for number, delta in deltas.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> list[list[int]]:
+        """Continuations of (B, P, D) prompts, each cut before the first stop token; greedy unless the temperature is above 0."""
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -132,7 +237,7 @@ class Victim:
                 inputs_embeds=prompt_embeds.to(self._dtype()),
                 attention_mask=prompt_mask.long(),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+                    max_new_tokens=max_new_tokens, num_beams=1, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], **sampling
                 ),
             )
         finally:
@@ -144,11 +249,24 @@ class Victim:
     def _dtype(self) -> torch.dtype:
         return self.embedding_weight.dtype
 
-    def _decode(self, embeds: Tensor, attention_mask: Any, positions: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) final hidden states."""
+    def _continue(self, prefix: PrefixCache, rows: Tensor, embeds: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """(N, M, D) embeddings after cached beginnings -> (N, M, D) final hidden states."""
+        whole = torch.cat([prefix.mask[rows], mask], dim=1)
+        positions = (whole.long().cumsum(1) - 1).clamp_min(0)[:, prefix.length :]
+        return self._decode(embeds, whole, positions, cache or prefix.rows(rows))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) fp32 logits."""
+        logits: Tensor = self._logit_transform()(self.causal_lm.get_output_embeddings()(hidden).float())
+        return logits
+
+    def _decode(self, embeds: Tensor, attention_mask: Any, positions: Tensor, cache: Cache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D) final hidden states; a cache is read and filled."""
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             attention_mask = attention_mask.long()
-        out = self.causal_lm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        out = self.causal_lm.get_decoder()(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+        )
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -164,7 +282,7 @@ class Victim:
         if type(head) is nn.Linear:
             scores = token_log_probs(hidden, head.weight, head.bias, targets, self._logit_transform())
         else:  # a LoRA-wrapped or quantised head: its own forward, full logits of the scored positions only
-            logits = self._logit_transform()(head(hidden).float())
+            logits = self._logits(hidden)
             scores = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
         return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
 

@@ -1,0 +1,226 @@
+"""Language models one talks to, as attackers and judges: a loaded model, or an endpoint that speaks the OpenAI chat protocol."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from datamodules.batch import pad
+from datamodules.chat_format import ChatFormat, Turn
+from datamodules.tokenizers import TokenizerConfig, load_tokenizer
+from lightning_modules.models.loading import ModelConfig, load_model
+from lightning_modules.models.victim import Victim
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is said to a model: an optional system message, earlier turns, and the user's text."""
+
+    user: str
+    system: str | None = None
+    history: tuple[Turn, ...] = ()
+
+
+class ChatModel(Protocol):
+    """Replies to conversations; `name` and `revision` are stored with everything it judged or wrote."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> str: ...
+
+    def replies(self, conversations: Sequence[Conversation]) -> list[str]: ...
+
+    def clip(self, text: str, max_tokens: int) -> str:
+        """The text's first so many tokens."""
+        ...
+
+    def escape(self, text: str) -> str:
+        """The text with everything broken up that this model would read as the end or the start of a turn."""
+        ...
+
+
+INSTRUCTION_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|end|>")
+"""Turn marks of common templates, some of which are ordinary text to their tokenizers."""
+
+
+def escape_marks(text: str) -> str:
+    """Break up common turn marks by a space after their first character."""
+    for mark in INSTRUCTION_MARKS:
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
+
+
+class LocalChat:
+    """A model loaded on first use in this process, in evaluation mode.
+
+    Args:
+        base: the model.
+        tokenizer: its tokenizer and chat template.
+        max_new_tokens: longest reply.
+        temperature: 0 decodes greedily.
+        top_p: nucleus of the sampling where the temperature is above 0.
+        seed: seed of the sampling.
+        max_rows: conversations per batch.
+        device: where the model goes; null takes a GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        base: ModelConfig,
+        tokenizer: TokenizerConfig,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        max_rows: int = 16,
+        device: str | None = None,
+    ) -> None:
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"LocalChat.temperature and top_p: expected >= 0 and within (0, 1], got {temperature} and {top_p}")
+        self.base = base
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.seed = seed
+        self.max_rows = max_rows
+        self.device = device
+        self._victim: Victim | None = None
+        self._calls = 0
+
+    @property
+    def name(self) -> str:
+        return self.base.name_or_path
+
+    @property
+    def revision(self) -> str:
+        return self.base.revision or "unpinned"
+
+    @property
+    def victim(self) -> Victim:
+        if self._victim is None:
+            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_model(self.base).eval().requires_grad_(False).to(device)
+            self._victim = Victim(model, chat=ChatFormat(load_tokenizer(self.tokenizer)))
+        return self._victim
+
+    def replies(self, conversations: Sequence[Conversation]) -> list[str]:
+        """One reply each. Raises: ValueError where a conversation does not fit the chat template."""
+        victim, out = self.victim, []
+        for start in range(0, len(conversations), self.max_rows):
+            part = conversations[start : start + self.max_rows]
+            ids, mask = pad([victim.chat.prompt(c.user, c.system, c.history).ids for c in part], "left")
+            ids, mask = ids.to(victim.device), mask.to(victim.device)
+            self._calls += 1
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(self.seed + self._calls)
+                replies = victim.generate(
+                    victim.embed(ids), mask, self.max_new_tokens, victim.chat.stop_ids, temperature=self.temperature, top_p=self.top_p
+                )
+            out += [victim.chat.decode(reply) for reply in replies]
+        return out
+
+    def clip(self, text: str, max_tokens: int) -> str:
+        ids = self.victim.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text if len(ids) <= max_tokens else self.victim.chat.decode(ids[:max_tokens])
+
+    def escape(self, text: str) -> str:
+        return self.victim.chat.neutralised(escape_marks(text))
+
+
+class Endpoint:
+    """A server that speaks the OpenAI chat-completions protocol (needs the extra `endpoint`).
+
+    Args:
+        base_url: address up to and including `/v1`.
+        model: the server's name of the model.
+        api_key_env: environment variable that holds the key; a server that asks for none needs none.
+        max_new_tokens: longest reply.
+        temperature: sampling temperature.
+        top_p: nucleus of the sampling.
+        timeout: seconds to wait for a reply.
+        max_retries: further attempts after a failed request.
+        parallel: requests under way at once.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key_env: str = "OPENAI_API_KEY",
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        timeout: float = 120.0,
+        max_retries: int = 4,
+        parallel: int = 8,
+    ) -> None:
+        if importlib.util.find_spec("openai") is None:
+            raise ValueError("Endpoint: needs the openai package, which is not installed; pip install 'thundercat[endpoint]'")
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"Endpoint.base_url: expected http:// or https://, got {base_url!r}")
+        self.base_url = base_url
+        self.model = model
+        self.api_key_env = api_key_env
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.parallel = parallel
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    @property
+    def revision(self) -> str:
+        return self.base_url
+
+    def replies(self, conversations: Sequence[Conversation]) -> list[str]:
+        """One reply each. Raises: ConnectionError once a request has failed `max_retries` times."""
+        from openai import OpenAI, OpenAIError
+
+        key = os.environ.get(self.api_key_env) or "none"
+        with OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries) as client:
+
+            def ask(conversation: Conversation) -> str:
+                answer = client.chat.completions.create(
+                    model=self.model,
+                    messages=_messages(conversation),  # type: ignore[arg-type]
+                    max_tokens=self.max_new_tokens,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                )
+                return answer.choices[0].message.content or ""
+
+            try:
+                with ThreadPoolExecutor(self.parallel) as pool:
+                    return list(pool.map(ask, conversations))
+            except OpenAIError as error:
+                raise ConnectionError(
+                    f"the endpoint {self.base_url} failed: {error}; check base_url, model and ${self.api_key_env}"
+                ) from error
+
+    def clip(self, text: str, max_tokens: int) -> str:
+        """By words: a server does not show its tokenizer, and a word is at least one token."""
+        words = text.split(" ")
+        return text if len(words) <= max_tokens else " ".join(words[:max_tokens])
+
+    def escape(self, text: str) -> str:
+        return escape_marks(text)
+
+
+def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    messages = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
+    for user, assistant in conversation.history:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return [*messages, {"role": "user", "content": conversation.user}]

@@ -1,0 +1,65 @@
+"""Keys and values of a prompt's fixed beginning, computed once and shared by every candidate that continues it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """The computed beginnings of B prompts.
+
+    `mask` is (B, P) bool, left-padded like a prompt; `layers` holds keys and values of shape (B, heads, P, head dim) per layer.
+    """
+
+    mask: Tensor
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def length(self) -> int:
+        return self.mask.shape[1]
+
+    def head(self, length: int) -> PrefixCache:
+        """The beginnings' first `length` columns (views)."""
+        layers = ((keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers)
+        return PrefixCache(self.mask[:, :length], tuple(layers))
+
+    def rows(self, index: Tensor) -> Continuation:
+        """A cache of N rows for one forward pass, row n beginning like prompt index[n]; this object stays unchanged."""
+        return Continuation(self, index)
+
+
+class Continuation(Cache):
+    """What a model reads the beginnings from; afterwards it also knows the whole prompts' keys and values."""
+
+    def __init__(self, prefix: PrefixCache, index: Tensor) -> None:
+        self.shared = [_PrefixLayer(keys, values, index) for keys, values in prefix.layers]
+        super().__init__(layers=list(self.shared))
+
+    def extended(self, mask: Tensor) -> PrefixCache:
+        """The rows with what the model added to them; `mask` is that of the whole."""
+        return PrefixCache(mask, tuple(layer.whole for layer in self.shared))
+
+
+class _PrefixLayer(DynamicLayer):
+    """One layer's shared keys and values."""
+
+    whole: tuple[Tensor, Tensor]
+
+    def __init__(self, keys: Tensor, values: Tensor, index: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.index = keys, values, index
+        self.is_initialized = True
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        self.whole = (
+            torch.cat([self.keys[self.index], key_states], dim=-2),
+            torch.cat([self.values[self.index], value_states], dim=-2),
+        )
+        return self.whole
