@@ -156,9 +156,13 @@ class EvaluationRun:
         data: AdversarialData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
-    def batches(self, subject: Subject, what: str | None = None) -> Iterator[BehaviourBatch]:
-        """This process's share of a subject's rows on the model's device; with a progress bar where it is given a name."""
-        loader = self.data.behaviours.loader(subject, self.limit, self.trainer.global_rank, self.trainer.world_size)
+    def batches(self, subject: Subject, what: str | None = None, limit: int | None = None) -> Iterator[BehaviourBatch]:
+        """This process's share of a subject's rows on the model's device; with a progress bar where it is given a name.
+
+        `limit` lowers the evaluation's own.
+        """
+        least = min((n for n in (self.limit, limit) if n is not None), default=None)
+        loader = self.data.behaviours.loader(subject, least, self.trainer.global_rank, self.trainer.world_size)
         with self.progress(len(loader), f"{what} ({subject})", silent=what is None) as bar:
             for batch in loader:
                 yield batch.to(self.module.device)

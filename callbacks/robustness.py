@@ -41,6 +41,7 @@ class RobustnessEvaluation(Evaluation):
         at_end: evaluate after the last training step.
         limit: use at most so many rows, evenly spaced, inside `fit`; `validate` and `test` use all.
         test_limit: the same for `validate` and `test`; null uses all.
+        attack_limits: fewer rows for single attacks (by name) inside `fit`; worst cases then count the rows that all attacks tried.
         max_new_tokens: longest generated reply.
         seed: seed of the attacks.
     """
@@ -58,10 +59,14 @@ class RobustnessEvaluation(Evaluation):
         at_end: bool = True,
         limit: int | None = None,
         test_limit: int | None = None,
+        attack_limits: dict[str, int] | None = None,
         max_new_tokens: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__(every_n_steps, at_start, at_end, limit, max_new_tokens, test_limit)
+        unknown = set(attack_limits or {}) - set(attacks)
+        if unknown:
+            raise ValueError(f"{type(self).__name__}.attack_limits: expected names among {sorted(attacks)}, got {sorted(unknown)}")
         if not attacks:
             raise ValueError(f"{type(self).__name__}.attacks: expected at least one named attack, got none")
         if num_restarts < 1:
@@ -70,6 +75,7 @@ class RobustnessEvaluation(Evaluation):
         self.success: Judge = success or TargetPrefix()
         self.judges = judges or []
         self.num_restarts = num_restarts
+        self.attack_limits = attack_limits or {}
         self.seed = seed
 
     def evaluate(self, run: EvaluationRun) -> Findings:
@@ -80,13 +86,14 @@ class RobustnessEvaluation(Evaluation):
         store = ResultsStore(Path(run.trainer.default_root_dir), run.trainer.global_rank)
         runner = AttackRunner(run, store, [self.success, refusal, *self.judges], fingerprint(run.module.model), self.seed)
         summary = Summary(list(self.attacks), self.success, refusal, self.judges, run)
-        batches = list(run.batches("harmful"))
-        # What the seed and the batches decide belongs to a row's identity as much as the attack's own settings.
-        shape = [len(batch) for batch in batches]
-        with run.progress(sum(map(len, batches)) * len(self.attacks) * self.num_restarts, self.name) as bar:
+        limits = self.attack_limits if run.trainer.training else {}
+        batches = {name: list(run.batches("harmful", limit=limits.get(name))) for name in self.attacks}
+        total = self.num_restarts * sum(len(batch) for own in batches.values() for batch in own)
+        with run.progress(total, self.name) as bar:
             for name, attack in self.attacks.items():
-                digest = settings_digest(attack, self.max_new_tokens, self.seed, shape)
-                for batch in batches:
+                # What the seed and the batches decide belongs to a row's identity as much as the attack's own settings.
+                digest = settings_digest(attack, self.max_new_tokens, self.seed, [len(batch) for batch in batches[name]])
+                for batch in batches[name]:
                     for restart in range(self.num_restarts):
                         bar.set_description(f"{self.name}: {name}")
                         with observed(_Postfix(bar)):
@@ -104,6 +111,7 @@ class GCGEvaluation(RobustnessEvaluation):
         width: candidates per step and behaviour.
         topk: tokens per position that the gradient proposes.
         num_tokens: length of the suffix.
+        target_tokens: search for the target's first so many tokens only; null for all.
         every_n_steps: evaluate after every so many optimiser steps; null for no periodic evaluation.
         at_start: evaluate before the first training step.
         at_end: evaluate after the last training step.
@@ -121,6 +129,7 @@ class GCGEvaluation(RobustnessEvaluation):
         width: int = 64,
         topk: int = 64,
         num_tokens: int = 20,
+        target_tokens: int | None = None,
         every_n_steps: int | None = None,
         at_start: bool = False,
         at_end: bool = True,
@@ -129,7 +138,7 @@ class GCGEvaluation(RobustnessEvaluation):
         max_new_tokens: int = 64,
         seed: int = 0,
     ) -> None:
-        gcg = GCG(num_tokens=num_tokens, num_steps=num_steps, width=width, topk=topk)
+        gcg = GCG(num_tokens=num_tokens, num_steps=num_steps, width=width, topk=topk, target_tokens=target_tokens)
         attacks: dict[str, Attack] = {"direct": DirectRequest(), "initial_suffix": InitialSuffix(num_tokens), "gcg": gcg}
         super().__init__(
             attacks, every_n_steps=every_n_steps, at_start=at_start, at_end=at_end, limit=limit, test_limit=test_limit,

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lightning_modules.attacks.base import Attack, NoAttack
 from lightning_modules.attacks.embedding import EmbeddingPGD
 from lightning_modules.attacks.latent import LatentPGD
+from lightning_modules.attacks.mixture import Mixture
 from lightning_modules.attacks.restarts import Restarts
 from lightning_modules.attacks.soft_prompt import SoftPrompt, append_slots
 from lightning_modules.likelihood import mean_cross_entropy
@@ -31,6 +32,7 @@ ATTACKS: dict[str, Attack] = {
     "soft_prompt": SoftPrompt(num_tokens=3, num_steps=4, step_size=0.1),
     "latent": LatentPGD(layers=[0, 1], epsilon=0.5, radius_unit="embedding_norm", num_steps=4),
     "latent_layer": LatentPGD(layers=[0], embedding=False, epsilon=0.3, ball="linf", step_rule="sign", num_steps=3),
+    "mixture": Mixture([EmbeddingPGD(epsilon=0.5, num_steps=3), SoftPrompt(num_tokens=3, num_steps=2, step_size=0.1)]),
     "none": NoAttack(),
 }
 BEST = [name for name in ATTACKS if name not in ("none", "pgd_sign_last")]
@@ -269,3 +271,12 @@ def test_latent_layers_must_exist() -> None:
         LatentPGD(layers=[])
     with pytest.raises(ValueError, match="expected layers below 2, got"):
         LatentPGD(layers=[2])(Victim(tiny_model()), ragged_batch())
+
+
+def test_a_mixture_draws_each_attack_by_its_weight() -> None:
+    victim, batch = Victim(tiny_model()), ragged_batch(size=1)
+    mixture = Mixture([NoAttack(), EmbeddingPGD(num_steps=1)], [1.0, 3.0])
+    drawn = [mixture(victim, batch, torch.Generator().manual_seed(seed)).delta is not None for seed in range(60)]
+    assert 0.6 < sum(drawn) / 60 < 0.9
+    with pytest.raises(ValueError, match=r"expected one weight >= 0 for each of 1 attacks, not all 0, got \[0.0\]"):
+        Mixture([NoAttack()], [0.0])

@@ -24,8 +24,10 @@ from experiments.run import instantiate
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str, str]]
-QUICKSTART = "configs/quickstart.yaml"
-RECIPES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / QUICKSTART, *(ROOT / "configs" / "experiment").glob("*.yaml")])
+TINYCHAT = "configs/experiment/cat_tinychat.yaml"
+RECIPES = sorted(
+    str(path.relative_to(ROOT)) for path in [ROOT / "configs" / "quickstart.yaml", *(ROOT / "configs" / "experiment").glob("*.yaml")]
+)
 SHORT = (
     "--trainer.max_steps=2", "--data.harmful_per_step=2", "--data.utility_per_step=2", "--model.attack.num_steps=1",
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
@@ -57,7 +59,7 @@ def test_later_files_win_lists_are_replaced_or_extended_and_a_new_class_drops_ol
 
 def test_interpolation_is_resolved_after_overrides(in_root: Path) -> None:
     # LightningCLI's own omegaconf mode keeps the stale value here.
-    config = compose([QUICKSTART], [("model.base.name_or_path", "tinychat:helpful"), ("data.micro_batches", "2")])
+    config = compose([TINYCHAT], [("model.base.name_or_path", "tinychat:helpful"), ("data.micro_batches", "2")])
     assert config["data"]["init_args"]["tokenizer"]["name_or_path"] == "tinychat:helpful"
     assert config["trainer"]["accumulate_grad_batches"] == 2
     assert "vars" not in config
@@ -70,7 +72,7 @@ def test_overrides_step_through_init_args_and_lists(in_root: Path) -> None:
         ("data.evaluation.utility.0.num_rows", "7"),
         ("model.objective.cutoff_away", "null"),
     ]
-    config = compose([QUICKSTART], overrides)
+    config = compose([TINYCHAT], overrides)
     attack = config["model"]["init_args"]["attack"]["init_args"]
     assert (attack["epsilon"], attack["num_steps"]) == (0.2, 3)
     assert config["data"]["init_args"]["evaluation"]["utility"][0]["init_args"]["num_rows"] == 7
@@ -78,7 +80,7 @@ def test_overrides_step_through_init_args_and_lists(in_root: Path) -> None:
 
 
 def test_a_short_class_name_replaces_the_class(in_root: Path) -> None:
-    config = compose([QUICKSTART], [("model.attack", "NoAttack")])
+    config = compose([TINYCHAT], [("model.attack", "NoAttack")])
     assert config["model"]["init_args"]["attack"] == {"class_path": "lightning_modules.attacks.base.NoAttack"}
     check(config, "fit")
 
@@ -86,7 +88,7 @@ def test_a_short_class_name_replaces_the_class(in_root: Path) -> None:
 def test_several_files_compose(thundercat: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("trainer: {max_steps: 7}\nmodel: {init_args: {attack: {init_args: {epsilon: 0.3}}}}\n")
     status, out, _ = thundercat(
-        "fit", "-c", QUICKSTART, "--config", str(tmp_path / "mine.yaml"), "--trainer.max_steps", "9", "--print_config"
+        "fit", "-c", TINYCHAT, "--config", str(tmp_path / "mine.yaml"), "--trainer.max_steps", "9", "--print_config"
     )
     printed = yaml.safe_load(out)
     assert status == 0
@@ -159,7 +161,7 @@ def test_errors_name_field_and_remedy_before_a_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("lightning_modules.base.load_model", never)
-    status, _, err = thundercat("fit", "--config", QUICKSTART, "--trainer.accelerator=cpu", override)
+    status, _, err = thundercat("fit", "--config", TINYCHAT, "--trainer.accelerator=cpu", override)
     assert status == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
@@ -178,7 +180,7 @@ def test_missing_pieces(thundercat: Run, tmp_path: Path) -> None:
 
 def test_errors_come_in_seconds() -> None:
     began = time.monotonic()
-    command = [sys.executable, "-m", "experiments.cli", "fit", "--config", QUICKSTART, "--model.attack.epsilon=-1"]
+    command = [sys.executable, "-m", "experiments.cli", "fit", "--config", TINYCHAT, "--model.attack.epsilon=-1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 2
     assert "expected > 0, got -1" in done.stderr
@@ -207,7 +209,7 @@ def test_four_bit_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help(thundercat: Run) -> None:
     assert "--print_config" in thundercat("--help")[1]
-    status, out, _ = thundercat("fit", "--config", QUICKSTART, "--help")
+    status, out, _ = thundercat("fit", "--config", TINYCHAT, "--help")
     assert status == 0
     assert "epsilon (float | None, default 0.05): radius of the ball in `radius_unit`" in out
     assert "base.lora.r (int, default 64): Rank." in out
@@ -230,16 +232,17 @@ def test_every_field_of_the_recipes_classes_is_documented(in_root: Path) -> None
 # --- whole runs
 
 
+FEW = ("--vars.evaluation_limit=4", "--vars.gcg_limit=2", "--vars.gcg_steps=2", "--vars.gcg_width=4")
+
+
 def short(folder: Path, *more: str) -> tuple[str, ...]:
-    """The quickstart, shortened."""
-    return (
-        "fit", "--config", QUICKSTART, f"--trainer.default_root_dir={folder}", *SHORT, "--vars.evaluation_limit=4", *more,
-    )  # fmt: skip
+    """The tiny recipe, shortened."""
+    return ("fit", "--config", TINYCHAT, f"--trainer.default_root_dir={folder}", *SHORT, *FEW, *more)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a shortened quickstart."""
+    """The run folder of a shortened recipe."""
     from experiments.cli import main
 
     folder = tmp_path_factory.mktemp("quickstart")
@@ -252,7 +255,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_quickstart_writes_its_results(finished: Path) -> None:
+def test_shortened_quickstart_reports_every_promised_figure(tmp_path: Path, thundercat: Run) -> None:
+    steps = [f"--model.attack.attacks.{i}.num_steps=1" for i in (0, 1)]
+    arguments = [word for word in SHORT if not word.startswith("--model.attack")]
+    status, out, err = thundercat(
+        "fit", "--config", "configs/quickstart.yaml", f"--trainer.default_root_dir={tmp_path}", *arguments, *steps, *FEW
+    )
+    assert status == 0, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    for snapshot in ("before", "after"):
+        assert results[snapshot]["n"]["gcg_attack_success_rate"] == results[snapshot]["n"]["worst_case_attack_success_rate"] == 2
+        for name in ("direct", "initial_suffix", "embedding", "soft_prompt"):
+            assert results[snapshot]["n"][f"{name}_attack_success_rate"] == 4
+    assert "| gcg attack success rate |" in out
+
+
+def test_a_run_writes_its_results(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     names = {
         "harmful_refusal_rate", "over_refusal_rate", "utility_exact_match", "embedding_attack_success_rate",
@@ -277,7 +295,7 @@ def test_quickstart_writes_its_results(finished: Path) -> None:
         "checkpoints/last.ckpt",
     ):
         assert (finished / name).is_file(), name
-    assert (finished / "report.html").read_text().count("data:image/png") == 3
+    assert (finished / "report.html").read_text().count("data:image/png") >= 3
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["seed"] == 0
@@ -287,6 +305,7 @@ def test_quickstart_writes_its_results(finished: Path) -> None:
 def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat: Run) -> None:
     own = ("--config", str(finished / "config.yaml"), "--data.evaluation.harmful.0.limit=3", "--data.evaluation.utility.0.num_rows=3")
     own += ("--data.evaluation.harmless.0.num_rows=3", "--ckpt_path=last", "--trainer.callbacks.6.attacks.soft_prompt.num_steps=2")
+    own += ("--trainer.callbacks.6.attacks.embedding.num_steps=2",)
     for command in ("validate", "test"):
         status, out, err = thundercat(command, *own)
         assert status == 0, err

@@ -30,7 +30,7 @@ from lightning_modules.models.victim import Victim
 from tests.conftest import ROOT, tiny_model
 
 Run = Callable[..., tuple[int, str, str]]
-QUICKSTART = "configs/quickstart.yaml"
+TINYCHAT = "configs/experiment/cat_tinychat.yaml"
 
 
 def row(example: str = "a", restart: int = 0, **fields: Any) -> AttackRow:
@@ -223,7 +223,7 @@ def test_another_judge_needs_no_new_attack(tmp_path: Path, thundercat: Run, monk
 
 def test_gcg_evaluation_inside_fit_reports_its_baselines(tmp_path: Path, thundercat: Run) -> None:
     status, _, err = thundercat(
-        "fit", "--config", QUICKSTART, "--config", str(ROOT / "tests" / "configs" / "gcg_evaluation.yaml"),
+        "fit", "--config", TINYCHAT, "--config", str(ROOT / "tests" / "configs" / "gcg_evaluation.yaml"),
         f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=2", "--data.harmful_per_step=2", "--data.utility_per_step=2",
         "--model.attack.num_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
     )  # fmt: skip
@@ -236,12 +236,26 @@ def test_gcg_evaluation_inside_fit_reports_its_baselines(tmp_path: Path, thunder
     assert results["after"]["means"]["gcg/passes_per_example"]["mean"] > 0
 
 
+def test_an_attack_on_fewer_rows_bounds_the_worst_case(tmp_path: Path, thundercat: Run) -> None:
+    status, _, err = thundercat(
+        "fit", "--config", TINYCHAT, "--config", str(ROOT / "tests" / "configs" / "limited_suite.yaml"),
+        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1", "--data.harmful_per_step=2", "--data.utility_per_step=2",
+        "--model.attack.num_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+    )  # fmt: skip
+    assert status == 0, err
+    n = json.loads((tmp_path / "results.json").read_text())["after"]["n"]
+    assert n["prefilling_attack_success_rate"] == 4
+    assert n["word_noise_attack_success_rate"] == n["worst_case_attack_success_rate"] == 2
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="RobustnessEvaluation.attacks: expected at least one"):
         RobustnessEvaluation({})
     attacks: dict[str, Attack] = {"direct": DirectRequest()}
     with pytest.raises(ValueError, match="num_restarts: expected >= 1, got 0"):
         RobustnessEvaluation(attacks, num_restarts=0)
+    with pytest.raises(ValueError, match="attack_limits: expected names among .'direct'., got .'gcg'."):
+        RobustnessEvaluation(attacks, attack_limits={"gcg": 3})
     with pytest.raises(ValueError, match="GCGEvaluation.limit: expected >= 1 or null, got 0"):
         GCGEvaluation(limit=0)
 
