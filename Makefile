@@ -22,6 +22,7 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m experiments.benchmark
+	$(BIN)/python -m experiments.gcg_benchmark
 
 # Make the packaged tiny chat model again, from its corpus.
 tinychat: $(VENV)/.installed

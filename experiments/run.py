@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from callbacks.provenance import Provenance, start_record
+from callbacks.report import RunReport
 from experiments.check import check
 from experiments.compose import ConfigError, compose
 from experiments.defaults import with_defaults
@@ -93,7 +94,10 @@ def instantiate(config: dict[str, Any]) -> ThundercatCLI:
 
 def _execute(cli: ThundercatCLI, command: str, ckpt_path: str | None, show_traceback: bool) -> int:
     try:
-        result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
+        # Where a report prints its table, Lightning's own of every logged number would bury it.
+        reported = any(isinstance(callback, RunReport) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
+        quiet = {"verbose": False} if command in ("validate", "test") and reported else {}
+        result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, **quiet)
     except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
         if show_traceback:
             traceback.print_exc()

@@ -309,7 +309,7 @@ def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat
     for command in ("validate", "test"):
         status, out, err = thundercat(command, *own)
         assert status == 0, err
-        assert "eval/embedding/success_rate" in out
+        assert "embedding attack success rate" in out
     status, out, _ = thundercat("predict", *own)
     assert status == 0
     rows = [json.loads(line) for line in Path(out.strip().splitlines()[-1]).read_text().splitlines()]

@@ -20,6 +20,8 @@ from lightning_modules.likelihood import mean_cross_entropy
 from lightning_modules.models.prefix_cache import PrefixCache
 from lightning_modules.models.victim import Reply, Victim
 
+GROUP = 6
+"""Forward passes' worth of candidates whose order is by position alone."""
 DRAWS = 4
 """Rounds of drawing candidates until enough of them can be typed."""
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
@@ -88,6 +90,19 @@ class SuffixSearch:
         self.passes[0] += torch.bincount(rows.cpu(), minlength=len(self.slots))
         return self.chunked(lambda r, s: self._token_losses(r, s, self.victim.embed(s)), rows, suffixes)
 
+    def _order(self, rows: Tensor, changed: Tensor) -> Tensor:
+        """(N,) order in which candidates share forward passes: alike in target length, then in where they first change.
+
+        A pass starts at its first change and ends with its longest target, so both kinds of spread cost. Behaviours of like length form
+        groups of some passes' worth of candidates, within which the order is by position.
+        """
+        lengths = self.target.mask.sum(1)
+        counts = torch.bincount(rows, minlength=len(lengths))
+        by_length = lengths.argsort(stable=True)
+        before = counts[by_length].cumsum(0) - counts[by_length]
+        group = torch.empty_like(counts).index_copy(0, by_length, before // (GROUP * self.chunked.max_rows))
+        return (group[rows] * self.frame_ids.shape[1] * 1000 + changed).argsort(stable=True)
+
     @torch.no_grad()
     def losses_of_changes(self, rows: Tensor, suffixes: Tensor, active: Sequence[int], base: Tensor) -> Tensor:
         """As `losses`, for candidates that differ from a base in some positions: what stands before the first change is computed once.
@@ -105,8 +120,7 @@ class SuffixSearch:
             0, own, torch.arange(len(own), device=base.device)
         )
         changed = (suffixes != base[place[rows]]).to(torch.uint8).argmax(1) + self.place[rows]
-        # Candidates that change at the same place share a forward pass, which starts there.
-        order = changed.argsort(stable=True)
+        order = self._order(rows, changed)
         found = self.chunked(
             lambda r, s, c: self._token_losses(r, s, self.victim.embed(s), extended, place[r], int(c.min())),
             rows[order], suffixes[order], changed[order],
@@ -238,10 +252,12 @@ class SuffixSearch:
         `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns are taken from its rows.
         """
         whole, mask = self._frame(rows, suffixes, embeds)
-        reply = Reply(self.target.ids[rows], self.target.mask[rows])
+        longest = int(self.target.mask[rows].sum(1).max())
+        reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest])
         prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)
         index = rows if cached_rows is None else cached_rows
-        return -self.victim.continued_log_probs(prefix, index, whole[:, skip:], mask[:, skip:], reply)
+        losses = -self.victim.continued_log_probs(prefix, index, whole[:, skip:], mask[:, skip:], reply)
+        return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - longest))
 
     def _frame(self, rows: Tensor, suffixes: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """(N, M, D) embeddings and (N, M) mask of the prompts after the fixed beginning, with (N, S, D) suffix embeddings put in."""
