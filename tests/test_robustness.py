@@ -248,6 +248,22 @@ def test_an_attack_on_fewer_rows_bounds_the_worst_case(tmp_path: Path, thunderca
     assert n["word_noise_attack_success_rate"] == n["worst_case_attack_success_rate"] == 2
 
 
+def test_two_processes_report_every_example_once(tmp_path: Path) -> None:
+    arguments = [
+        "fit", "--config", TINYCHAT, "--config", str(ROOT / "tests" / "configs" / "limited_suite.yaml"),
+        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1", "--data.harmful_per_step=2", "--data.utility_per_step=2",
+        "--model.attack.num_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+        "--trainer.devices=2", "--trainer.strategy=ddp",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "experiments.cli", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    n = json.loads((tmp_path / "results.json").read_text())["after"]["n"]
+    assert n["prefilling_attack_success_rate"] == 4
+    assert n["word_noise_attack_success_rate"] == n["worst_case_attack_success_rate"] == 2
+    assert len(list(ResultsStore(tmp_path))) == 6
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="RobustnessEvaluation.attacks: expected at least one"):
         RobustnessEvaluation({})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from callbacks.metrics.rates import wilson_interval
 
@@ -48,8 +49,10 @@ class Outcomes(Metric):
         self.restarts.append(restarts.long())  # type: ignore[operator, union-attr]
 
     def compute(self) -> Table:
-        rows = torch.cat(list(self.rows)) if len(self.rows) else torch.empty(0, len(FIELDS), dtype=torch.float64)
-        restarts = torch.cat(list(self.restarts)) if len(self.rows) else torch.empty(0, dtype=torch.long)  # type: ignore[arg-type, union-attr]
+        # After adding up over processes the states are tensors, before it lists of them.
+        empty = not isinstance(self.rows, Tensor) and not self.rows
+        rows = torch.empty(0, len(FIELDS), dtype=torch.float64) if empty else dim_zero_cat(self.rows)
+        restarts = torch.empty(0, dtype=torch.long) if empty else dim_zero_cat(self.restarts)  # type: ignore[arg-type]
         seen: dict[tuple[float, int], Tensor] = {}
         for row, restart in zip(rows.cpu(), restarts.tolist(), strict=True):
             seen.setdefault((float(row[0]), restart), row)
