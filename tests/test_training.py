@@ -25,8 +25,9 @@ from datamodules.behaviours import EvaluationSets
 from datamodules.sources import AnsweredRequests, TinyChatBenign, TinyChatHarmful
 from datamodules.tokenizers import TokenizerConfig
 from lightning_modules.adversarial import AdversarialFineTuning
-from lightning_modules.attacks.base import NoAttack
+from lightning_modules.attacks.base import Attack, NoAttack
 from lightning_modules.attacks.embedding import EmbeddingPGD
+from lightning_modules.attacks.gcg import GCG
 from lightning_modules.base import OptimizerConfig
 from lightning_modules.losses.toward_away import TowardAwayUtility
 from lightning_modules.models.loading import LoraSettings, ModelConfig
@@ -230,7 +231,10 @@ def test_export_is_peft_s_own_format(tmp_path: Path) -> None:
 
 
 def test_evaluation_callbacks_do_not_disturb_training(tmp_path: Path) -> None:
-    attacks = {"embedding": EmbeddingPGD(epsilon=0.1, num_steps=2, random_start=True)}
+    attacks: dict[str, Attack] = {
+        "embedding": EmbeddingPGD(epsilon=0.1, num_steps=2, random_start=True),
+        "gcg": GCG(num_tokens=4, num_steps=2, width=4),
+    }
     evaluations = (
         RefusalEvaluation(every_n_steps=1, at_start=True, limit=4, max_new_tokens=4),
         UtilityEvaluation(every_n_steps=1, limit=4, max_new_tokens=4),
