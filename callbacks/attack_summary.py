@@ -82,7 +82,8 @@ class Summary:
             metrics |= _flat(f"{name}/not_refused_rate", 1 - table["refused"])
         details: dict[str, Any] = {name: self._details(name, table) for name, table in tables.items()}
         details["judge"] = label(self.success)
-        typed = [name for name in self.names if any(row.attacked is not None for row in self.rows[name])]
+        # A forced reply needs an interface that lets the caller begin it: nobody can type that.
+        typed = [name for name in self.names if any(row.attacked is not None and not row.prefill for row in self.rows[name])]
         suites = {"worst_case_text": typed} if 1 < len(typed) < len(self.names) else {}
         for title, members in (suites | {"worst_case": self.names}).items():
             if len(members) > 1:
