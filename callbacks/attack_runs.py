@@ -40,12 +40,12 @@ class AttackRunner:
 
         A batch is attacked whole or not at all: with other batch-mates, rounding could send a discrete search another way.
         """
-        found = [self.store.get((self.model, name, settings, key, restart)) for key in batch.keys]
-        rows = [row for row in found if row is not None]
+        stored = [self.store.get((self.model, name, settings, key, restart)) for key in batch.keys]
+        rows = [row for row in stored if row is not None]
         if len(rows) < len(batch):
             rows = self._attack(name, attack, settings, batch, restart)
         judged = self._judged(rows)
-        if judged is not rows or len([row for row in found if row is not None]) < len(batch):
+        if judged != stored:
             self.store.add(judged)
         return judged
 
@@ -77,7 +77,7 @@ class AttackRunner:
         return rows
 
     def _judged(self, rows: list[AttackRow]) -> list[AttackRow]:
-        """The rows with the verdicts that they lacked; the same list where none was missing."""
+        """The rows with the verdicts that they lacked."""
         for judge in self.judges:
             key = label(judge)
             open_ = [i for i, row in enumerate(rows) if key not in row.verdicts]

@@ -18,7 +18,7 @@ from callbacks.evaluation import Evaluation, EvaluationRun, Findings
 from callbacks.judges.base import Judge
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
-from callbacks.store import ResultsStore, fingerprint, settings_digest
+from callbacks.store import ResultsStore, contents, fingerprint, settings_digest
 from lightning_modules.attacks.base import Attack
 from lightning_modules.attacks.gcg import GCG
 from lightning_modules.attacks.initial_suffix import InitialSuffix
@@ -91,8 +91,9 @@ class RobustnessEvaluation(Evaluation):
         total = self.num_restarts * sum(len(batch) for own in batches.values() for batch in own)
         with run.progress(total, self.name) as bar:
             for name, attack in self.attacks.items():
-                # What the seed and the batches decide belongs to a row's identity as much as the attack's own settings.
-                digest = settings_digest(attack, self.max_new_tokens, self.seed, [len(batch) for batch in batches[name]])
+                # A row is another one if its prompt is put differently (template, system message, attackable span), if its target
+                # or its batch-mates change, or the seed: all that decides an outcome besides the weights.
+                digest = settings_digest(attack, self.max_new_tokens, self.seed, [contents(batch) for batch in batches[name]])
                 for batch in batches[name]:
                     for restart in range(self.num_restarts):
                         bar.set_description(f"{self.name}: {name}")

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from datamodules.batch import BehaviourBatch
+
 SCHEMA = 1
 """Version of the rows' fields; rows of another version are refused."""
 FOLDER = "attacks"
@@ -136,6 +138,13 @@ def fingerprint(model: nn.Module) -> str:
         wide = weight.double() if weight.is_floating_point() else weight.to(torch.float64)
         digest.update(f"{name} {tuple(weight.shape)} {wide.sum().item()!r} {wide.square().sum().item()!r};".encode())
     return digest.hexdigest()
+
+
+def contents(batch: BehaviourBatch) -> list[Any]:
+    """What an attack sees of a batch, as JSON."""
+    assert batch.adversarial is not None
+    sent = batch.adversarial
+    return [t.tolist() for t in (sent.prompt_ids, sent.prompt_mask, sent.attackable_mask, sent.harmful_ids, sent.harmful_mask)]
 
 
 def settings_digest(*things: object) -> str:

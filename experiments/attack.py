@@ -19,6 +19,7 @@ from callbacks.judges.keyword import KeywordRefusal
 from callbacks.provenance import environment_facts
 from callbacks.store import describe
 from datamodules.adversarial import AdversarialData
+from datamodules.batch import BehaviourBatch
 from datamodules.encoding import Encoder, behaviour_batch
 from datamodules.rows import HarmfulRow
 from datamodules.sources import DEFAULT_SAFE_REPLY
@@ -64,7 +65,7 @@ def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Se
     return 0
 
 
-def show(victim: Victim, module: AdversarialFineTuning, batch: Any, seed: int, write: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
+def show(victim: Victim, module: AdversarialFineTuning, batch: BehaviourBatch, seed: int) -> dict[str, Any]:
     """Attack one behaviour, writing every improvement as it is found; returns what is saved."""
     (prompt,), (target,) = batch.prompts, batch.references
     chat, found = victim.chat, [torch.inf]
@@ -76,10 +77,11 @@ def show(victim: Victim, module: AdversarialFineTuning, batch: Any, seed: int, w
             if loss < found[0]:
                 found[0] = loss
                 own = texts()
-                write(f"{bar.n:5d}  loss {loss:7.4f}" + (f"  {own[0]!r}" if own else ""))
+                tqdm.write(f"{bar.n:5d}  loss {loss:7.4f}" + (f"  {own[0]!r}" if own else ""))
 
         began = time.perf_counter()
         with observed(watch):
+            assert batch.adversarial is not None
             attacked = module.attack(victim, batch.adversarial, torch.Generator().manual_seed(seed))
         seconds = time.perf_counter() - began
     with torch.no_grad(), attacked.applied(victim) as embeds:
@@ -90,8 +92,8 @@ def show(victim: Victim, module: AdversarialFineTuning, batch: Any, seed: int, w
     verdicts = {label(judge): judge(prompt, reply, target) for judge in judges}
     typed = attacked.texts[0] if attacked.texts else None
     shown = typed or "(embeddings, nobody can type them)"
-    write(f"\nrequest   {prompt}\nreply     {chat.decode(plain)}\nattacked  {shown}\nreply     {reply}")
-    write(
+    tqdm.write(f"\nrequest   {prompt}\nreply     {chat.decode(plain)}\nattacked  {shown}\nreply     {reply}")
+    tqdm.write(
         f"success   {verdicts[label(judges[0])]} ({label(judges[0])}), {int(attacked.forward_passes)} forward and "
         f"{int(attacked.backward_passes)} backward passes, {seconds:.1f} s"
     )

@@ -86,7 +86,7 @@ class Echo:
         self.answer = answer
         self.asked: list[Conversation] = []
 
-    def replies(self, conversations: Sequence[Conversation]) -> list[str]:
+    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
         self.asked += conversations
         return [self.answer] * len(conversations)
 

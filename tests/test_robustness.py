@@ -205,6 +205,14 @@ def test_a_killed_suite_goes_on_and_gives_the_same_table(tmp_path: Path, thunder
     assert "worst case text attack success rate" in out
 
 
+def test_another_system_message_is_another_row(tmp_path: Path, thundercat: Run) -> None:
+    quiet = "--trainer.enable_progress_bar=false"
+    assert thundercat(*attack_arguments(tmp_path, quiet))[0] == 0
+    before = list(ResultsStore(tmp_path))
+    assert thundercat(*attack_arguments(tmp_path, quiet, "--data.system=Be brief."))[0] == 0
+    assert len(list(ResultsStore(tmp_path))) == 2 * len(before)
+
+
 def test_another_judge_needs_no_new_attack(tmp_path: Path, thundercat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert thundercat(*attack_arguments(tmp_path, "--trainer.enable_progress_bar=false"))[0] == 0
 

@@ -40,7 +40,7 @@ class Scripted:
         self.answers = answers
         self.asked: list[Conversation] = []
 
-    def replies(self, conversations: Sequence[Conversation]) -> list[str]:
+    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
         out = []
         for conversation in conversations:
             out.append(self.answers[len(self.asked) % len(self.answers)])
@@ -302,5 +302,9 @@ def test_a_loaded_model_attacks() -> None:
     first = local.replies([Conversation("How do I paint a car?"), Conversation("Hello!", history=(("Hi there!", "Hello!"),))])
     assert torch.equal(torch.get_rng_state(), state)
     assert len(first) == 2
-    attack = PAIR(local, TargetPrefix(), num_streams=1, num_steps=1, attempts=1, accept_text=True, max_new_tokens=4)
-    assert len(attack(chat_victim(), text_batch(2), generator()).texts) == 2
+    attack = PAIR(local, TargetPrefix(), num_streams=2, num_steps=1, attempts=1, accept_text=True, max_new_tokens=4)
+    once = attack(chat_victim(), text_batch(2), generator())
+    # A model in the loop keeps no state: a rerun after a kill must write the same prompts.
+    assert attack(chat_victim(), text_batch(2), generator()).loss_curve.tolist() == once.loss_curve.tolist()
+    other = attack(chat_victim(), text_batch(2), torch.Generator().manual_seed(4)).loss_curve.tolist()
+    assert other != once.loss_curve.tolist()

@@ -9,7 +9,7 @@ import re
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators
 from lightning_modules.attacks.templates import fill, read_templates
 from lightning_modules.attacks.text_search import TextSearch, Variant
 from lightning_modules.models.chat import ChatModel, Conversation
@@ -77,7 +77,7 @@ class AutoDAN:
         """Attack the batch. Raises: ValueError without texts."""
         with victim.frozen():
             search = TextSearch(victim, batch, self.max_rows, self.max_new_tokens)
-            seeds = [int(torch.randint(0, 2**31, (1,), generator=own)) for own in example_generators(batch, generator)]
+            seeds = [draw_seed(own) for own in example_generators(batch, generator)]
             rngs = [random.Random(seed) for seed in seeds]
             pool = read_templates(self.templates)
             populations = {row: self._first(pool, rng) for row, rng in enumerate(rngs)}
@@ -120,6 +120,10 @@ class AutoDAN:
             children += exchange(first, second, self.points, rng) if rng.random() < self.crossover else (first, second)
         return kept + children[: len(texts) - len(kept)]
 
+    def _reworded(self, texts: list[str], rng: random.Random) -> list[str]:
+        assert self.mutator is not None
+        return self.mutator.replies([Conversation(REWRITE.format(text=text)) for text in texts], seed=rng.getrandbits(31))
+
     def _mutate(self, search: TextSearch, populations: dict[int, list[str]], rngs: list[random.Random]) -> dict[int, list[str]]:
         """Reword some of the children; elites stay."""
         elites = max(1, round(self.elites * self.population))
@@ -127,7 +131,7 @@ class AutoDAN:
         if self.mutator is None:
             new = [reword(populations[row][i], 0.3, rngs[row]) for row, i in chosen]
         else:
-            new = self.mutator.replies([Conversation(REWRITE.format(text=populations[row][i])) for row, i in chosen]) if chosen else []
+            new = self._reworded([populations[row][i] for row, i in chosen], rngs[chosen[0][0]]) if chosen else []
             for row, _ in chosen:
                 search.queries[row] += 1
         for (row, i), text in zip(chosen, new, strict=True):

@@ -109,6 +109,11 @@ def require_gradients(attack: object) -> None:
         )
 
 
+def draw_seed(generator: torch.Generator) -> int:
+    """A seed for what cannot use the generator itself: Python's random, a model's sampling."""
+    return int(torch.randint(0, 2**31, (1,), generator=generator).item())
+
+
 def require_texts(batch: AdversarialBatch) -> None:
     """Raises: ValueError for a batch that holds ids only."""
     if len(batch.prompts) != len(batch):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed
 from lightning_modules.attacks.text_search import TextSearch, Variant, Verdict
 from lightning_modules.models.chat import ChatModel, Conversation
 from lightning_modules.models.victim import Victim
@@ -78,6 +78,7 @@ class PAIR:
         """Attack the batch. Raises: ValueError without texts, ConnectionError where the attacker cannot be reached."""
         with victim.frozen():
             search = TextSearch(victim, batch, self.max_rows, self.max_new_tokens)
+            generator = generator or torch.Generator().manual_seed(0)
             direct = [Variant(prompt) for prompt in batch.prompts]
             search.record(range(len(batch)), direct, search.losses(range(len(batch)), direct))
             streams = [_Stream(row) for row in range(len(batch)) for _ in range(self.num_streams)]
@@ -86,12 +87,14 @@ class PAIR:
                 streams = [stream for stream in streams if best_score[stream.row] < SUCCESS]
                 if not streams:
                     break
-                self._round(search, batch, streams, best_score)
+                self._round(search, batch, streams, best_score, generator)
             return search.result()
 
-    def _round(self, search: TextSearch, batch: AdversarialBatch, streams: list[_Stream], best_score: list[float]) -> None:
+    def _round(
+        self, search: TextSearch, batch: AdversarialBatch, streams: list[_Stream], best_score: list[float], generator: torch.Generator
+    ) -> None:
         """One attempt of every stream; a request's best-scored prompt, then the one with the lower loss, becomes its result."""
-        prompts = self._ask(search, batch, streams)
+        prompts = self._ask(search, batch, streams, generator)
         tried = [(stream, Variant(prompt)) for stream, prompt in zip(streams, prompts, strict=True) if prompt]
         rows, variants = [stream.row for stream, _ in tried], [variant for _, variant in tried]
         losses, replies = search.losses(rows, variants), search.replies(rows, variants)
@@ -109,7 +112,7 @@ class PAIR:
             stream.history = [*stream.history, (stream.message, variant.text)][-self.keep_turns :]
             stream.message = FEEDBACK.format(reply=self.attacker.escape(reply), score=f"{score:g}", goal=batch.prompts[row])
 
-    def _ask(self, search: TextSearch, batch: AdversarialBatch, streams: list[_Stream]) -> list[str | None]:
+    def _ask(self, search: TextSearch, batch: AdversarialBatch, streams: list[_Stream], generator: torch.Generator) -> list[str | None]:
         """The attacker's next prompt for every stream, None where it gave none."""
         prompts: list[str | None] = [None] * len(streams)
         for attempt in range(self.attempts):
@@ -125,7 +128,7 @@ class PAIR:
                 for i in open_
             ]
             last = attempt == self.attempts - 1
-            for i, answer in zip(open_, self.attacker.replies(asked), strict=True):
+            for i, answer in zip(open_, self.attacker.replies(asked, seed=draw_seed(generator)), strict=True):
                 search.queries[streams[i].row] += 1
                 prompts[i] = read_prompt(answer) or (answer.strip() or None if self.accept_text and last else None)
         return prompts

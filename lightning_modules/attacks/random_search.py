@@ -104,7 +104,7 @@ class RandomSearch:
         return [row for row in unlikely if row not in reached]
 
     def _block(self, loss: float) -> int:
-        """Block length by the target's probability: full below 1 %, half below 10 % of the stop, then single tokens."""
+        """Block length by the target's probability: full below a tenth of the stop, halved below a half of it, then single tokens."""
         if loss > self.stop_loss + math.log(10):
             return self.block
         return max(1, self.block // 2) if loss > self.stop_loss + math.log(2) else 1

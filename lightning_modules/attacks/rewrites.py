@@ -16,7 +16,7 @@ import torch
 from datamodules.batch import AdversarialBatch
 from datamodules.rows import HarmfulRow
 from datamodules.sources import HarmfulSource
-from lightning_modules.attacks.base import AttackedPrompt, example_generators
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators
 from lightning_modules.attacks.noise import augment, misspell
 from lightning_modules.attacks.templates import fill, read_templates
 from lightning_modules.attacks.text_search import TextSearch, Variant, Verdict
@@ -45,7 +45,7 @@ class RewriteAttack(ABC):
         """Attack the batch. Raises: ValueError without texts."""
         with victim.frozen():
             search = TextSearch(victim, batch, self.max_rows, self.max_new_tokens)
-            seeds = [int(torch.randint(0, 2**31, (1,), generator=own)) for own in example_generators(batch, generator)]
+            seeds = [draw_seed(own) for own in example_generators(batch, generator)]
             texts = zip(batch.prompts, batch.targets, seeds, strict=True)
             variants = [list(self.variants(prompt, target, random.Random(seed))) for prompt, target, seed in texts]
             flat = [(row, number) for row, own in enumerate(variants) for number in range(len(own))]

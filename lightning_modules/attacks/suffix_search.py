@@ -101,7 +101,7 @@ class SuffixSearch:
         by_length = lengths.argsort(stable=True)
         before = counts[by_length].cumsum(0) - counts[by_length]
         group = torch.empty_like(counts).index_copy(0, by_length, before // (GROUP * self.chunked.max_rows))
-        return (group[rows] * self.frame_ids.shape[1] * 1000 + changed).argsort(stable=True)
+        return (group[rows] * (changed.max() + 1) + changed).argsort(stable=True)
 
     @torch.no_grad()
     def losses_of_changes(self, rows: Tensor, suffixes: Tensor, active: Sequence[int], base: Tensor) -> Tensor:

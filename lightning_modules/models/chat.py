@@ -36,7 +36,9 @@ class ChatModel(Protocol):
     @property
     def revision(self) -> str: ...
 
-    def replies(self, conversations: Sequence[Conversation]) -> list[str]: ...
+    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
+        """One reply each; where they are sampled, the same seed and conversations give the same replies."""
+        ...
 
     def clip(self, text: str, max_tokens: int) -> str:
         """The text's first so many tokens."""
@@ -67,7 +69,6 @@ class LocalChat:
         max_new_tokens: longest reply.
         temperature: 0 decodes greedily.
         top_p: nucleus of the sampling where the temperature is above 0.
-        seed: seed of the sampling.
         max_rows: conversations per batch.
         device: where the model goes; null takes a GPU if there is one.
     """
@@ -79,7 +80,6 @@ class LocalChat:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        seed: int = 0,
         max_rows: int = 16,
         device: str | None = None,
     ) -> None:
@@ -90,11 +90,9 @@ class LocalChat:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
-        self.seed = seed
         self.max_rows = max_rows
         self.device = device
         self._victim: Victim | None = None
-        self._calls = 0
 
     @property
     def name(self) -> str:
@@ -112,16 +110,15 @@ class LocalChat:
             self._victim = Victim(model, chat=ChatFormat(load_tokenizer(self.tokenizer)))
         return self._victim
 
-    def replies(self, conversations: Sequence[Conversation]) -> list[str]:
+    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
         """One reply each. Raises: ValueError where a conversation does not fit the chat template."""
         victim, out = self.victim, []
         for start in range(0, len(conversations), self.max_rows):
             part = conversations[start : start + self.max_rows]
             ids, mask = pad([victim.chat.prompt(c.user, c.system, c.history).ids for c in part], "left")
             ids, mask = ids.to(victim.device), mask.to(victim.device)
-            self._calls += 1
             with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(self.seed + self._calls)
+                torch.manual_seed(seed + start)
                 replies = victim.generate(
                     victim.embed(ids), mask, self.max_new_tokens, victim.chat.stop_ids, temperature=self.temperature, top_p=self.top_p
                 )
@@ -185,8 +182,11 @@ class Endpoint:
     def revision(self) -> str:
         return self.base_url
 
-    def replies(self, conversations: Sequence[Conversation]) -> list[str]:
-        """One reply each. Raises: ConnectionError once a request has failed `max_retries` times."""
+    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
+        """One reply each; not every server takes a seed, so none is sent.
+
+        Raises: ConnectionError once a request has failed `max_retries` times.
+        """
         from openai import OpenAI, OpenAIError
 
         key = os.environ.get(self.api_key_env) or "none"
