@@ -16,7 +16,6 @@ from callbacks.metrics.rates import Rate
 from callbacks.store import AttackRow
 from datamodules.rows import example_id
 
-MEANS = ("loss_start", "loss_best", "passes_per_example", "queries_per_example", "seconds_per_example")
 BUDGETS = ("steps", "passes", "queries", "seconds")
 EXAMPLE_BITS = 10
 """Example ids have 63 bits and the table's float64 columns 53."""
@@ -38,7 +37,6 @@ class Summary:
         self.names = list(attacks)
         self.success, self.refusal, self.judges = success, refusal, judges
         self.outcomes = {name: Outcomes().to(device) for name in attacks}
-        self.means = {name: {key: Mean().to(device) for key in MEANS} for name in attacks}
         self.other = {name: {label(judge): Rate().to(device) for judge in judges} for name in attacks}
         self.rows: dict[str, list[AttackRow]] = {name: [] for name in attacks}
         examples = run.data.behaviours.examples["harmful"]
@@ -74,7 +72,8 @@ class Summary:
         return [float(values[name]) for name in FIELDS]
 
     def compute(self) -> tuple[dict[str, float], dict[str, Any], list[dict[str, Any]]]:
-        """Metrics, details and sample rows (this process's)."""
+        """Metrics, details and sample rows, over all processes."""
+        self.rows = _gathered(self.rows)
         tables = {name: outcome.compute() for name, outcome in self.outcomes.items()}
         metrics: dict[str, float] = {}
         for name, table in tables.items():
@@ -154,6 +153,15 @@ class Summary:
             }
             for name, rows in self.rows.items() for row in rows
         ]  # fmt: skip
+
+
+def _gathered(rows: dict[str, list[AttackRow]]) -> dict[str, list[AttackRow]]:
+    """The rows of all processes, by attack."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    shares: list[dict[str, list[AttackRow]]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(shares, rows)
+    return {name: [row for share in shares for row in share[name]] for name in rows}
 
 
 def cross_flags(tables: dict[str, Table], rows: dict[str, list[AttackRow]]) -> dict[str, int]:

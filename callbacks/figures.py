@@ -34,10 +34,8 @@ def draw_figures(target: Path, results: dict[str, Any], log: list[dict[str, str]
 
 
 def html_page(name: str, results: dict[str, Any], table: str, notes: str, figures: dict[str, Path]) -> str:
-    """One self-contained page: the table, the notes and the figures as embedded images."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if not line.startswith("| ---")]
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    """One self-contained page: the tables (blank lines between them), the notes and the figures as embedded images."""
+    tables = "".join(_html_table(part) for part in table.split("\n\n"))
     paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in notes.split("\n\n"))
     images = "".join(
         f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
@@ -52,8 +50,15 @@ def html_page(name: str, results: dict[str, Any], table: str, notes: str, figure
     title = f"Report of {html.escape(name)}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style><h1>{title}</h1>'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{paragraphs}{images}</html>\n"
+        f"{tables}{paragraphs}{images}</html>\n"
     )
+
+
+def _html_table(table: str) -> str:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if not line.startswith("| ---")]
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _save(path: Path, draw: Any) -> Path:

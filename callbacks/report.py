@@ -62,6 +62,7 @@ def write_report(folder: str | Path, stage: str = "fit") -> str:
     table = markdown_table(results)
     figures = draw_figures(folder / f"{prefix}figures", results, read_training_log(folder) if stage == "fit" else [])
     pictures = "\n".join(f"![{title}]({prefix}figures/{path.name})\n" for title, path in figures.items())
+    table = "\n\n".join(part for part in (table, category_table(results)) if part)
     text = f"# Report of {folder.name}\n\n{table}\n\n{_notes(results)}\n\n{pictures}"
     (folder / f"{prefix}report.md").write_text(text, encoding="utf-8")
     (folder / f"{prefix}report.html").write_text(html_page(folder.name, results, table, _notes(results), figures), encoding="utf-8")
@@ -117,8 +118,9 @@ def _snapshot(entries: list[dict[str, Any]]) -> dict[str, Any]:
                 snapshot["budgets"][attack] = detail.get("success_by_budget", {})
             if isinstance(detail, dict) and "bootstrap" in detail:
                 snapshot["bootstrap"][attack] = detail["bootstrap"]
-            if isinstance(detail, dict) and "by_category" in detail:
-                snapshot["categories"][attack] = detail["by_category"]
+            for kind in ("by_category", "by_functional"):
+                if isinstance(detail, dict) and kind in detail:
+                    snapshot["categories"].setdefault(attack, {})[kind.removeprefix("by_")] = detail[kind]
         for flag, count in entry["details"].get("cross_flags", {}).items():
             snapshot["attack_flags"].setdefault("the suite", {})[flag] = count
     return snapshot
@@ -144,11 +146,25 @@ def markdown_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def category_table(results: dict[str, Any]) -> str:
+    """Worst-case success by the behaviours' categories, '' where there is one category or no suite."""
+    kinds = (results["after"] or {}).get("categories", {}).get("worst_case", {})
+    rows = [(kind, name, value) for kind, by_name in kinds.items() for name, value in by_name.items()]
+    if not rows:
+        return ""
+    lines = ["| worst case by category (after) | success | n |", "| --- | --- | --- |"]
+    return "\n".join(lines + [f"| {kind}: {name.replace('_', ' ')} | {_percent(value)} | {value['n']:.0f} |" for kind, name, value in rows])
+
+
+def _percent(value: dict[str, float]) -> str:
+    return f"{100 * value['rate']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+
+
 def _cell(snapshot: dict[str, Any], name: str) -> str:
     if name not in snapshot or snapshot[name] is None or math.isnan(snapshot[name]):
         return "-"
     low, high = snapshot["interval"][name]
-    return f"{100 * snapshot[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return _percent({"rate": snapshot[name], "low": low, "high": high})
 
 
 def _notes(results: dict[str, Any]) -> str:
