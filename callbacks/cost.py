@@ -1,7 +1,8 @@
 """What a run costs: passes per example by the paper's rule, tokens per second, peak memory.
 
 One pass is one forward or one backward of one example. An adversarial example costs its attack's passes plus a forward and a
-backward for each of its two replies (arXiv 2405.15589, table 1 counts 10/10 for the attack); a utility example costs two.
+backward for each of its two replies (arXiv 2405.15589, table 1 counts 10/10 for the attack); a utility example costs two; what further
+terms of the loss cost, reference or teacher included, they say themselves. Reference scores computed before training are not counted.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ class CostMonitor(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
         totals = self.totals
         tokens = 0
+        totals["passes"] += outputs["passes"]
         if batch.adversarial is not None:
             attacked, size = outputs["attacked"], len(batch.adversarial)
             forward, backward = int(attacked.forward_passes.sum()), int(attacked.backward_passes.sum())
             totals["adversarial_examples"] += size
             totals["attack_forward"] += forward
             totals["attack_backward"] += backward
-            totals["passes"] += forward + backward + 4 * size
+            totals["passes"] += forward + backward
             tokens += sum(
                 int(m.sum()) for m in (batch.adversarial.prompt_mask, batch.adversarial.harmful_mask, batch.adversarial.safe_mask)
             )
         if batch.utility is not None:
             totals["utility_examples"] += len(batch.utility)
-            totals["passes"] += 2 * len(batch.utility)
             tokens += int(batch.utility.attention_mask.sum())
         seconds = time.perf_counter() - self._began
         totals["tokens"] += tokens

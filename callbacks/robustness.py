@@ -18,12 +18,13 @@ from callbacks.evaluation import Evaluation, EvaluationRun, Findings
 from callbacks.judges.base import Judge
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
-from callbacks.store import ResultsStore, contents, fingerprint, settings_digest
+from callbacks.store import ResultsStore, contents, settings_digest
 from lightning_modules.attacks.base import Attack
 from lightning_modules.attacks.gcg import GCG
 from lightning_modules.attacks.initial_suffix import InitialSuffix
 from lightning_modules.attacks.progress import observed
 from lightning_modules.attacks.rewrites import DirectRequest
+from lightning_modules.models.fingerprint import fingerprint
 
 
 class RobustnessEvaluation(Evaluation):

@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from datamodules.batch import BehaviourBatch
 
 SCHEMA = 1
@@ -128,16 +125,6 @@ def _drop_torn_line(path: Path) -> None:
         if whole < len(content):
             with path.open("r+b") as stream:
                 stream.truncate(whole)
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Digest of a model's weights: names, shapes, and two float64 sums per tensor."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, weight in model.state_dict().items():
-        wide = weight.double() if weight.is_floating_point() else weight.to(torch.float64)
-        digest.update(f"{name} {tuple(weight.shape)} {wide.sum().item()!r} {wide.square().sum().item()!r};".encode())
-    return digest.hexdigest()
 
 
 def contents(batch: BehaviourBatch) -> list[Any]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batch import BehaviourBatch, TrainingBatch
+from datamodules.batch import AdversarialBatch, BehaviourBatch, TrainingBatch
 from datamodules.behaviours import BehaviourData, EvaluationSets, Subject, find_overlap, overlap_error
 from datamodules.chat_format import Attackable, ChatFormat
-from datamodules.encoding import EncodedChat, EncodedHarmful, Encoder, OnBadRow, training_batch
+from datamodules.encoding import EncodedChat, EncodedHarmful, Encoder, OnBadRow, adversarial_batch, training_batch
 from datamodules.rows import HarmfulRow, Row, RowProblem
 from datamodules.sampling import Item, StepSampler, Stream
 from datamodules.sources import ChatSource, HarmfulSource
@@ -155,6 +156,13 @@ class AdversarialData(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=False,
         )
+
+    def harmful_batches(self) -> Iterator[AdversarialBatch]:
+        """All harmful training rows in order, for what is computed once per row."""
+        assert self._training is not None, "setup('fit') has not run"
+        rows = self._training.rows["harmful"]
+        for start in range(0, len(rows), self.eval_batch_size):
+            yield adversarial_batch(rows[start : start + self.eval_batch_size], self.attackable)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[BehaviourBatch]:
         """The harmful behaviours, or else the utility tasks; the evaluation callbacks draw what they need from `behaviours`."""

@@ -51,6 +51,15 @@ class AdversarialBatch(_Movable):
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
 
+    def select(self, rows: Sequence[int]) -> Self:
+        """Some of the rows, as wide as before."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.prompt_ids.device)
+        picked: dict[str, object] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            picked[f.name] = value[index] if isinstance(value, Tensor) else tuple(value[i] for i in rows) if value else value
+        return replace(self, **picked)  # type: ignore[arg-type]
+
     def validate(self) -> Self:
         """Check the invariants; called where batches are made (on the CPU), not on the hot path.
 

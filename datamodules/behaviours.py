@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.batch import BehaviourBatch
 from datamodules.encoding import EncodedChat, EncodedHarmful, Encoder, behaviour_batch
-from datamodules.rows import Row, RowProblem
+from datamodules.rows import HarmfulRow, Row, RowProblem
 from datamodules.sources import ChatSource, HarmfulSource
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Overlap:
 
 
 def find_overlap(training: Sequence[Row], sets: EvaluationSets, allowed: Sequence[str]) -> list[Overlap]:
-    """Training rows whose prompt, letters and digits alone, is also evaluated on.
+    """Training rows whose prompt, or the request behind it, letters and digits alone, is also evaluated on.
 
     Args:
         training: all training rows.
@@ -95,8 +95,12 @@ def find_overlap(training: Sequence[Row], sets: EvaluationSets, allowed: Sequenc
             sources: list[HarmfulSource | ChatSource] = getattr(sets, subject)
             rows = (row for source in sources for row in source.rows() if not isinstance(row, RowProblem))
             evaluated |= {normalised(row.prompt): (subject, row) for row in rows}
-    found = ((row, evaluated.get(normalised(row.prompt))) for row in training)
+    found = ((row, evaluated.get(normalised(row.prompt)) or evaluated.get(normalised(_origin(row)))) for row in training)
     return [Overlap(row, match[1], match[0]) for row, match in found if match is not None]
+
+
+def _origin(row: Row) -> str:
+    return row.origin or row.prompt if isinstance(row, HarmfulRow) else row.prompt
 
 
 def overlap_error(overlaps: Sequence[Overlap]) -> ValueError:

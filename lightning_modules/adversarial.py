@@ -1,61 +1,112 @@
 """Continuous adversarial training: the inner attack runs inside `training_step` (arXiv 2405.15589, eq. 1).
 
-min_theta  E[ objective( safe reply, harmful reply | x + delta* ) ] + E[ utility ],   delta* = attack(x, harmful reply)
+min_theta  E[ objective( safe reply, harmful reply | x + delta* ) ] + E[ utility ] + further terms,   delta* = attack(x, harmful reply)
+
+A method is attack x objective x terms x data: nothing here knows any by name.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from datamodules.adversarial import AdversarialData
 from datamodules.batch import TrainingBatch
-from lightning_modules.attacks.base import Attack, AttackedPrompt
+from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
 from lightning_modules.base import FineTuning, OptimizerConfig, step_seed
-from lightning_modules.losses.base import LossTerms, Objective
+from lightning_modules.losses.base import LossTerms, Objective, Step, Term
 from lightning_modules.models.loading import ModelConfig
+from lightning_modules.models.reference import Reference
+from lightning_modules.reference_scores import ReferenceTable
 from lightning_modules.scoring import score_replies, score_utility
 
 
 class AdversarialFineTuning(FineTuning):
-    """Fine-tuning under attack: any attack, any objective.
+    """Fine-tuning under attack: any attack, any objective, any further terms.
 
     Args:
         base: the model to fine-tune.
         attack: the inner attack; NoAttack for the no-attack ablation.
-        objective: the outer loss.
+        objective: the outer loss on the replies' likelihoods; null where the terms say it all.
+        terms: further terms of the loss: regularisers, retain terms, distillation, losses on hidden states.
         optimizer: learning rate and schedule.
         seed: base of every step's own seed.
+        reference_cache: folder of the reference log-probabilities that preference objectives need; runs may share one. Null keeps them
+            in the run folder.
     """
+
+    reference: Reference
 
     def __init__(
         self,
         base: ModelConfig,
         attack: Attack,
-        objective: Objective,
+        objective: Objective | None,
+        terms: list[Term] | None = None,
         optimizer: OptimizerConfig | None = None,
         seed: int = 0,
+        reference_cache: str | None = None,
     ) -> None:
         super().__init__(base, optimizer, seed)
+        if objective is None and not terms:
+            raise ValueError(
+                "model.objective: expected an objective or at least one of model.terms, got neither; there is nothing to learn"
+            )
         self.attack = attack
         self.objective = objective
+        self.terms = terms or []
+        self.reference_cache = reference_cache
+        self._reference_table: ReferenceTable | None = None
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.reference = Reference(self.victim, self.base, self.load_seed)
+
+    def on_train_start(self) -> None:
+        """Compute or look up the reference log-probabilities. Raises: ValueError where a cached one is not this model's."""
+        if self.objective is None or not self.objective.needs_reference:
+            return
+        data: AdversarialData = self.trainer.datamodule  # type: ignore[attr-defined]
+        folder = Path(self.reference_cache or Path(self.trainer.default_root_dir) / "reference")
+        self._reference_table = ReferenceTable(folder, self.reference)
+        self._reference_table.fill(data.harmful_batches(), self.device, write=self.trainer.is_global_zero)
+        if self.global_step == 0:
+            self._reference_table.check_start(self.victim, next(data.harmful_batches()).to(self.device))
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
-        """One micro-batch: attack the harmful prompts, score both replies under that perturbation, add the utility loss."""
+        """One micro-batch: attack the harmful prompts, score both replies under that perturbation, add utility and further terms."""
         attacked: AttackedPrompt | None = None
         terms: list[LossTerms] = []
+        passes = 0
         if batch.adversarial is not None:
             attacked = self.attack(self.victim, batch.adversarial, self._generator())
-            terms.append(self.objective.adversarial(score_replies(self.victim, batch.adversarial, attacked)))
-        if batch.utility is not None:
+            if self.objective is not None:
+                reference = self._reference_table(batch.adversarial) if self._reference_table is not None else None
+                terms.append(self.objective.adversarial(score_replies(self.victim, batch.adversarial, attacked, reference)))
+                passes += 4 * len(batch.adversarial)
+        if batch.utility is not None and self.objective is not None and self.objective.weight_utility > 0:
             terms.append(self.objective.utility(*score_utility(self.victim, batch.utility)))
+            passes += 2 * len(batch.utility)
+        step = Step(self.victim, self.reference, batch, attacked, self.global_step, int(self.trainer.estimated_stepping_batches))
+        terms += [term(step) for term in self.terms]
         loss = torch.stack([term.loss.mean() for term in terms]).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.global_step}; lower optimizer.lr, or set a cutoff_away")
         parts = {f"train/{name}": value.mean() for term in terms for name, value in term.parts.items()}
         self.log_dict(parts, on_step=True, batch_size=1)
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1)
-        return {"loss": loss, "attacked": attacked}
+        return {"loss": loss, "attacked": attacked, "passes": passes + sum(term.passes for term in terms)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside the weights: what the attack has learned or collected."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["attack"] = state_of(self.attack)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        load_attack_state(self.attack, checkpoint.get("attack"))
 
     def _generator(self) -> torch.Generator:
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from datamodules.batch import BehaviourBatch
-from lightning_modules.models.loading import ModelConfig, has_adapter, load_model
+from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
 from lightning_modules.models.victim import Victim
 
 PREDICTED_TOKENS = 64
@@ -65,12 +65,15 @@ class FineTuning(LightningModule):
         # Adapter checkpoints hold the learning weights only; the rest comes from the base model.
         self.strict_loading = False
 
+    @property
+    def load_seed(self) -> int:
+        """Seed of what is random about loading the model."""
+        return step_seed(self.seed, -1, 0)
+
     def configure_model(self) -> None:
         """Load the model once, on first use."""
         if not hasattr(self, "model"):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(step_seed(self.seed, -1, 0))
-                self.model = load_model(self.base)
+            self.model = load_seeded(self.base, self.load_seed)
             data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
             self.victim = Victim(self.model, chat=getattr(data, "chat", None))
 

@@ -11,7 +11,7 @@ def mean_cross_entropy(log_probs: Tensor, mask: Tensor) -> Tensor:
 
     Args: log_probs (B, R) and mask (B, R) bool, True on reply tokens.
     """
-    return -_masked_mean(log_probs, mask)
+    return -masked_mean(log_probs, mask)
 
 
 def unlikelihood(log_probs: Tensor, mask: Tensor, floor: float = -5.0) -> Tensor:
@@ -22,7 +22,7 @@ def unlikelihood(log_probs: Tensor, mask: Tensor, floor: float = -5.0) -> Tensor
     """
     # Near p = 1 the loss diverges; 1e-6 bounds it at 14 nats.
     clamped = log_probs.clamp(min=floor, max=-1e-6)
-    return -_masked_mean(torch.log(-torch.expm1(clamped)), mask)
+    return -masked_mean(torch.log(-torch.expm1(clamped)), mask)
 
 
 def soft_cutoff(loss: Tensor, cutoff: float, slope: float = 1e-3) -> Tensor:
@@ -30,7 +30,8 @@ def soft_cutoff(loss: Tensor, cutoff: float, slope: float = 1e-3) -> Tensor:
     return torch.where(loss < cutoff, (1.0 - slope) * cutoff + slope * loss, loss)
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """(B,) mean of (B, R) values over the True positions of a mask; 0 where there are none."""
     return (values * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 

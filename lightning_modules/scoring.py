@@ -6,16 +6,18 @@ from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, UtilityBatch
 from lightning_modules.attacks.base import AttackedPrompt
-from lightning_modules.losses.base import ReplyScores
+from lightning_modules.losses.base import ReferenceScores, ReplyScores
 from lightning_modules.models.victim import Reply, Victim
 
 
-def score_replies(victim: Victim, batch: AdversarialBatch, attacked: AttackedPrompt) -> ReplyScores:
+def score_replies(
+    victim: Victim, batch: AdversarialBatch, attacked: AttackedPrompt, reference: ReferenceScores | None = None
+) -> ReplyScores:
     """Both replies under the same perturbation, the one found for the harmful target."""
     replies = Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)
     with attacked.applied(victim) as embeds:
         safe, harmful = victim.reply_log_probs(embeds, attacked.prompt_mask, *replies)
-    return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask)
+    return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask, reference)
 
 
 def score_utility(victim: Victim, batch: UtilityBatch) -> tuple[Tensor, Tensor]:

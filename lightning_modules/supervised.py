@@ -19,4 +19,4 @@ class SupervisedFineTuning(FineTuning):
             raise ValueError("SupervisedFineTuning expects utility rows only; set data.harmful_per_step: 0")
         loss = mean_cross_entropy(*score_utility(self.victim, batch.utility)).mean()
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1)
-        return {"loss": loss}
+        return {"loss": loss, "passes": 2 * len(batch.utility)}

@@ -21,11 +21,12 @@ from callbacks.attack_summary import cross_flags
 from callbacks.metrics.outcomes import FIELDS, Outcomes, Table, bootstrap_interval, success_by_budget, worst_case
 from callbacks.report import markdown_table, summarise
 from callbacks.robustness import GCGEvaluation, RobustnessEvaluation
-from callbacks.store import AttackRow, ResultsStore, describe, fingerprint, settings_digest
+from callbacks.store import AttackRow, ResultsStore, describe, settings_digest
 from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.attacks.gcg import GCG
 from lightning_modules.attacks.rewrites import DirectRequest, Prefilling
+from lightning_modules.models.fingerprint import fingerprint
 from lightning_modules.models.victim import Victim
 from tests.conftest import ROOT, tiny_model
 

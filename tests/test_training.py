@@ -54,7 +54,7 @@ def module(lora: LoraSettings | None = None, lr: float = 1e-3, **attack: Any) ->
         ModelConfig("tinychat:aligned", lora=lora),
         EmbeddingPGD(**(ATTACK | attack)),
         TowardAwayUtility(cutoff_toward=0.05, cutoff_away=-2.0),
-        OptimizerConfig(lr=lr, warmup_fraction=0.0, schedule="constant"),
+        optimizer=OptimizerConfig(lr=lr, warmup_fraction=0.0, schedule="constant"),
     )
 
 

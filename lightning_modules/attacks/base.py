@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,6 +81,28 @@ class Attack(Protocol):
     """
 
     def __call__(self, victim: Victim, batch: AdversarialBatch, generator: torch.Generator | None = None) -> AttackedPrompt: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An attack that learns or collects something during training; a checkpoint holds it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def state_of(attack: Attack) -> dict[str, Any] | None:
+    """What a checkpoint must hold of the attack, None where it keeps nothing."""
+    return attack.state_dict() if isinstance(attack, Stateful) else None
+
+
+def load_attack_state(attack: Attack, state: dict[str, Any] | None) -> None:
+    """Give an attack back what `state_of` took. Raises: ValueError where one of them has a state and the other has not."""
+    if isinstance(attack, Stateful) != (state is not None):
+        raise ValueError(f"the checkpoint does not fit the attack {type(attack).__name__}; use the configuration that the run folder holds")
+    if isinstance(attack, Stateful) and state is not None:
+        attack.load_state_dict(state)
 
 
 class NoAttack:

@@ -6,6 +6,7 @@ each step: gradient of the loss in the suffix's one-hot coordinates -> the topk 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -79,9 +80,20 @@ class GCG:
 
     def __call__(self, victim: Victim, batch: AdversarialBatch, generator: torch.Generator | None = None) -> AttackedPrompt:
         """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode, ValueError without texts."""
+        return self.go_on(victim, batch, [None] * len(batch), generator)[0]
+
+    def go_on(
+        self,
+        victim: Victim,
+        batch: AdversarialBatch,
+        suffixes: Sequence[list[int] | None],
+        generator: torch.Generator | None = None,
+    ) -> tuple[AttackedPrompt, list[list[int]]]:
+        """The same from given suffixes on, None for the initial one; returns the ids of the suffixes found, too."""
         require_gradients(self)
         with victim.frozen():
             search = SuffixSearch(victim, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
+            search.start_from(suffixes)
             generators = example_generators(batch, generator)
             allowed = typable_tokens(victim.chat, victim.embedding_weight.shape[0], self.ascii_only).to(victim.device)
             pools = [_Pool(self.buffer_size) for _ in search.slots]
@@ -90,7 +102,7 @@ class GCG:
                 active = self._step(search, active, pools, generators, allowed, first=step == 0)
                 if not active:
                     break
-            return search.result()
+            return search.result(), search.best
 
     def _step(
         self,

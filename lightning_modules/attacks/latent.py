@@ -10,7 +10,8 @@ from torch import Tensor
 from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import AttackedPrompt, require_gradients
 from lightning_modules.attacks.embedding import EmbeddingPGD, RadiusUnit, StepRule, StepUnit, target_loss
-from lightning_modules.models.victim import Victim
+from lightning_modules.likelihood import mean_cross_entropy, unlikelihood
+from lightning_modules.models.victim import Reply, Victim
 
 
 class LatentPGD:
@@ -27,6 +28,8 @@ class LatentPGD:
         step_unit: `radius`, `embedding_norm` or `absolute`.
         step_rule: `sign`, `l2` or `adam`.
         keep: `best` or `last` iterate.
+        weight_safe: share of the adversary's loss that pushes away from the safe reply, -mean log(1 - p) of it; the rest is CE of the
+            harmful target [0.5 in targeted LAT]. The batch then needs safe replies.
     """
 
     def __init__(
@@ -41,10 +44,14 @@ class LatentPGD:
         step_unit: StepUnit = "radius",
         step_rule: StepRule = "l2",
         keep: Literal["best", "last"] = "best",
+        weight_safe: float = 0.0,
     ) -> None:
         if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
             raise ValueError(f"LatentPGD.layers: expected distinct layer numbers counted from 0, got {layers}")
+        if not 0 <= weight_safe < 1:
+            raise ValueError(f"LatentPGD.weight_safe: expected within [0, 1), got {weight_safe}; it is a share of the adversary's loss")
         self.layers = layers
+        self.weight_safe = weight_safe
         self.embedding = embedding
         self.descent = EmbeddingPGD(
             epsilon=epsilon, num_steps=num_steps, step_size=step_size, step_unit=step_unit, step_rule=step_rule,
@@ -70,11 +77,20 @@ class LatentPGD:
             def loss(point: Tensor, active: Tensor) -> Tensor:
                 embedding, layers = self._split(point)
                 with victim.perturbed_layers(layers):
-                    return target_loss(victim, batch, clean[active] if embedding is None else clean[active] + embedding, active)
+                    return self._loss(victim, batch, clean[active] if embedding is None else clean[active] + embedding, active)
 
             found = self.descent.descend(loss, delta, allowed, radius, step)
         embedding, layers = self._split(found.delta)
         return AttackedPrompt(batch.prompt_ids, batch.prompt_mask, **(vars(found) | {"delta": embedding}), layers=layers)
+
+    def _loss(self, victim: Victim, batch: AdversarialBatch, embeds: Tensor, active: Tensor) -> Tensor:
+        """(A,) what the adversary minimises."""
+        if self.weight_safe == 0:
+            return target_loss(victim, batch, embeds, active)
+        replies = Reply(batch.harmful_ids[active], batch.harmful_mask[active]), Reply(batch.safe_ids[active], batch.safe_mask[active])
+        harmful, safe = victim.reply_log_probs(embeds, batch.prompt_mask[active], *replies)
+        towards, away = mean_cross_entropy(harmful, replies[0].mask), unlikelihood(safe, replies[1].mask)
+        return (1 - self.weight_safe) * towards + self.weight_safe * away
 
     def _split(self, delta: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
         parts = list(delta.chunk(len(self.layers) + self.embedding, dim=1))

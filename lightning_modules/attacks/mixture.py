@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import Attack, AttackedPrompt
+from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
 from lightning_modules.models.victim import Victim
 
 
@@ -30,3 +32,11 @@ class Mixture:
             return self.attacks[0](victim, batch)
         drawn = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
         return self.attacks[drawn](victim, batch, generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the attacks keep between batches."""
+        return {"attacks": [state_of(attack) for attack in self.attacks]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for attack, own in zip(self.attacks, state["attacks"], strict=True):
+            load_attack_state(attack, own)

@@ -79,6 +79,14 @@ class SuffixSearch:
         self.zero_gradient = torch.zeros(size, dtype=torch.bool)
         self.curve: list[Tensor] = []
 
+    def start_from(self, suffixes: Sequence[list[int] | None]) -> None:
+        """Start from these suffixes, of the initial one's length; from the initial one where there is None or where it cannot be typed."""
+        given = [row for row, suffix in enumerate(suffixes) if suffix is not None and len(suffix) == self.start.shape[1]]
+        for row, text in zip(given, self.texts(given, [suffixes[row] or [] for row in given]), strict=True):
+            if text is not None:
+                self.best[row] = list(suffixes[row] or [])
+        self.start = torch.tensor(self.best, device=self.start.device)
+
     @torch.no_grad()
     def losses(self, rows: Tensor, suffixes: Tensor) -> Tensor:
         """(N, R) negative log-likelihood of every target token, 0 outside the target.

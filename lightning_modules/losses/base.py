@@ -1,11 +1,29 @@
-"""What an objective is: scored replies in, per-example losses out. The one reduction happens in the LightningModule."""
+"""What a loss is made of: an objective on scored replies, and further terms on whatever they need. All losses are per example.
+
+The one reduction happens in the LightningModule: the loss is the sum of the means of all terms.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+
+from datamodules.batch import TrainingBatch
+from lightning_modules.models.reference import Reference
+from lightning_modules.models.victim import Victim
+
+
+@dataclass(frozen=True)
+class ReferenceScores:
+    """Mean log-probabilities per token of both replies under the reference model, on the clean prompts."""
+
+    safe: Tensor
+    """(B,) lp0(y | x)."""
+    harmful: Tensor
+    """(B,) lp0(y_hat | x)."""
 
 
 @dataclass(frozen=True)
@@ -18,21 +36,62 @@ class ReplyScores:
     harmful_log_probs: Tensor
     """(B, H) log p(y_hat_t | x + delta, y_hat_<t)."""
     harmful_mask: Tensor
+    reference: ReferenceScores | None = None
+    """Present where the objective asks for it."""
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Per-example losses (B,), already weighted, and detached unweighted parts for the logs."""
+    """Losses (B,), or () where a term has no examples or joins both streams, already weighted; and detached parts for the logs."""
 
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    passes: int = 0
+    """Forward and backward passes of single examples that the term took beyond those of the objective."""
 
 
 class Objective(Protocol):
-    """An outer loss: one term per adversarial example and one per utility example."""
+    """An outer loss on scored replies: one loss per adversarial example and one per utility example."""
+
+    needs_reference: bool
+    """Whether `ReplyScores.reference` must be there."""
+    weight_utility: float
+    """0 leaves the utility rows to the further terms: they are not scored."""
 
     def adversarial(self, scores: ReplyScores) -> LossTerms: ...
 
     def utility(self, log_probs: Tensor, mask: Tensor) -> LossTerms:
         """log_probs and mask (B, T): the reply tokens of B utility conversations."""
         ...
+
+
+class Attacked(Protocol):
+    """Attacked prompts as losses see them."""
+
+    @property
+    def prompt_mask(self) -> Tensor: ...
+
+    def applied(self, victim: Victim) -> AbstractContextManager[Tensor]:
+        """(B, P, D) embeddings of the prompts under the perturbation."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch of training as a further term of the loss sees it."""
+
+    victim: Victim
+    reference: Reference
+    batch: TrainingBatch
+    attacked: Attacked | None
+    """None without adversarial rows."""
+    number: int
+    """Optimiser steps taken."""
+    total: int
+    """Optimiser steps of the whole run."""
+
+
+class Term(Protocol):
+    """A further term of the loss: a regulariser, or a loss on hidden states or whole distributions."""
+
+    def __call__(self, step: Step) -> LossTerms: ...

@@ -23,6 +23,8 @@ class TowardAwayUtility:
         cutoff_slope: remaining slope beyond a cutoff.
     """
 
+    needs_reference = False
+
     def __init__(
         self,
         weight_toward: float = 0.5,

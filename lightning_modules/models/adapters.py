@@ -1,4 +1,4 @@
-"""Merging LoRA weights for the length of an attack, without arithmetic on the way back."""
+"""LoRA weights merged or switched off for a while, without arithmetic on the way back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -36,6 +37,19 @@ def merged_adapters(model: nn.Module, enabled: bool = True) -> Iterator[int]:
     finally:
         for layer, original in swapped:
             layer.get_base_layer().weight.data = original
+            layer._disable_adapters = False
+
+
+@contextmanager
+def disabled_adapters(model: nn.Module) -> Iterator[None]:
+    """The base model's own outputs while the context lasts; `requires_grad` stays as it is, which PEFT's own switch does not promise."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
             layer._disable_adapters = False
 
 

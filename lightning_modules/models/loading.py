@@ -27,6 +27,8 @@ class LoraSettings:
     """Dropout on the adapter's input, off during attacks."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers to adapt, or `all-linear` for every linear layer but the output head."""
+    layers: list[int] | None = None
+    """Adapt these decoder layers only, counted from 0; null adapts all."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -99,6 +101,7 @@ def load_model(config: ModelConfig) -> nn.Module:
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
             target_modules=config.lora.target_modules,
+            layers_to_transform=config.lora.layers,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
@@ -107,6 +110,13 @@ def load_model(config: ModelConfig) -> nn.Module:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model.train()
+
+
+def load_seeded(config: ModelConfig, seed: int) -> nn.Module:
+    """`load_model` with its own random state: fresh adapters and weights from scratch depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return load_model(config)
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import Embedding as LoraEmbedding
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -145,6 +146,38 @@ class Victim:
         targets, scored = labels[:, 1:], labels[:, 1:] != -100
         return self._scatter(hidden[:, :-1][scored], targets[scored], scored), scored
 
+    def labelled_logits(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, V) fp32 logits that predict the N labelled tokens of whole conversations, and their (B, T - 1) bool mask."""
+        positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+        scored = labels[:, 1:] != -100
+        return self._logits(self._decode(self.embed(input_ids), attention_mask, positions)[:, :-1][scored]), scored
+
+    def reply_logits(self, prompt_embeds: Tensor, prompt_mask: Tensor, reply: Reply) -> Tensor:
+        """(N, V) fp32 logits that predict the N tokens of (B, R) replies, in the order of `reply.mask`."""
+        hidden = self._decode(*self._continued(prompt_embeds, prompt_mask, reply))
+        return self._logits(self._predictors(hidden, reply, prompt_embeds.shape[1], prompt_embeds.shape[1])[reply.mask])
+
+    def conversation_states(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """(B, T, D) output of each of the decoder layers, counted from 0, on whole conversations."""
+        positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+        with self._recorded(layers) as states:
+            self._decode(self.embed(input_ids), attention_mask, positions)
+        return [states[layer] for layer in layers]
+
+    def reply_states(self, prompt_embeds: Tensor, prompt_mask: Tensor, reply: Reply, layers: Sequence[int]) -> list[Tensor]:
+        """(B, R - 1, D) output of each of the decoder layers at a reply's tokens; the last one predicts nothing and is not fed."""
+        with self._recorded(layers) as states:
+            self._decode(*self._continued(prompt_embeds, prompt_mask, reply))
+        return [states[layer][:, prompt_embeds.shape[1] :] for layer in layers]
+
+    def embedding_matrix(self) -> Tensor:
+        """(V, D) weight of the input embedding with its adapters' delta, differentiable in both."""
+        module = self.causal_lm.get_input_embeddings()
+        if not isinstance(module, LoraEmbedding):
+            return self.embedding_weight
+        deltas = [module.get_delta_weight(name) for name in module.active_adapters]
+        return torch.stack([module.get_base_layer().weight, *deltas]).sum(0)
+
     @torch.no_grad()
     def prefix_cache(self, ids: Tensor, mask: Tensor) -> PrefixCache:
         """Compute the keys and values of (B, P) left-padded prompt beginnings, P at least 1."""
@@ -185,9 +218,7 @@ class Victim:
     @torch.no_grad()
     def replies_greedily(self, prompt_embeds: Tensor, prompt_mask: Tensor, reply: Reply) -> Tensor:
         """(B,) bool: whether greedy decoding of each prompt begins with exactly this reply."""
-        embeds = torch.cat([prompt_embeds.to(self._dtype()), self.embed(reply.ids[:, :-1])], dim=1)
-        mask = torch.cat([prompt_mask, reply.mask[:, :-1]], dim=1)
-        hidden = self._decode(embeds, mask, (mask.long().cumsum(1) - 1).clamp_min(0))[:, prompt_mask.shape[1] - 1 :]
+        hidden = self._decode(*self._continued(prompt_embeds, prompt_mask, reply))[:, prompt_mask.shape[1] - 1 :]
         wrong = torch.zeros_like(reply.mask)
         wrong[reply.mask] = self._logits(hidden[reply.mask]).argmax(-1) != reply.ids[reply.mask]
         return ~wrong.any(1)
@@ -270,10 +301,39 @@ class Victim:
         hidden: Tensor = out.last_hidden_state
         return hidden
 
-    def _score(self, hidden: Tensor, reply: Reply, prompt_length: int, start: int) -> Tensor:
-        """Scores one reply whose fed tokens occupy hidden[:, start:]; its first token is predicted by the prompt's last."""
+    def _continued(self, prompt_embeds: Tensor, prompt_mask: Tensor, reply: Reply) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings, mask and positions of prompts with one reply each; a reply's last token predicts nothing and is not fed."""
+        embeds = torch.cat([prompt_embeds.to(self._dtype()), self.embed(reply.ids[:, :-1])], dim=1)
+        mask = torch.cat([prompt_mask, reply.mask[:, :-1]], dim=1)
+        return embeds, mask, (mask.long().cumsum(1) - 1).clamp_min(0)
+
+    @contextmanager
+    def _recorded(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Layer -> (B, T, D) output of the last forward pass inside the context."""
+        states: dict[int, Tensor] = {}
+        modules = self.causal_lm.get_decoder().layers
+
+        def recorder(number: int) -> Any:
+            def record(module: nn.Module, inputs: object, output: Any) -> None:
+                states[number] = output[0] if isinstance(output, tuple) else output
+
+            return record
+
+        handles = [modules[number].register_forward_hook(recorder(number)) for number in layers]
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _predictors(self, hidden: Tensor, reply: Reply, prompt_length: int, start: int) -> Tensor:
+        """(B, R, D) states that predict a reply's tokens: the prompt's last, then those of its tokens, which were fed from `start` on."""
         rest = reply.ids.shape[1] - 1
-        predictors = torch.cat([hidden[:, prompt_length - 1 : prompt_length], hidden[:, start : start + rest]], dim=1)
+        return torch.cat([hidden[:, prompt_length - 1 : prompt_length], hidden[:, start : start + rest]], dim=1)
+
+    def _score(self, hidden: Tensor, reply: Reply, prompt_length: int, start: int) -> Tensor:
+        """(B, R) log-probabilities of one reply; arguments as in `_predictors`."""
+        predictors = self._predictors(hidden, reply, prompt_length, start)
         return self._scatter(predictors[reply.mask], reply.ids[reply.mask], reply.mask)
 
     def _scatter(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""Terms on the weights themselves: spread of the embedding's singular values (ER-CAT), distance from the starting point (L2-SP)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lightning_modules.losses.base import LossTerms, Step
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """(d,) singular values of a (V, d) matrix in fp32 or wider, from the (d, d) Gram matrix: no decomposition of V x d."""
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    eigenvalues: Tensor = torch.linalg.eigvalsh(wide.T @ wide)
+    # Rounding may push a zero below 0, where the root has no gradient.
+    return eigenvalues.clamp_min(torch.finfo(wide.dtype).tiny).sqrt()
+
+
+class SpectralSpread:
+    """ER-CAT's regulariser: the standard deviation of the singular values of W_E with its adapter's delta.
+
+    Only a learning embedding feels it: train all weights, or name it in base.lora.target_modules.
+
+    Args:
+        weight: alpha_embed [0.5 in ER-CAT].
+    """
+
+    def __init__(self, weight: float = 0.5) -> None:
+        if not weight > 0:
+            raise ValueError(f"SpectralSpread.weight: expected > 0, got {weight}; leave the term out instead")
+        self.weight = weight
+
+    def __call__(self, step: Step) -> LossTerms:
+        """Raises: ValueError where the embedding does not learn."""
+        matrix = step.victim.embedding_matrix()
+        if torch.is_grad_enabled() and not matrix.requires_grad:
+            raise ValueError(
+                "SpectralSpread: expected an input embedding that learns, got a frozen one; add its name (e.g. embed_tokens) to "
+                "base.lora.target_modules, or set base.lora: null"
+            )
+        spread = singular_values(matrix).std(correction=0)
+        return LossTerms(self.weight * spread, {"loss_spectral_spread": spread.detach()})
+
+
+class WeightDrift:
+    """Squared distance of the weights from where training began (L2-SP; Li et al. 2018): of the products B A where adapters learn.
+
+    Args:
+        weight: weight of the term.
+        which: all learning weights, or the input embedding's alone.
+    """
+
+    def __init__(self, weight: float = 1e-3, which: Literal["all", "embeddings"] = "all") -> None:
+        if not weight > 0:
+            raise ValueError(f"WeightDrift.weight: expected > 0, got {weight}; leave the term out instead")
+        self.weight = weight
+        self.which = which
+
+    def __call__(self, step: Step) -> LossTerms:
+        """Raises: ValueError where nothing of what is named learns."""
+        model = step.victim.causal_lm
+        part: nn.Module = model.get_input_embeddings() if self.which == "embeddings" else model
+        adapters = [layer for layer in part.modules() if isinstance(layer, LoraLayer)]
+        if adapters:
+            squares = [_product_norm(layer, name) for layer in adapters for name in layer.active_adapters]
+        else:
+            with step.reference.active() as reference:
+                start = dict(reference.causal_lm.named_parameters())
+            own = {id(p) for p in part.parameters()}
+            learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) in own]
+            squares = [(p - start[name]).square().sum() for name, p in learning]
+        if not squares:
+            raise ValueError(f"WeightDrift.which: expected {self.which} weights that learn, got none; see base.lora.target_modules")
+        drift = torch.stack(squares).sum()
+        return LossTerms(self.weight * drift, {"loss_weight_drift": drift.detach()})
+
+
+def _product_norm(layer: LoraLayer, name: str) -> Tensor:
+    """|| s B A ||_F^2 = s^2 < B^T B, A A^T >, without the product."""
+    if name in layer.lora_A:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    else:
+        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    norm: Tensor = layer.scaling[name] ** 2 * ((b.T @ b) * (a @ a.T)).sum()
+    return norm
