@@ -47,7 +47,7 @@ def rates_by_name(names: Iterable[str], device: torch.device) -> dict[str, Rate]
     return rates
 
 
-def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[float, float]:
     """Wilson score interval of a binomial share (Wilson 1927).
 
     centre = (p + z^2 / 2n) / (1 + z^2 / n),  half-width = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 / 4n^2)
