@@ -7,10 +7,12 @@ A method is attack x objective x terms x data: nothing here knows any by name.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from datamodules.adversarial import AdversarialData
 from datamodules.batch import TrainingBatch
@@ -71,33 +73,40 @@ class AdversarialFineTuning(FineTuning):
         data: AdversarialData = self.trainer.datamodule  # type: ignore[attr-defined]
         folder = Path(self.reference_cache or Path(self.trainer.default_root_dir) / "reference")
         self._reference_table = ReferenceTable(folder, self.reference)
-        self._reference_table.fill(data.harmful_batches(), self.device, write=self.trainer.is_global_zero)
+        silent = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
+        batches = tqdm(data.harmful_batches(), desc="reference log-probabilities", unit=" batches", leave=False, disable=silent)
+        self._reference_table.fill(batches, self.device, write=self.trainer.is_global_zero)
         if self.global_step == 0:
             self._reference_table.check_start(self.victim, next(data.harmful_batches()).to(self.device))
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
-        """One micro-batch: attack the harmful prompts, score both replies under that perturbation, add utility and further terms."""
-        attacked: AttackedPrompt | None = None
-        terms: list[LossTerms] = []
-        passes = 0
-        if batch.adversarial is not None:
-            attacked = self.attack(self.victim, batch.adversarial, self._generator())
-            if self.objective is not None:
-                reference = self._reference_table(batch.adversarial) if self._reference_table is not None else None
-                terms.append(self.objective.adversarial(score_replies(self.victim, batch.adversarial, attacked, reference)))
-                passes += 4 * len(batch.adversarial)
-        if batch.utility is not None and self.objective is not None and self.objective.weight_utility > 0:
-            terms.append(self.objective.utility(*score_utility(self.victim, batch.utility)))
-            passes += 2 * len(batch.utility)
-        step = Step(self.victim, self.reference, batch, attacked, self.global_step, int(self.trainer.estimated_stepping_batches))
-        terms += [term(step) for term in self.terms]
+        """One micro-batch: attack the harmful prompts, then all losses under that perturbation."""
+        attacked = None if batch.adversarial is None else self.attack(self.victim, batch.adversarial, self._generator())
+        terms = self._losses(batch, attacked)
         loss = torch.stack([term.loss.mean() for term in terms]).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.global_step}; lower optimizer.lr, or set a cutoff_away")
         parts = {f"train/{name}": value.mean() for term in terms for name, value in term.parts.items()}
         self.log_dict(parts, on_step=True, batch_size=1)
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1)
-        return {"loss": loss, "attacked": attacked, "passes": passes + sum(term.passes for term in terms)}
+        return {"loss": loss, "attacked": attacked, "passes": sum(term.passes for term in terms)}
+
+    def _losses(self, batch: TrainingBatch, attacked: AttackedPrompt | None) -> list[LossTerms]:
+        """The objective on both replies and on the utility rows, then the further terms. Raises: ValueError where none is left."""
+        terms: list[LossTerms] = []
+        objective, rows, utility = self.objective, batch.adversarial, batch.utility
+        if objective is not None and rows is not None and attacked is not None:
+            reference = self._reference_table(rows) if self._reference_table is not None else None
+            scored = objective.adversarial(score_replies(self.victim, rows, attacked, reference))
+            terms.append(replace(scored, passes=4 * len(rows)))
+        if objective is not None and utility is not None and objective.weight_utility > 0:
+            scored = objective.utility(*score_utility(self.victim, utility))
+            terms.append(replace(scored, passes=2 * len(utility)))
+        step = Step(self.victim, self.reference, batch, attacked, self.global_step, int(self.trainer.estimated_stepping_batches))
+        terms += [term(step) for term in self.terms]
+        if not terms:
+            raise ValueError("model.objective: no term of the loss uses the data's rows; set objective.weight_utility or harmful_per_step")
+        return terms
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside the weights: what the attack has learned or collected."""

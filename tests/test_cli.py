@@ -107,7 +107,9 @@ def test_every_recipe_builds(recipe: str, in_root: Path, monkeypatch: pytest.Mon
     overrides = [("trainer.default_root_dir", str(tmp_path))]
     if "zephyr" in recipe:  # bitsandbytes is an extra
         overrides += [("model.base.quantization", "null"), ("trainer.precision", "bf16-mixed")]
-    config = compose([recipe], overrides)
+    # The methods' common settings want a method.
+    method = ["configs/method/cat.yaml"] if "/methods_" in recipe else []
+    config = compose([recipe, *method], overrides)
     check(config, "fit")
     cli = instantiate(with_defaults(config))
     # Recipes for `thundercat test` train nothing.

@@ -41,7 +41,16 @@ SHORTER = {
     "prompt_generator": [("model.init_args.attack.init_args.num_tokens", "2")],
     "lat": [("model.init_args.attack.init_args.num_steps", "3")],
 }
-ABLATIONS = {"none": METHODS, "one_step": [name for name in METHODS if name.startswith(("cat", "capo", "npo", "er_cat", "distillation"))]}
+SEARCHLESS = ["noise_augmentation", "adversarial_fine_tuning", "red_team_replay", "circuit_breakers"]
+ONE_STEP = {
+    "r2d2": [("model.init_args.attack.init_args.gcg.init_args.num_steps", "1")],
+    "mixat": [
+        ("model.init_args.attack.init_args.perturb.init_args.num_steps", "1"),
+        ("model.init_args.attack.init_args.perturb.init_args.step_size", "1.0"),
+    ],
+    "prompt_generator": [("model.init_args.attack.init_args.num_tokens", "1")],
+}
+ABLATIONS = {"none": METHODS, "one_step": [name for name in METHODS if name not in SEARCHLESS and name not in ONE_STEP]}
 
 
 @pytest.fixture(scope="session")
@@ -99,8 +108,17 @@ def test_trains_and_resumes_bit_for_bit(name: str, lora: bool, tmp_path: Path, r
 def test_ablations_of_the_attack_are_one_more_file(ablation: str, name: str, tmp_path: Path, red_team: str, in_root: Path) -> None:
     module, data = build(name, red_team, ablation=ablation)
     trainer(tmp_path, 1, micro_batches=2).fit(module, datamodule=data)
-    steps = getattr(module.attack, "num_steps", 0)
+    searching: Any = getattr(module.attack, "descent", module.attack)
+    steps = getattr(searching, "num_steps", 0)
     assert steps == (1 if ablation == "one_step" else 0)
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_one_step_ablations_of_nested_attacks(name: str, tmp_path: Path, red_team: str, in_root: Path) -> None:
+    module, data = build(name, red_team, *ONE_STEP[name])
+    trainer(tmp_path, 1, micro_batches=2).fit(module, datamodule=data)
+    key, _ = ONE_STEP[name][0]
+    assert key.removeprefix("model.init_args.attack.init_args.") in (ROOT / "configs" / "method" / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize("term", ["weight_drift", "kl_retain"])

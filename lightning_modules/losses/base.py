@@ -47,7 +47,7 @@ class LossTerms:
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     passes: int = 0
-    """Forward and backward passes of single examples that the term took beyond those of the objective."""
+    """Forward and backward passes of single examples; a further term says its own, the module counts the objective's."""
 
 
 class Objective(Protocol):
