@@ -5,12 +5,17 @@ It runs from YAML alone, with LoRA and without, with accumulation, and resumes b
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.adversarial import AdversarialData
@@ -35,6 +40,7 @@ ROWS = {
     "harmful": {"class_path": "datamodules.sources.TinyChatHarmful", "init_args": {"split": "train", "limit": 24}},
     "utility": {"class_path": "datamodules.sources.TinyChatBenign", "init_args": {"split": "train", "num_rows": 40}},
 }
+GCG_SETTINGS = {"num_tokens": 4, "num_steps": 1, "width": 4, "topk": 8, "stop_at_target": False}
 LORA = {name: "[q_proj, v_proj, embed_tokens]" if name == "er_cat" else "[q_proj, v_proj]" for name in METHODS}
 SHORTER = {
     "r2d2": [("model.init_args.attack.init_args.gcg.init_args.num_steps", "1")],
@@ -119,6 +125,34 @@ def test_one_step_ablations_of_nested_attacks(name: str, tmp_path: Path, red_tea
     trainer(tmp_path, 1, micro_batches=2).fit(module, datamodule=data)
     key, _ = ONE_STEP[name][0]
     assert key.removeprefix("model.init_args.attack.init_args.") in (ROOT / "configs" / "method" / f"{name}.yaml").read_text()
+
+
+def test_two_processes_share_the_reference_and_save_one_pool(tmp_path: Path, in_root: Path) -> None:
+    changed = {
+        "model": {
+            "init_args": {
+                "attack": {
+                    "class_path": "lightning_modules.attacks.persistent_gcg.PersistentGCG",
+                    "init_args": {"gcg": {"class_path": "lightning_modules.attacks.gcg.GCG", "init_args": GCG_SETTINGS}},
+                }
+            }
+        },
+        "data": {"init_args": {"harmful": [ROWS["harmful"]], "harmful_per_step": 4, "bucket_window": 1}},
+    }
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+    command = [
+        sys.executable, "-m", "experiments.cli", "fit", "--config", BASE, "--config", "configs/method/capo.yaml",
+        "--config", str(tmp_path / "changed.yaml"), f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=2",
+        "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+        '--trainer.callbacks=[{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 1, '
+        f'"save_last": true, "save_top_k": 0, "dirpath": "{tmp_path}/checkpoints"}}}}]',
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (table,) = (tmp_path / "reference").glob("*.json")
+    assert len(json.loads(table.read_text())) == 24
+    # Two steps of four examples, of which each process saw two.
+    assert len(torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["attack"]["pool"]) == 8
 
 
 @pytest.mark.parametrize("term", ["weight_drift", "kl_retain"])

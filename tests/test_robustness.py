@@ -230,12 +230,17 @@ def test_another_judge_needs_no_new_attack(tmp_path: Path, thundercat: Run, monk
     assert all({"target_prefix@1", "keyword_refusal@1", "exact_match@1"} == set(r.verdicts) for r in rows)
 
 
-def test_gcg_evaluation_inside_fit_reports_its_baselines(tmp_path: Path, thundercat: Run) -> None:
-    status, _, err = thundercat(
-        "fit", "--config", TINYCHAT, "--config", str(ROOT / "tests" / "configs" / "gcg_evaluation.yaml"),
-        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=2", "--data.harmful_per_step=2", "--data.utility_per_step=2",
+def fit_arguments(folder: Path, evaluation: str, steps: int) -> list[str]:
+    """A small training run with an evaluation of tests/configs."""
+    return [
+        "fit", "--config", TINYCHAT, "--config", str(ROOT / "tests" / "configs" / f"{evaluation}.yaml"),
+        f"--trainer.default_root_dir={folder}", f"--trainer.max_steps={steps}", "--data.harmful_per_step=2", "--data.utility_per_step=2",
         "--model.attack.num_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-    )  # fmt: skip
+    ]  # fmt: skip
+
+
+def test_gcg_evaluation_inside_fit_reports_its_baselines(tmp_path: Path, thundercat: Run) -> None:
+    status, _, err = thundercat(*fit_arguments(tmp_path, "gcg_evaluation", 2))
     assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
     for snapshot in ("before", "after"):
@@ -246,11 +251,7 @@ def test_gcg_evaluation_inside_fit_reports_its_baselines(tmp_path: Path, thunder
 
 
 def test_an_attack_on_fewer_rows_bounds_the_worst_case(tmp_path: Path, thundercat: Run) -> None:
-    status, _, err = thundercat(
-        "fit", "--config", TINYCHAT, "--config", str(ROOT / "tests" / "configs" / "limited_suite.yaml"),
-        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1", "--data.harmful_per_step=2", "--data.utility_per_step=2",
-        "--model.attack.num_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-    )  # fmt: skip
+    status, _, err = thundercat(*fit_arguments(tmp_path, "limited_suite", 1))
     assert status == 0, err
     n = json.loads((tmp_path / "results.json").read_text())["after"]["n"]
     assert n["prefilling_attack_success_rate"] == 4
@@ -258,12 +259,7 @@ def test_an_attack_on_fewer_rows_bounds_the_worst_case(tmp_path: Path, thunderca
 
 
 def test_two_processes_report_every_example_once(tmp_path: Path) -> None:
-    arguments = [
-        "fit", "--config", TINYCHAT, "--config", str(ROOT / "tests" / "configs" / "limited_suite.yaml"),
-        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1", "--data.harmful_per_step=2", "--data.utility_per_step=2",
-        "--model.attack.num_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-        "--trainer.devices=2", "--trainer.strategy=ddp",
-    ]  # fmt: skip
+    arguments = [*fit_arguments(tmp_path, "limited_suite", 1), "--trainer.devices=2", "--trainer.strategy=ddp"]
     command = [sys.executable, "-m", "experiments.cli", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -271,6 +267,9 @@ def test_two_processes_report_every_example_once(tmp_path: Path) -> None:
     assert n["prefilling_attack_success_rate"] == 4
     assert n["word_noise_attack_success_rate"] == n["worst_case_attack_success_rate"] == 2
     assert len(list(ResultsStore(tmp_path))) == 6
+    # What is no metric is gathered, too.
+    (samples,) = (tmp_path / "samples").glob("robustness_fit_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 6
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators
+from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_counts
 from lightning_modules.attacks.slots import typable_tokens
 from lightning_modules.attacks.suffix_search import SuffixSearch
 from lightning_modules.models.victim import Victim
@@ -35,9 +35,7 @@ class BEAST:
         ascii_only: bool = True,
         max_rows: int | None = None,
     ) -> None:
-        for name, value in (("num_tokens", num_tokens), ("beams", beams), ("samples", samples)):
-            if value < 1:
-                raise ValueError(f"BEAST.{name}: expected >= 1, got {value}")
+        require_counts(self, num_tokens=num_tokens, beams=beams, samples=samples)
         if not temperature > 0:
             raise ValueError(f"BEAST.temperature: expected > 0, got {temperature}")
         self.num_tokens = num_tokens

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_gradients
+from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_counts, require_gradients
 from lightning_modules.attacks.slots import typable_tokens
 from lightning_modules.attacks.suffix_search import SuffixSearch, best_by_owner
 from lightning_modules.likelihood import mean_cross_entropy, mellowmax
@@ -54,9 +54,7 @@ class GCG:
         ascii_only: bool = True,
         max_rows: int | None = None,
     ) -> None:
-        for name, value in (("num_tokens", num_tokens), ("num_steps", num_steps), ("width", width), ("topk", topk)):
-            if value < 1:
-                raise ValueError(f"GCG.{name}: expected >= 1, got {value}")
+        require_counts(self, num_tokens=num_tokens, num_steps=num_steps, width=width, topk=topk)
         if not 1 <= n_replace <= num_tokens:
             raise ValueError(f"GCG.n_replace: expected within [1, num_tokens {num_tokens}], got {n_replace}")
         if target_tokens is not None and target_tokens < 1:

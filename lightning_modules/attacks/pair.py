@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, draw_seed
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, require_counts
 from lightning_modules.attacks.text_search import TextSearch, Variant, Verdict
 from lightning_modules.models.chat import ChatModel, Conversation
 from lightning_modules.models.victim import Victim
@@ -61,9 +61,7 @@ class PAIR:
         max_new_tokens: int = 128,
         max_rows: int = 64,
     ) -> None:
-        for name, value in (("num_streams", num_streams), ("num_steps", num_steps), ("attempts", attempts)):
-            if value < 1:
-                raise ValueError(f"PAIR.{name}: expected >= 1, got {value}")
+        require_counts(self, num_streams=num_streams, num_steps=num_steps, attempts=attempts)
         self.attacker = attacker
         self.judge = judge
         self.num_streams = num_streams

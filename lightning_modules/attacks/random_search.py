@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_texts
+from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_counts, require_texts
 from lightning_modules.attacks.slots import typable_tokens
 from lightning_modules.attacks.suffix_search import SuffixSearch, best_by_owner
 from lightning_modules.attacks.templates import fill
@@ -48,9 +48,7 @@ class RandomSearch:
     ) -> None:
         if "{prompt}" not in template:
             raise ValueError(f"RandomSearch.template: expected {{prompt}} in it, got {template[:60]!r}")
-        for name, value in (("num_steps", num_steps), ("width", width), ("target_tokens", target_tokens)):
-            if value < 1:
-                raise ValueError(f"RandomSearch.{name}: expected >= 1, got {value}")
+        require_counts(self, num_steps=num_steps, width=width, target_tokens=target_tokens)
         if not 1 <= block <= num_tokens:
             raise ValueError(f"RandomSearch.block: expected within [1, num_tokens {num_tokens}], got {block}")
         if not 0 < stop_probability <= 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, pad
-from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators, require_counts
 from lightning_modules.attacks.slots import typable_tokens
 from lightning_modules.attacks.suffix_search import SuffixSearch
 from lightning_modules.likelihood import mean_cross_entropy
@@ -66,10 +66,7 @@ class SuffixGenerator:
         max_rows: int | None = None,
         seed: int = 0,
     ) -> None:
-        counts = {"num_tokens": num_tokens, "candidates": candidates, "beams": beams, "buffer_size": buffer_size, "batch_size": batch_size}
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"SuffixGenerator.{name}: expected >= 1, got {count}")
+        require_counts(self, num_tokens=num_tokens, candidates=candidates, beams=beams, buffer_size=buffer_size, batch_size=batch_size)
         if updates < 0 or temperature < 0 or not weight_target > 0 or not lr > 0:
             raise ValueError(
                 "SuffixGenerator.updates, temperature, weight_target and lr: expected >= 0, >= 0, > 0 and > 0, "
