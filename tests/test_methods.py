@@ -155,7 +155,7 @@ def test_two_processes_share_the_reference_and_save_one_pool(tmp_path: Path, in_
     assert len(torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["attack"]["pool"]) == 8
 
 
-@pytest.mark.parametrize("term", ["weight_drift", "kl_retain"])
+@pytest.mark.parametrize("term", ["weight_drift", "embedding_drift", "kl_retain"])
 def test_add_ons_go_on_top_of_any_method(term: str, tmp_path: Path, red_team: str, in_root: Path) -> None:
     for name in ("cat", "er_cat"):
         plain, _ = build(name, red_team)
