@@ -26,6 +26,7 @@ RATES = {
     "GCG": "gcg_attack_success_rate",
     "worst typed": "worst_case_text_attack_success_rate",
     "worst": "worst_case_attack_success_rate",
+    "refuses": "harmful_refusal_rate",
     "over-refusal": "over_refusal_rate",
     "utility": "utility_exact_match",
 }
@@ -183,7 +184,8 @@ def write_comparison(runs: Mapping[tuple[str, int], Path], out: Path) -> str:
     text = f"""# Training methods on the tiny chat model
 
 Means over seeds {seeds} in percent; in brackets the 95 % Wilson interval of the mean at one seed's n, because all seeds judge the same
-rows. n: {sizes}. Attack columns: success, lower is better; worst cases count the requests that all attacks tried. Passes are forward and
+rows. n: {sizes}. Attack columns: success, lower is better; `refuses`: refusals of plain harmful requests, because a
+success of 0 may also be a reply without sense; worst cases count the requests that all attacks tried. Passes are forward and
 backward passes of single examples in training; seconds are training steps on one thread while another run had the machine's other core.
 
 {table(rows)}

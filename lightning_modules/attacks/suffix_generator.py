@@ -32,7 +32,8 @@ class _Beam:
 class SuffixGenerator:
     """Writes a suffix per prompt by a beam search that the generator steers, then trains the generator on the suffixes.
 
-    A candidate q is scored by weight_target * CE(harmful target | x, q) + mean NLL of q under the generator.
+    A candidate q is scored by weight_target * CE(harmful target | x, q) + mean NLL of q under the generator. Passes are counted of the victim,
+    not of the generator. Every process has a generator of its own, and a checkpoint holds the first one's.
 
     Args:
         generator: the language model that writes; it needs the victim's tokenizer.
@@ -127,8 +128,9 @@ class SuffixGenerator:
         log_chances = logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
         grown: list[tuple[int, _Beam]] = []
         for (row, beam), own in zip(flat, log_chances, strict=True):
-            count = min(self.candidates, int(allowed.sum()))
-            for token in torch.multinomial(own.exp(), count, generator=generators[row]).tolist():
+            chances = own.exp()
+            count = min(self.candidates, int((chances > 0).sum()))
+            for token in torch.multinomial(chances, count, generator=generators[row]).tolist():
                 grown.append((row, _Beam([*beam.suffix, token], beam.nll - own[token].item())))
         texts = search.texts([row for row, _ in grown], [beam.suffix for _, beam in grown])
         grown = [entry for entry, text in zip(grown, texts, strict=True) if text is not None]
@@ -191,7 +193,7 @@ class SuffixGenerator:
         return self._writer
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's weights, its optimiser and its buffer (this process's: every process has a generator of its own)."""
+        """The generator's weights, its optimiser and its buffer."""
         state: dict[str, Any] = {"buffer": [list(pair) for pair in self._buffer]}
         if self._pending is not None:
             return {**self._pending, **state}
