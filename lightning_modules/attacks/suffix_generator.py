@@ -32,8 +32,8 @@ class _Beam:
 class SuffixGenerator:
     """Writes a suffix per prompt by a beam search that the generator steers, then trains the generator on the suffixes.
 
-    A candidate q is scored by weight_target * CE(harmful target | x, q) + mean NLL of q under the generator. Passes are counted of the victim,
-    not of the generator. Every process has a generator of its own, and a checkpoint holds the first one's.
+    A candidate q is scored by weight_target * CE(harmful target | x, q) + mean NLL of q under the generator. Passes are counted of the
+    victim, not of the generator. Every process has a generator of its own, and a checkpoint holds the first one's.
 
     Args:
         generator: the language model that writes; it needs the victim's tokenizer.
