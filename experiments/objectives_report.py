@@ -31,7 +31,7 @@ RATES = {
     "utility": "utility_exact_match",
 }
 
-CLOSE = ("embedding 0.1", "GCG", "utility")
+CLOSE = ("embedding 0.1", "GCG", "refuses", "over-refusal", "utility")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,10 @@ def _pair(rows: Mapping[str, Row], first: str, second: str, label: str) -> str:
 
 
 def claims(rows: Mapping[str, Row]) -> list[str]:
-    """The paper's qualitative claims with the figures that decide them; two rates differ where their intervals do not overlap."""
+    """The paper's qualitative claims with the figures that decide them; two rates differ where their intervals do not overlap.
+
+    A method beats R2D2 with no more passes, a lower rate of the embedding attack, and GCG and utility that are not worse.
+    """
     said: list[str] = []
 
     def rate(name: str, label: str) -> Cell:
@@ -134,8 +137,9 @@ def claims(rows: Mapping[str, Row]) -> list[str]:
         if {method, "r2d2"} <= rows.keys():
             cheaper = rows[method].passes <= rows["r2d2"].passes
             stronger = rate(method, "embedding 0.1").high < rate("r2d2", "embedding 0.1").low
-            wins = cheaper and stronger and rate(method, "GCG").mean <= rate("r2d2", "GCG").mean
-            say(f"{title} beats R2D2 per compute.", wins, method, "r2d2", "embedding 0.1", "GCG", "over-refusal", "utility")
+            no_worse = rate(method, "GCG").low <= rate("r2d2", "GCG").high and rate(method, "utility").high >= rate("r2d2", "utility").low
+            wins = cheaper and stronger and no_worse
+            say(f"{title} beats R2D2 per compute.", wins, method, "r2d2", "embedding 0.1", "GCG", "utility", "over-refusal")
     if {"capo", NO_DEFENCE} <= rows.keys():
         kept = same("capo", NO_DEFENCE, "utility", "over-refusal")
         say("CAPO needs no utility data.", kept, "capo", NO_DEFENCE, "utility", "over-refusal")
@@ -195,6 +199,9 @@ backward passes of single examples in training; seconds are training steps on on
 ![robustness against utility](trade_off.png)
 
 ## What the paper's claims come to
+
+Rates differ where their intervals do not overlap. One method beats another per compute with no more passes, a lower success of the
+embedding attack, and GCG and utility that are not worse.
 
 {chr(10).join(f"- {claim}" for claim in claims(rows))}
 """
