@@ -162,7 +162,7 @@ def test_errors_name_field_and_remedy_before_a_model_is_loaded(
     def never(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lightning_modules.base.load_model", never)
+    monkeypatch.setattr("lightning_modules.base.load_seeded", never)
     status, _, err = thundercat("fit", "--config", TINYCHAT, "--trainer.accelerator=cpu", override)
     assert status == 2
     assert message in err
@@ -349,10 +349,12 @@ def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) 
     evaluations = tmp_path / "killed" / "evaluations.jsonl"
     evaluations.write_text('{"name": "utility", "stage": "fit", "step": 0, "metrics": {}, "details": {}}\n')
     subprocess.run(command(tmp_path / "killed", "--ckpt_path=last"), check=True, **settings)
-    # The record goes on: the evaluation before the kill and the log's first rows are still there.
+    # The record goes on: the evaluation before the kill is still there, and of the log at most the row of the step that was killed is missing
+    # (Lightning writes it after the checkpoint).
     assert json.loads(evaluations.read_text().splitlines()[0])["step"] == 0
     steps = [int(row["step"]) for row in read_training_log(tmp_path / "killed")]
-    assert sorted(set(steps)) == list(range(6))
+    assert len(set(range(6)) - set(steps)) <= 1
+    assert set(steps) <= set(range(6))
     states = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "killed")]
     assert states[0]["global_step"] == states[1]["global_step"] == 6
     assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
