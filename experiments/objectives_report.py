@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 
 from callbacks.metrics.rates import wilson_interval
-from callbacks.provenance import environment_facts
+from callbacks.provenance import ENVIRONMENT_FILE, environment_facts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -156,18 +156,23 @@ def draw(path: Path, rows: Mapping[str, Row]) -> None:
             axes.errorbar(
                 x, y, xerr=[[max(0.0, x - 100 * utility.low)], [max(0.0, 100 * utility.high - x)]],
                 yerr=[[max(0.0, y - 100 * (1 - attack.high))], [max(0.0, 100 * (1 - attack.low) - y)]],
-                fmt="oshDv^P"[number // 10 % 7], color=f"C{number % 10}", markersize=7, capsize=2, elinewidth=0.7, alpha=0.85, label=name,
+                fmt="os^D"[number // 10 % 4], color=f"C{number % 10}", markersize=7, capsize=2, elinewidth=0.7, alpha=0.85, label=name,
             )  # fmt: skip
         axes.set(
             xlabel="utility: exact match, %",
             ylabel="robustness: 100 % - attack success, %",
             title=f"{label} against utility (95 % intervals)",
         )
-        axes.set(xlim=(-4, 104), ylim=(-4, 104))
+        axes.set(xlim=(100 * min(row.rates["utility"].low for row in rows.values()) - 4, 104), ylim=(-4, 104))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _revision(folder: Path) -> str:
+    git = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["git"]
+    return f"{git['revision']}{' modified' if git['modified'] else ''}"
 
 
 def write_comparison(runs: Mapping[tuple[str, int], Path], out: Path) -> str:
@@ -181,7 +186,10 @@ def write_comparison(runs: Mapping[tuple[str, int], Path], out: Path) -> str:
         for name, row in rows.items()
     }
     (out / "results.json").write_text(json.dumps({"schema": 1, "seeds": seeds, "methods": content}, indent=1) + "\n", encoding="utf-8")
-    (out / "environment.json").write_text(json.dumps(environment_facts(), indent=2) + "\n", encoding="utf-8")
+    # The code that ran, beside the code that draws: a comparison may have gone on over several commits.
+    revisions = sorted({_revision(folder) for folder in runs.values()})
+    facts = environment_facts() | {"revisions_of_runs": revisions}
+    (out / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     draw(out / "trade_off.png", rows)
     first = next(iter(rows.values())).rates
     sizes = ", ".join(f"{label} {cell.n}" for label, cell in first.items())

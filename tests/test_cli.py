@@ -349,7 +349,7 @@ def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) 
     evaluations = tmp_path / "killed" / "evaluations.jsonl"
     evaluations.write_text('{"name": "utility", "stage": "fit", "step": 0, "metrics": {}, "details": {}}\n')
     subprocess.run(command(tmp_path / "killed", "--ckpt_path=last"), check=True, **settings)
-    # The record goes on: the evaluation before the kill is still there, and of the log at most the row of the step that was killed is missing
+    # The record goes on: the evaluation before the kill is still there, and of the log at most the killed step's row is missing
     # (Lightning writes it after the checkpoint).
     assert json.loads(evaluations.read_text().splitlines()[0])["step"] == 0
     steps = [int(row["step"]) for row in read_training_log(tmp_path / "killed")]

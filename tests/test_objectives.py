@@ -20,6 +20,7 @@ def finished(folder: Path, passes: float, **rates: float) -> Path:
     folder.mkdir(parents=True)
     report = {"before": snapshot, "after": snapshot, "cost": {"passes": passes, "seconds": 2.0}}
     (folder / "results.json").write_text(json.dumps(report))
+    (folder / "environment.json").write_text(json.dumps({"git": {"revision": "abc", "modified": folder.name == "cat_1"}}))
     return folder
 
 
@@ -65,6 +66,7 @@ def test_report_and_figure_are_written(tmp_path: Path) -> None:
     assert "| no defence | " in text
     assert "| 0 | 0 |" in next(line for line in text.splitlines() if line.startswith("| no defence |"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["environment.json", "report.md", "results.json", "trade_off.png"]
+    assert json.loads((tmp_path / "out" / "environment.json").read_text())["revisions_of_runs"] == ["abc", "abc modified"]
     with pytest.raises(ValueError, match="expected finished runs, got none"):
         write_comparison({}, tmp_path / "none")
 
