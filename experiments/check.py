@@ -6,7 +6,6 @@ LightningCLI checks types too, but buries the field in nested messages; here eve
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import types
@@ -18,7 +17,7 @@ from typing import Any, Literal, Union
 import torch
 from lightning import Trainer
 
-from experiments.compose import ConfigError
+from experiments.compose import ConfigError, suggest
 
 TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "ckpt_path")
 
@@ -65,7 +64,7 @@ def import_class(path: str, class_path: Any) -> type:
     found = getattr(module, name, None)
     if not inspect.isclass(found):
         classes = [n for n, c in vars(module).items() if inspect.isclass(c)]
-        raise ConfigError(f"{path}.class_path: no class {name!r} in {module_name}{_suggest(name, classes)}")
+        raise ConfigError(f"{path}.class_path: no class {name!r} in {module_name}{suggest(name, classes)}")
     return found
 
 
@@ -121,12 +120,7 @@ def _known(path: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in given:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)
-            raise ConfigError(f"{where}: unknown field{_suggest(str(key), known)}; known: {', '.join(known)}")
-
-
-def _suggest(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{where}: unknown field{suggest(str(key), known)}; known: {', '.join(known)}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

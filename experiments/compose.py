@@ -8,8 +8,9 @@ top-level `vars:` can be interpolated and are then dropped.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,18 @@ def compose(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[
         files: paths of YAML files, relative to the working directory or else to the project.
         overrides: (dotted key, YAML text) pairs.
 
-    Raises: ConfigError naming the file or key.
+    Raises: ConfigError naming the file or key, also for a variable that no file uses.
     """
     config: dict[str, Any] = {}
     for file in files:
         config = merge(config, load(find(file)))
     config = _settle(config)
+    # A variable that no file declares or uses would be set and never read.
+    variables = {*(config.get("vars") or {}), *re.findall(r"\$\{vars\.(\w+)", str(config))}
     for key, text in overrides:
+        if key.startswith("vars.") and key.split(".")[1] not in variables:
+            name = key.split(".")[1]
+            raise ConfigError(f"vars.{name}: unknown variable{suggest(name, variables)}; these files use: {', '.join(sorted(variables))}")
         set_dotted(config, key, _parse(key, text))
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
@@ -47,6 +53,12 @@ def compose(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[
     assert isinstance(resolved, dict)
     resolved.pop("vars", None)
     return {str(key): value for key, value in resolved.items()}
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" with the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def find(file: str, beside: Path | None = None) -> Path:

@@ -40,8 +40,10 @@ class ReferenceTable:
     def fill(self, batches: Iterable[AdversarialBatch], device: torch.device, write: bool = True) -> int:
         """Look all rows up, compute those that the file lacks, write it. Returns how many were computed.
 
-        Raises: ValueError where two different rows have the same example id.
+        Raises: ValueError where two different rows have the same example id, OSError where the folder cannot be written.
         """
+        if write:
+            self._make_folder()
         known: dict[str, tuple[float, float]] = {}
         if self.path.is_file():
             known = {row: (safe, harmful) for row, (safe, harmful) in json.loads(self.path.read_text(encoding="utf-8")).items()}
@@ -59,12 +61,18 @@ class ReferenceTable:
                     raise ValueError(f"reference log-probabilities: two different rows have the example id {number}; give rows unique keys")
                 self._by_id[number] = known[row]
         if write and computed:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(known), encoding="utf-8")
             partial.replace(self.path)
         self._reference.release()
         return computed
+
+    def _make_folder(self) -> None:
+        # Before anything is computed: an hour of reference passes must not end in a path that cannot be written.
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"model.reference_cache: cannot make the folder {str(self.path.parent)!r}: {error.strerror}") from error
 
     def __call__(self, batch: AdversarialBatch) -> ReferenceScores:
         """The batch's scores, (B,) fp64 each. Raises: ValueError for an example that `fill` has not seen."""

@@ -153,6 +153,7 @@ def test_every_recipe_has_a_header(recipe: str, in_root: Path) -> None:
         ("--trainer.callbacks.4.limit=ten", "trainer.callbacks.4.limit: expected int or null, got 'ten'"),
         ("--trainer.callbacks.99.limit=1", "expected a number below"),
         ("--data.max_length=${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("--vars.gcg_limits=1", "vars.gcg_limits: unknown variable, did you mean 'gcg_limit'?; these files use: "),
         ("naked", "expected an option, got 'naked'; files are given with --config"),
     ],
 )

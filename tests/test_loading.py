@@ -107,3 +107,8 @@ def test_embeddings_are_gathered_not_multiplied(monkeypatch: pytest.MonkeyPatch)
     EmbeddingPGD(num_steps=4, keep="last")(victim, ragged_batch())
     # The norm, the prompt once, and the reply's tokens in each of four iterations.
     assert len(calls) == 6
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"name_or_path: cannot load the model '.*': Unrecognized model"):
+        load_model(ModelConfig(str(tmp_path)))

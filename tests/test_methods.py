@@ -69,7 +69,8 @@ def red_team(tmp_path_factory: pytest.TempPathFactory) -> str:
 def build(name: str, red_team: str, *extra: tuple[str, str], ablation: str | None = None) -> tuple[AdversarialFineTuning, AdversarialData]:
     """Module and data of a method's YAML, made small."""
     files = [BASE, f"configs/method/{name}.yaml", *([f"configs/attack/{ablation}.yaml"] if ablation else [])]
-    overrides = [*SMALL, *(SHORTER.get(name, []) if ablation is None else []), ("vars.red_team", red_team), *extra]
+    replayed = [("vars.red_team", red_team)] if name == "red_team_replay" else []
+    overrides = [*SMALL, *(SHORTER.get(name, []) if ablation is None else []), *replayed, *extra]
     cli = instantiate(with_defaults(small(compose(files, overrides))))
     assert isinstance(cli.model, AdversarialFineTuning)
     assert isinstance(cli.datamodule, AdversarialData)

@@ -152,6 +152,12 @@ def test_table_is_filled_once_and_handed_out_by_example_id(tmp_path: Path) -> No
     again.check_start(victim, batch)
 
 
+def test_a_cache_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"model\.reference_cache: cannot make the folder '.*/file/cache': Not a directory"):
+        table(tmp_path / "file" / "cache", loaded(TINYCHAT), text_batch(2))
+
+
 def test_table_meets_no_old_numbers(tmp_path: Path) -> None:
     victim, batch = loaded(TINYCHAT), text_batch(2)
     table(tmp_path, victim, batch)

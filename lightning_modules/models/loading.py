@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -128,19 +130,21 @@ def _base_model(path: str, config: ModelConfig) -> PreTrainedModel:
     shared: dict[str, object] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if config.from_scratch:
         return _random_model(path, config, shared)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        quantization_config=_nf4() if config.quantization else None,
-        **shared,
-        **config.config,
-    )
+    with _named(path):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            quantization_config=_nf4() if config.quantization else None,
+            **shared,
+            **config.config,
+        )
     return model
 
 
 def _random_model(path: str, config: ModelConfig, shared: dict[str, object]) -> PreTrainedModel:
-    settings = AutoConfig.from_pretrained(path, **shared)
+    with _named(path):
+        settings = AutoConfig.from_pretrained(path, **shared)
     for name, value in config.config.items():
         if not hasattr(settings, name):
             raise ValueError(f"base.config.{name}: expected a field of {type(settings).__name__}, got an unknown name")
@@ -148,6 +152,16 @@ def _random_model(path: str, config: ModelConfig, shared: dict[str, object]) -> 
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=config.attn_implementation)
     return model
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """The library's words for what went wrong, after the name that the user gave."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError  # the libraries' own kinds take more than a message
+        raise kind(f"name_or_path: cannot load the model {path!r}: {error}") from error
 
 
 def _nf4() -> BitsAndBytesConfig:
