@@ -1,4 +1,4 @@
-"""Loggers: a W&B logger that never stops a run, and sample tables for the loggers that can show them."""
+"""Loggers: a CSV log that outlives a kill, a W&B logger that never stops a run, and sample tables for the loggers that can show them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,29 @@ def csv_logs(folder: str | Path) -> list[Path]:
     """The CSV logs of a run folder, oldest first."""
     paths = Path(folder).glob("csv*/metrics.csv")
     return sorted(paths, key=lambda path: int(path.parent.name.partition("_")[2] or 1))
+
+
+class LastLogRow(Callback):
+    """The log's row of the step that a checkpoint ends, in the checkpoint; the CLI adds it to every run.
+
+    Lightning writes the row after the checkpoint: a kill between the two would leave a hole in the log of the resumed run.
+    """
+
+    def __init__(self) -> None:
+        self._row: dict[str, float] = {}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        checkpoint["log_row"] = metrics | {"epoch": trainer.current_epoch}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._row = checkpoint.get("log_row", {})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if self._row and isinstance(logger, RunCSVLogger):
+                logger.log_metrics(self._row, trainer.global_step - 1)
+                logger.save()
 
 
 class ResilientWandbLogger(WandbLogger):

@@ -39,12 +39,8 @@ def compose(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[
     for file in files:
         config = merge(config, load(find(file)))
     config = _settle(config)
-    # A variable that no file declares or uses would be set and never read.
-    variables = {*(config.get("vars") or {}), *re.findall(r"\$\{vars\.(\w+)", str(config))}
+    _check_variables(config, overrides)
     for key, text in overrides:
-        if key.startswith("vars.") and key.split(".")[1] not in variables:
-            name = key.split(".")[1]
-            raise ConfigError(f"vars.{name}: unknown variable{suggest(name, variables)}; these files use: {', '.join(sorted(variables))}")
         set_dotted(config, key, _parse(key, text))
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
@@ -53,6 +49,17 @@ def compose(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[
     assert isinstance(resolved, dict)
     resolved.pop("vars", None)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _check_variables(config: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
+    """Raises: ConfigError for a variable that nothing declares or uses: it would be set and never read."""
+    used = re.findall(r"\$\{vars\.(\w+)", f"{config} {[text for _, text in overrides]}")
+    variables = {*(config.get("vars") or {}), *used}
+    for key, _ in overrides:
+        top, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if top == "vars" and name and name not in variables:
+            raise ConfigError(f"vars.{name}: unknown variable{suggest(name, variables)}; these files use: {', '.join(sorted(variables))}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

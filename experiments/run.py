@@ -16,6 +16,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
+from callbacks.loggers import LastLogRow
 from callbacks.provenance import Provenance, start_record
 from callbacks.report import RunReport
 from experiments.check import check
@@ -72,7 +73,7 @@ def run(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]
         # The evaluation callbacks keep their own clock inside `fit`; Lightning's validation loop is for `validate`.
         cli.trainer.limit_val_batches = 0
     use_tqdm(cli.trainer)
-    cli.trainer.callbacks.insert(0, Provenance(config))  # type: ignore[attr-defined]
+    cli.trainer.callbacks[:0] = [Provenance(config), LastLogRow()]  # type: ignore[attr-defined]
     return _execute(cli, command, config.get("ckpt_path"), "--traceback" in flags)
 
 

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from callbacks.export import ExportModel
+from callbacks.loggers import LastLogRow, RunCSVLogger
 from callbacks.refusal import RefusalEvaluation
+from callbacks.report import read_training_log
 from callbacks.robustness import RobustnessEvaluation
 from callbacks.utility import UtilityEvaluation
 from datamodules.adversarial import AdversarialData
@@ -206,6 +208,35 @@ def test_resume_is_bit_exact(tmp_path: Path, lora: LoraSettings | None) -> None:
     resumed.fit(second, datamodule=data(2), ckpt_path=tmp_path / "parts" / "last.ckpt")
     assert resumed.global_step == 6
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(second).items())
+
+
+class StopsOnceSaved(ModelCheckpoint):
+    """Ends the run between a step's checkpoint and its row in the log."""
+
+    stop_at: int | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments)
+        if trainer.global_step == self.stop_at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_run_ended_between_checkpoint_and_log_row_resumes_without_a_hole(tmp_path: Path, micro_batches: int) -> None:
+    def fit(folder: Path, stop_at: int | None = None, ckpt_path: Path | None = None) -> None:
+        checkpoint = StopsOnceSaved(folder, every_n_train_steps=1, save_last=True, save_top_k=0)
+        checkpoint.stop_at = stop_at
+        logging: dict[str, Any] = {"logger": RunCSVLogger(str(folder)), "log_every_n_steps": 1, "enable_checkpointing": True}
+        running = trainer(folder, 3, LastLogRow(), checkpoint, micro_batches=micro_batches, **logging)
+        running.fit(module(), datamodule=data(micro_batches), ckpt_path=ckpt_path)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit(whole)
+    with pytest.raises(SystemExit):
+        fit(parts, stop_at=2)
+    assert [row["step"] for row in read_training_log(parts)] == ["0"]
+    fit(parts, ckpt_path=parts / "last.ckpt")
+    assert read_training_log(parts) == read_training_log(whole)
 
 
 def test_adapter_checkpoint_holds_adapters_only_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
