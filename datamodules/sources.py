@@ -1,18 +1,17 @@
 """Data sources: HarmBench's layout, AdvBench, tables with a column map, common instruction formats, the tinychat corpus.
 
-A file is a local path or `hf://owner/name@revision/path/in/repository`; a hub file without a revision is refused. Every source
-yields rows or named problems (`file:line`); what to do about a problem is the data module's policy.
+Every source yields rows or named problems (`file:line`); what to do about a problem is the data module's policy.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from datamodules import tinychat_corpus
+from datamodules.records import check_columns, first_exchange, local_file, parse_json, pick, read_records
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
 
 DEFAULT_SAFE_REPLY = "I'm sorry, but I can't help with that."
@@ -58,7 +57,7 @@ class HarmBench:
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
         targets_path = local_file(self.targets)
         text = targets_path.read_text(encoding="utf-8")
-        targets = _json(text, self.targets, dict)
+        targets = parse_json(text, self.targets, dict)
         replies = self._safe_replies()
         for i, (line, record) in enumerate(read_records(self.behaviors)):
             if self.limit is not None and i >= self.limit:
@@ -193,7 +192,7 @@ class ChatTable:
         if self.format == "lines":
             return {"prompt": record["text"]}
         if self.format == "ultrachat":
-            return _first_exchange(record.get("messages"), where)
+            return first_exchange(record.get("messages"), where)
         if self.format == "columns":
             return pick(record, self.columns, where)
         extra, reply = ("input", "output") if self.format == "alpaca" else ("context", "response")
@@ -201,56 +200,6 @@ class ChatTable:
         if isinstance(picked, dict) and record.get(extra):
             picked["prompt"] = f"{picked['prompt']}\n\n{record[extra]}"
         return picked
-
-
-class RedTeamReplay:
-    """Successful prompts of an earlier evaluation as training data: red-team replay.
-
-    The rows come from the results store of a run (RUN/attacks); prompts that nobody can type, forced replies and conversations of several
-    turns are left out. Attack training requests, not evaluation ones: a row is refused if the request behind it is evaluated on.
-
-    Args:
-        run: the run folder.
-        safe_reply: the reply to learn.
-        attacks: only what these attacks found; null for all.
-        judge: name (`target_prefix`) or `name@revision` of the judge whose verdict counts.
-    """
-
-    def __init__(
-        self, run: str, safe_reply: str = DEFAULT_SAFE_REPLY, attacks: list[str] | None = None, judge: str = "target_prefix"
-    ) -> None:
-        self.run = run
-        self.safe_reply = safe_reply
-        self.attacks = attacks
-        self.judge = judge
-
-    def rows(self) -> Iterator[HarmfulRow | RowProblem]:
-        """Raises: ValueError where the run holds no results, no such attack, or no verdict of the judge."""
-        paths = sorted((Path(self.run) / "attacks").glob("rows_rank*.jsonl"))
-        if not paths:
-            raise ValueError(f"RedTeamReplay.run: no attacks/rows_rank*.jsonl in {self.run!r}; attack the training requests first")
-        latest: dict[tuple[object, ...], tuple[str, dict[str, Any]]] = {}
-        for path in paths:
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                record = _json(line, f"{path}:{number}", dict)
-                latest[tuple(record[key] for key in ("model", "attack", "settings", "example", "restart"))] = f"{path}:{number}", record
-        unknown = set(self.attacks or ()) - {record["attack"] for _, record in latest.values()}
-        if unknown:
-            raise ValueError(f"RedTeamReplay.attacks: {sorted(unknown)} did not run in {self.run!r}")
-        seen: set[str] = set()
-        for where, record in latest.values():
-            verdicts = [v["verdict"] for name, v in record["verdicts"].items() if self.judge in (name, name.split("@")[0])]
-            if not verdicts:
-                raise ValueError(f"RedTeamReplay.judge: {where} has no verdict of {self.judge!r}, got {sorted(record['verdicts'])}")
-            wanted = self.attacks is None or record["attack"] in self.attacks
-            replayable = record["attacked"] is not None and not record["prefill"] and not record["history"]
-            if wanted and replayable and any(verdicts) and record["attacked"] not in seen:
-                seen.add(record["attacked"])
-                key = f"replay/{record['attack']}/{record['example']}/{record['restart']}/{record['settings']}/{record['model']}"
-                yield HarmfulRow(
-                    key, record["attacked"], record["target"], self.safe_reply, where, record["category"], record["functional"],
-                    origin=record["prompt"],
-                )  # fmt: skip
 
 
 class TinyChatHarmful:
@@ -332,106 +281,3 @@ class Repeated:
         for row in list(self.source.rows()):
             # A problem is one problem however often its row would have occurred.
             yield from [row] * (1 if isinstance(row, RowProblem) else self.times)
-
-
-def local_file(path: str) -> Path:
-    """A local path as it is, a hub path downloaded (and cached) at its pinned revision.
-
-    Raises: FileNotFoundError or ValueError naming the path and the remedy.
-    """
-    if not path.startswith("hf://"):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"data file {path!r} does not exist; set the path, or THUNDERCAT_DATA to the folder of public data")
-        return Path(path)
-    repository, _, name = path.removeprefix("hf://").partition("@")
-    revision, _, file = name.partition("/")
-    if not revision or not file or repository.count("/") != 1:
-        raise ValueError(f"expected hf://owner/name@revision/path with a pinned revision, got {path!r}; pin a commit or tag")
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
-
-
-def read_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, record) of a csv, json, jsonl, parquet or txt file.
-
-    The line is where the record starts, from 1; in json and parquet files, which have no lines of rows, it is the row's number.
-
-    Raises: ValueError for an unknown file type or malformed json.
-    """
-    file = local_file(path)
-    kind = file.suffix.removeprefix(".")
-    if kind == "csv":
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            line = 2
-            for record in reader:
-                yield line, record
-                line = reader.line_num + 1
-    elif kind == "jsonl":
-        for line, text in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-            if text.strip():
-                yield line, _json(text, f"{path}:{line}", dict)
-    elif kind == "json":
-        for row, record in enumerate(_json(file.read_text(encoding="utf-8"), path, list), start=1):
-            yield row, record if isinstance(record, dict) else {"": record}
-    elif kind == "txt":
-        for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if text.strip():
-                yield line, {"text": text.strip()}
-    elif kind == "parquet":
-        yield from enumerate(_read_parquet(file), start=1)
-    else:
-        raise ValueError(f"expected a csv, json, jsonl, parquet or txt file, got {path!r}")
-
-
-def _json(text: str, where: str, kind: type) -> Any:
-    """Parsed JSON of the expected kind. Raises: ValueError naming the place."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{where}: expected a JSON {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _read_parquet(file: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(f"{file}: reading parquet needs pyarrow; install it with: pip install 'thundercat[parquet]'") from error
-    rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
-    return rows
-
-
-def check_columns(field: str, columns: dict[str, str], known: set[str], required: set[str]) -> None:
-    """Raises: ValueError naming unknown or missing entries of a column map."""
-    if set(columns) - known or required - set(columns):
-        raise ValueError(f"{field}: expected keys {sorted(required)} and optionally {sorted(known - required)}, got {sorted(columns)}")
-
-
-def pick(record: dict[str, Any], columns: dict[str, str], where: str) -> dict[str, str] | RowProblem:
-    """The mapped columns of a record as text, or the problem that prevents it (missing column, wrong type, empty)."""
-    picked = {}
-    for name, column in columns.items():
-        if column not in record:
-            return RowProblem(where, f"missing column {column!r} (for {name}); the row has {sorted(map(str, record))}")
-        value = record[column]
-        if name in ("key", "category"):
-            picked[name] = str(value)
-            continue
-        if not isinstance(value, str):
-            return RowProblem(where, f"expected text in column {column!r}, got {type(value).__name__}")
-        if not value.strip():
-            return RowProblem(where, f"empty {name} (column {column!r})")
-        picked[name] = value
-    return picked
-
-
-def _first_exchange(messages: object, where: str) -> dict[str, str] | RowProblem:
-    if not isinstance(messages, list) or len(messages) < 2:
-        return RowProblem(where, f"expected messages with a user turn and an answer, got {str(messages)[:60]!r}")
-    return pick(
-        {"user": messages[0].get("content"), "assistant": messages[1].get("content")}, {"prompt": "user", "reply": "assistant"}, where
-    )

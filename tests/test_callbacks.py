@@ -23,7 +23,8 @@ from callbacks.metrics.rates import Rate, wilson_interval
 from callbacks.refusal import RefusalEvaluation
 from callbacks.report import markdown_table, read_training_log, summarise, write_report
 from callbacks.undisturbed import undisturbed
-from datamodules.sources import ChatTable, read_records
+from datamodules.records import read_records
+from datamodules.sources import ChatTable
 from lightning_modules.attacks.base import AttackedPrompt
 from tests.conftest import tiny_model
 

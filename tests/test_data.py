@@ -17,6 +17,7 @@ from datamodules import tinychat_corpus
 from datamodules.adversarial import AdversarialData
 from datamodules.batch import AdversarialBatch, TrainingBatch
 from datamodules.behaviours import EvaluationSets
+from datamodules.records import local_file
 from datamodules.rows import BadRowError, ChatRow, HarmfulRow, RowProblem, example_id
 from datamodules.sampling import StepSampler, Stream
 from datamodules.sources import (
@@ -27,7 +28,6 @@ from datamodules.sources import (
     Repeated,
     TinyChatBenign,
     TinyChatHarmful,
-    local_file,
 )
 from datamodules.tokenizers import TokenizerConfig
 from tests.conftest import ragged_batch

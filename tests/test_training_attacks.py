@@ -12,8 +12,9 @@ import torch
 
 from datamodules.batch import AdversarialBatch
 from datamodules.behaviours import EvaluationSets, find_overlap
+from datamodules.replay import RedTeamReplay
 from datamodules.rows import HarmfulRow
-from datamodules.sources import RedTeamReplay, TinyChatHarmful
+from datamodules.sources import TinyChatHarmful
 from lightning_modules.attacks.base import Attack, NoAttack, load_attack_state, state_of
 from lightning_modules.attacks.embedding import EmbeddingPGD
 from lightning_modules.attacks.gcg import GCG
