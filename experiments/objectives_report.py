@@ -112,7 +112,8 @@ def _pair(rows: Mapping[str, Row], first: str, second: str, label: str) -> str:
 def claims(rows: Mapping[str, Row]) -> list[str]:
     """The paper's qualitative claims with the figures that decide them; two rates differ where their intervals do not overlap.
 
-    A method beats R2D2 with no more passes, a lower rate of the embedding attack, and GCG and utility that are not worse.
+    A method beats R2D2 with no more passes, a lower rate of the embedding attack, no higher mean of GCG, and utility that does not differ
+    for the worse.
     """
     said: list[str] = []
 
@@ -137,7 +138,7 @@ def claims(rows: Mapping[str, Row]) -> list[str]:
         if {method, "r2d2"} <= rows.keys():
             cheaper = rows[method].passes <= rows["r2d2"].passes
             stronger = rate(method, "embedding 0.1").high < rate("r2d2", "embedding 0.1").low
-            no_worse = rate(method, "GCG").low <= rate("r2d2", "GCG").high and rate(method, "utility").high >= rate("r2d2", "utility").low
+            no_worse = rate(method, "GCG").mean <= rate("r2d2", "GCG").mean and rate(method, "utility").high >= rate("r2d2", "utility").low
             wins = cheaper and stronger and no_worse
             say(f"{title} beats R2D2 per compute.", wins, method, "r2d2", "embedding 0.1", "GCG", "utility", "over-refusal")
     if {"capo", NO_DEFENCE} <= rows.keys():
@@ -209,7 +210,7 @@ backward passes of single examples in training; seconds are training steps on on
 ## What the paper's claims come to
 
 Rates differ where their intervals do not overlap. One method beats another per compute with no more passes, a lower success of the
-embedding attack, and GCG and utility that are not worse.
+embedding attack, no higher mean success of GCG, and utility that does not differ for the worse.
 
 {chr(10).join(f"- {claim}" for claim in claims(rows))}
 """

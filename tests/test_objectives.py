@@ -53,7 +53,7 @@ def test_claims_follow_the_figures(tmp_path: Path) -> None:
     assert verdicts == {
         "CAT without the attack gives no robustness.": True,
         "CAT with one step is close to ten.": False,  # GCG 20 % against 0 % at n = 50
-        "CAT beats R2D2 per compute.": True,  # GCG 20 % against 10 %: not worse at n = 50
+        "CAT beats R2D2 per compute.": False,  # GCG 20 % against 10 %
         "CAPO beats R2D2 per compute.": False,  # robust, but without its utility
         "CAPO needs no utility data.": False,
     }
