@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Callback, Trainer
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -191,7 +193,32 @@ def capo(lora: LoraSettings | None, **fields: Any) -> AdversarialFineTuning:
     return AdversarialFineTuning(config, EmbeddingPGD(**ATTACK), Preference(), optimizer=optimizer, **fields)
 
 
-def plain_capo(batches: list[Any], micro_batches: int, lora: bool, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+@dataclass
+class Seen:
+    """What a run computed: Adam's weights alone would hide a factor of the loss."""
+
+    weights: dict[str, torch.Tensor]
+    losses: list[float]
+    """Of each micro-batch."""
+    gradients: list[dict[str, torch.Tensor]]
+    """Of each step, before clipping."""
+
+
+class Gradients(Callback):
+    """Keeps the gradients of each step before they are clipped."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.steps.append(gradients(pl_module.model))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_capo(batches: list[Any], micro_batches: int, lora: bool, start: dict[str, torch.Tensor]) -> Seen:
     """CAPO as one would write it from the paper: full logits, one forward per reply and example, the reference asked every time."""
     path = str(ROOT / "lightning_modules/models/tinychat/aligned")
     model, frozen = (AutoModelForCausalLM.from_pretrained(path).double() for _ in range(2))
@@ -200,6 +227,7 @@ def plain_capo(batches: list[Any], micro_batches: int, lora: bool, start: dict[s
     model.load_state_dict(start, strict=False)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.0)
+    seen = Seen({}, [], [])
 
     def log_prob(net: Any, embeds: torch.Tensor, reply: torch.Tensor) -> torch.Tensor:
         embeds = torch.cat([embeds, net.get_input_embeddings()(reply)])
@@ -225,11 +253,14 @@ def plain_capo(batches: list[Any], micro_batches: int, lora: bool, start: dict[s
             margin = log_prob(model, clean + delta, safe) - log_prob(model, clean + delta, harmful) - preference
             total = total + (margin - 2.0) ** 2 / len(a)
         (total / micro_batches).backward()
+        seen.losses.append(total.item())
         if (number + 1) % micro_batches == 0:
+            seen.gradients.append(gradients(model))
             torch.nn.utils.clip_grad_norm_(learning, 0.3)
             optimizer.step()
             optimizer.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
+    seen.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return seen
 
 
 @pytest.mark.parametrize(("lora", "micro_batches"), [(True, 1), (True, 2), (False, 2)])
@@ -241,12 +272,15 @@ def test_three_steps_equal_a_plain_loop(tmp_path: Path, lora: bool, micro_batche
     module.configure_model()
     start = {name: p.detach().double() for name, p in module.model.state_dict().items()}
     no_utility = data(micro_batches, utility_per_step=0)
-    trainer(tmp_path, 3, seen, InDouble(), micro_batches=micro_batches).fit(module, datamodule=no_utility)
+    trainer(tmp_path, 3, seen, found := Gradients(), InDouble(), micro_batches=micro_batches).fit(module, datamodule=no_utility)
     expected = plain_capo(seen.batches, micro_batches, lora, start)
     assert len(seen.batches) == 3 * micro_batches
     for name, value in weights(module).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(value, expected.weights[name], atol=1e-6, rtol=0)
         assert not torch.equal(value, start[name]), name
+    assert seen.losses == pytest.approx(expected.losses, rel=0, abs=1e-6)
+    for ours, plain in zip(found.steps, expected.gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
 
 
 def in_double(active: Any) -> Any:
