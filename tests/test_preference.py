@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, Trainer
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -29,7 +27,7 @@ from lightning_modules.models.reference import FrozenCopy, Reference
 from lightning_modules.models.victim import Victim
 from lightning_modules.reference_scores import ReferenceTable, row_digests
 from tests.conftest import ROOT, text_batch
-from tests.test_training import ATTACK, Batches, InDouble, data, double_norm, trainer, weights
+from tests.test_training import ATTACK, Batches, Computed, Gradients, InDouble, data, double_norm, gradients, trainer, weights
 
 LORA = LoraSettings(r=4, dropout=0.0)
 TINYCHAT = ModelConfig("tinychat:aligned")
@@ -193,32 +191,7 @@ def capo(lora: LoraSettings | None, **fields: Any) -> AdversarialFineTuning:
     return AdversarialFineTuning(config, EmbeddingPGD(**ATTACK), Preference(), optimizer=optimizer, **fields)
 
 
-@dataclass
-class Seen:
-    """What a run computed: Adam's weights alone would hide a factor of the loss."""
-
-    weights: dict[str, torch.Tensor]
-    losses: list[float]
-    """Of each micro-batch."""
-    gradients: list[dict[str, torch.Tensor]]
-    """Of each step, before clipping."""
-
-
-class Gradients(Callback):
-    """Keeps the gradients of each step before they are clipped."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        self.steps.append(gradients(pl_module.model))
-
-
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def plain_capo(batches: list[Any], micro_batches: int, lora: bool, start: dict[str, torch.Tensor]) -> Seen:
+def plain_capo(batches: list[Any], micro_batches: int, lora: bool, start: dict[str, torch.Tensor]) -> Computed:
     """CAPO as one would write it from the paper: full logits, one forward per reply and example, the reference asked every time."""
     path = str(ROOT / "lightning_modules/models/tinychat/aligned")
     model, frozen = (AutoModelForCausalLM.from_pretrained(path).double() for _ in range(2))
@@ -227,7 +200,7 @@ def plain_capo(batches: list[Any], micro_batches: int, lora: bool, start: dict[s
     model.load_state_dict(start, strict=False)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.0)
-    seen = Seen({}, [], [])
+    computed = Computed({}, [], [])
 
     def log_prob(net: Any, embeds: torch.Tensor, reply: torch.Tensor) -> torch.Tensor:
         embeds = torch.cat([embeds, net.get_input_embeddings()(reply)])
@@ -253,14 +226,14 @@ def plain_capo(batches: list[Any], micro_batches: int, lora: bool, start: dict[s
             margin = log_prob(model, clean + delta, safe) - log_prob(model, clean + delta, harmful) - preference
             total = total + (margin - 2.0) ** 2 / len(a)
         (total / micro_batches).backward()
-        seen.losses.append(total.item())
+        computed.losses.append(total.item())
         if (number + 1) % micro_batches == 0:
-            seen.gradients.append(gradients(model))
+            computed.gradients.append(gradients(model))
             torch.nn.utils.clip_grad_norm_(learning, 0.3)
             optimizer.step()
             optimizer.zero_grad()
-    seen.weights = {name: p.detach() for name, p in model.named_parameters()}
-    return seen
+    computed.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return computed
 
 
 @pytest.mark.parametrize(("lora", "micro_batches"), [(True, 1), (True, 2), (False, 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,37 @@ def double_norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-def plain_cat(batches: list[TrainingBatch], micro_batches: int) -> dict[str, torch.Tensor]:
+@dataclass
+class Computed:
+    """What a run computed: Adam's weights alone would hide a factor of the loss."""
+
+    weights: dict[str, torch.Tensor]
+    losses: list[float]
+    """Of each micro-batch."""
+    gradients: list[dict[str, torch.Tensor]]
+    """Of each step, before clipping."""
+
+
+class Gradients(Callback):
+    """Keeps the gradients of each step before they are clipped."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.steps.append(gradients(pl_module.model))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_cat(batches: list[TrainingBatch], micro_batches: int) -> Computed:
     """CAT as one would write it from the paper: full logits, separate forwards, a loop per example."""
     model = AutoModelForCausalLM.from_pretrained(str(Path(__file__).parent.parent / "lightning_modules/models/tinychat/aligned")).double()
     embedding = model.get_input_embeddings()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    computed = Computed({}, [], [])
 
     def reply_loss(embeds: torch.Tensor, prompt: int, reply: torch.Tensor) -> torch.Tensor:
         logits = model(inputs_embeds=embeds[None]).logits[0, prompt - 1 : -1]
@@ -136,11 +163,14 @@ def plain_cat(batches: list[TrainingBatch], micro_batches: int) -> dict[str, tor
             logits = model(input_ids=ids[None]).logits[0, :-1]
             total = total + cross_entropy(logits, labels[1:], ignore_index=-100) / len(u)
         (total / micro_batches).backward()
+        computed.losses.append(total.item())
         if (number + 1) % micro_batches == 0:
+            computed.gradients.append(gradients(model))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
             optimizer.step()
             optimizer.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
+    computed.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return computed
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -148,11 +178,14 @@ def test_three_steps_equal_a_plain_loop(tmp_path: Path, micro_batches: int, monk
     # Traps: weight gradients leaking from the inner loop show at accumulation 2; padding, masks and cutoffs at 1.
     monkeypatch.setattr(LlamaRMSNorm, "forward", double_norm)
     seen, cat = Batches(), module()
-    trainer(tmp_path, 3, seen, InDouble(), micro_batches=micro_batches).fit(cat, datamodule=data(micro_batches))
+    trainer(tmp_path, 3, seen, found := Gradients(), InDouble(), micro_batches=micro_batches).fit(cat, datamodule=data(micro_batches))
     expected = plain_cat(seen.batches, micro_batches)
     assert len(seen.batches) == 3 * micro_batches
     for name, value in weights(cat).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(value, expected.weights[name], atol=1e-6, rtol=0)
+    assert seen.losses == pytest.approx(expected.losses, rel=0, abs=1e-6)
+    for ours, plain in zip(found.steps, expected.gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
 
 
 def test_accumulation_gives_the_same_step(tmp_path: Path) -> None:
