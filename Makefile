@@ -21,12 +21,12 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m experiments.benchmark
-	$(BIN)/python -m experiments.gcg_benchmark
+	$(BIN)/python -m experiments.benchmarks.training_step
+	$(BIN)/python -m experiments.benchmarks.gcg
 
 # Make the packaged tiny chat model again, from its corpus.
 tinychat: $(VENV)/.installed
-	$(BIN)/python -m experiments.tinychat_base
+	$(BIN)/python -m experiments.studies.tinychat_base
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml
 

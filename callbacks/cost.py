@@ -1,8 +1,9 @@
 """What a run costs: passes per example by the paper's rule, tokens per second, peak memory.
 
-One pass is one forward or one backward of one example. An adversarial example costs its attack's passes plus a forward and a
-backward for each of its two replies (arXiv 2405.15589, table 1 counts 10/10 for the attack); a utility example costs two; what further
-terms of the loss cost, reference or teacher included, they say themselves. Reference scores computed before training are not counted.
+One pass is one forward or one backward of one example. An adversarial example costs its attack's passes plus
+a forward and a backward for each of its two replies (arXiv 2405.15589, table 1 counts 10/10 for the attack);
+a utility example costs two; what further terms of the loss cost, reference or teacher included, they say
+themselves. Reference scores computed before training are not counted.
 """
 
 from __future__ import annotations
@@ -22,18 +23,33 @@ COST_FILE = "cost.json"
 
 
 class CostMonitor(Callback):
-    """Counts passes and tokens, times the steps, and writes `cost.json` in the run folder; counts survive a resume."""
+    """Counts passes and tokens, times the steps, and writes `cost.json` in the run folder; counts survive a
+    resume."""
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = dict.fromkeys(
-            ("steps", "adversarial_examples", "utility_examples", "attack_forward", "attack_backward", "passes", "tokens", "seconds"), 0.0
+            (
+                "steps",
+                "adversarial_examples",
+                "utility_examples",
+                "attack_forward",
+                "attack_backward",
+                "passes",
+                "tokens",
+                "seconds",
+            ),
+            0.0,
         )
         self._began = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
         self._began = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int
+    ) -> None:
         totals = self.totals
         tokens = 0
         totals["passes"] += outputs["passes"]
@@ -45,7 +61,12 @@ class CostMonitor(Callback):
             totals["attack_backward"] += backward
             totals["passes"] += forward + backward
             tokens += sum(
-                int(m.sum()) for m in (batch.adversarial.prompt_mask, batch.adversarial.harmful_mask, batch.adversarial.safe_mask)
+                int(m.sum())
+                for m in (
+                    batch.adversarial.prompt_mask,
+                    batch.adversarial.harmful_mask,
+                    batch.adversarial.safe_mask,
+                )
             )
         if batch.utility is not None:
             totals["utility_examples"] += len(batch.utility)
@@ -55,7 +76,11 @@ class CostMonitor(Callback):
         totals["seconds"] += seconds
         totals["steps"] = trainer.global_step
         pl_module.log_dict(
-            {"cost/tokens_per_second": tokens / seconds, "cost/passes": totals["passes"], "cost/peak_memory_mib": peak_memory_mib()},
+            {
+                "cost/tokens_per_second": tokens / seconds,
+                "cost/passes": totals["passes"],
+                "cost/peak_memory_mib": peak_memory_mib(),
+            },
             on_step=True,
             batch_size=1,
         )

@@ -1,4 +1,5 @@
-"""Signs that an attack did not do its work, so that its failure says nothing about robustness (after Carlini et al. 2019)."""
+"""Signs that an attack did not do its work, so that its failure says nothing about robustness (after Carlini
+et al. 2019)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ REMEDIES = {
 
 
 def example_flags(attacked: AttackedPrompt) -> dict[str, torch.Tensor]:
-    """(B,) bool per sign that the attack did not do its work (after Carlini et al. 2019); none for an attack that took no step."""
+    """(B,) bool per sign that the attack did not do its work (after Carlini et al. 2019); none for an attack
+    that took no step."""
     curve = attacked.loss_curve
     if len(curve) == 0:
         return {}
@@ -39,7 +41,8 @@ def health_flags(attacked: AttackedPrompt) -> dict[str, int]:
 
 
 class AttackHealth(Callback):
-    """Logs the training attack's losses, distance and warning signs; warns once per sign that most examples show.
+    """Logs the training attack's losses, distance and warning signs; warns once per sign that most examples
+    show.
 
     Args:
         warn_above: share of a step's examples above which a sign is reported as a warning.
@@ -51,7 +54,9 @@ class AttackHealth(Callback):
         self.warn_above = warn_above
         self._warned: set[str] = set()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int
+    ) -> None:
         attacked = outputs.get("attacked") if isinstance(outputs, dict) else None
         if attacked is None or len(attacked.loss_curve) == 0:
             return
@@ -61,9 +66,17 @@ class AttackHealth(Callback):
             "train/attack/loss_best": attacked.best_loss.mean(),
             "train/attack/distance": attacked.distance.mean(),
         }
-        pl_module.log_dict({k: v for k, v in values.items() if not torch.isnan(v)}, on_step=True, batch_size=1)
+        pl_module.log_dict(
+            {k: v for k, v in values.items() if not torch.isnan(v)}, on_step=True, batch_size=1
+        )
         for flag, count in health_flags(attacked).items():
             pl_module.log(f"train/attack/{flag}", count / size, on_step=True, batch_size=1)
             if count / size > self.warn_above and flag not in self._warned:
                 self._warned.add(flag)
-                log.warning("attack health at step %d: %d of %d examples: %s", trainer.global_step, count, size, REMEDIES[flag])
+                log.warning(
+                    "attack health at step %d: %d of %d examples: %s",
+                    trainer.global_step,
+                    count,
+                    size,
+                    REMEDIES[flag],
+                )

@@ -1,4 +1,5 @@
-"""Training data: a harmful and a utility stream with fixed counts per step, plus the evaluation sets of the run."""
+"""Training data: a harmful and a utility stream with fixed counts per step, plus the evaluation sets of the
+run."""
 
 from __future__ import annotations
 
@@ -13,13 +14,20 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import AdversarialBatch, BehaviourBatch, TrainingBatch
-from datamodules.behaviours import BehaviourData, EvaluationSets, Subject, find_overlap, overlap_error
-from datamodules.chat_format import Attackable, ChatFormat
-from datamodules.encoding import EncodedChat, EncodedHarmful, Encoder, OnBadRow, adversarial_batch, training_batch
+from datamodules.evaluation import BehaviourData, EvaluationSets, Subject, find_overlap, overlap_error
 from datamodules.rows import HarmfulRow, Row, RowProblem
-from datamodules.sampling import Item, StepSampler, Stream
-from datamodules.sources import ChatSource, HarmfulSource
-from datamodules.tokenizers import TokenizerConfig, load_tokenizer
+from datamodules.sources.base import ChatSource, HarmfulSource
+from datamodules.streams import Item, StepSampler, Stream
+from datamodules.text.chat_format import Attackable, ChatFormat
+from datamodules.text.encoding import (
+    EncodedChat,
+    EncodedHarmful,
+    Encoder,
+    OnBadRow,
+    adversarial_batch,
+    training_batch,
+)
+from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +44,19 @@ class AdversarialData(LightningDataModule):
         utility_per_step: utility rows per optimiser step, likewise.
         micro_batches: forward-backward passes per optimiser step; must equal trainer.accumulate_grad_batches.
         max_length: longest allowed prompt + reply, in tokens.
-        attackable: which prompt tokens attacks may perturb: the user's (`user`), or all of them (`prompt`) as in the CAT
-            authors' code.
+        attackable: which prompt tokens attacks may perturb: the user's (`user`), or all of them (`prompt`) as
+            in the CAT authors' code.
         system: system message of every conversation; null for none, '' for an empty one.
-        on_bad_row: `error` stops at a bad row; `skip` leaves such rows out, counts them and lists them in the run folder.
-        on_overlap: a training row whose prompt is also evaluated on is an `error`, or left out and listed (`skip`).
+        on_bad_row: `error` stops at a bad row; `skip` leaves such rows out, counts them and lists them in the
+            run folder.
+        on_overlap: a training row whose prompt is also evaluated on is an `error`, or left out and listed
+            (`skip`).
         allow_overlap: evaluation sets (e.g. evaluation.harmful) that may overlap the training data.
         bucket_window: micro-batches that are sorted by length together; 1 switches bucketing off.
         eval_batch_size: rows per evaluation batch.
         seed: seed of the order of rows.
-        num_workers: worker processes of the training loader; rows are tokenised once up front, so 0 is usually best.
+        num_workers: worker processes of the training loader; rows are tokenised once up front, so 0 is
+            usually best.
     """
 
     def __init__(
@@ -77,15 +88,19 @@ class AdversarialData(LightningDataModule):
                 raise ValueError(f"data.{field}_per_step: expected >= 0, got {count}")
             if micro_batches < 1 or count % micro_batches:
                 raise ValueError(
-                    f"data.{field}_per_step: expected a multiple of micro_batches {micro_batches}, got {count}; "
+                    f"data.{field}_per_step: expected a multiple of micro_batches {micro_batches}, "
+                    f"got {count}; "
                     "every micro-batch must hold the same number of rows"
                 )
             if count and not sources:
                 raise ValueError(
-                    f"data.{field}: expected at least one source for {field}_per_step {count}, got none; add one or set it to 0"
+                    f"data.{field}: expected at least one source for {field}_per_step {count}, got "
+                    "none; add one or set it to 0"
                 )
         if harmful_per_step + utility_per_step == 0:
-            raise ValueError("data.harmful_per_step and data.utility_per_step: expected a positive count, got 0 for both")
+            raise ValueError(
+                "data.harmful_per_step and data.utility_per_step: expected a positive count, got 0 for both"
+            )
         if max_length < 2:
             raise ValueError(f"data.max_length: expected >= 2 tokens, got {max_length}")
         self.tokenizer_config = tokenizer
@@ -132,10 +147,16 @@ class AdversarialData(LightningDataModule):
         self._report(encoder.problems)
 
     def train_dataloader(self) -> DataLoader[TrainingBatch]:
-        """Micro-batches from where training stands; an epoch is one pass over the harmful rows (or else the utility rows)."""
+        """Micro-batches from where training stands; an epoch is one pass over the harmful rows (or else the
+        utility rows)."""
         assert self.trainer is not None and self._training is not None
         streams = {
-            name: Stream(self._training.lengths(name), self.per_step[name] // self.micro_batches, self.seed + i, self.bucket_window)
+            name: Stream(
+                self._training.lengths(name),
+                self.per_step[name] // self.micro_batches,
+                self.seed + i,
+                self.bucket_window,
+            )
             for i, name in enumerate(("harmful", "utility"))
             if self.per_step[name]
         }
@@ -143,12 +164,15 @@ class AdversarialData(LightningDataModule):
         for name, stream in streams.items():
             if stream.batch_size % world:
                 raise ValueError(
-                    f"data.{name}_per_step: expected a multiple of micro_batches x devices = {self.micro_batches} x {world}, "
+                    f"data.{name}_per_step: expected a multiple of micro_batches x devices = "
+                    f"{self.micro_batches} x {world}, "
                     f"got {self.per_step[name]}"
                 )
         leading = next(iter(streams))
         steps = math.ceil(len(self._training.rows[leading]) / self.per_step[leading])
-        sampler = StepSampler(streams, steps * self.micro_batches, self._position, self.trainer.global_rank, world)
+        sampler = StepSampler(
+            streams, steps * self.micro_batches, self._position, self.trainer.global_rank, world
+        )
         return _StepLoader(
             self._training,  # type: ignore[arg-type]
             batch_sampler=sampler,
@@ -165,7 +189,8 @@ class AdversarialData(LightningDataModule):
             yield adversarial_batch(rows[start : start + self.eval_batch_size], self.attackable)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[BehaviourBatch]:
-        """The harmful behaviours, or else the utility tasks; the evaluation callbacks draw what they need from `behaviours`."""
+        """The harmful behaviours, or else the utility tasks; the evaluation callbacks draw what they need
+        from `behaviours`."""
         return self.behaviours.loader("harmful" if self.behaviours.examples["harmful"] else "utility")
 
     test_dataloader = val_dataloader
@@ -185,14 +210,19 @@ class AdversarialData(LightningDataModule):
         accumulate = self.trainer.accumulate_grad_batches
         if accumulate != self.micro_batches:
             raise ValueError(
-                f"data.micro_batches: expected trainer.accumulate_grad_batches {accumulate}, got {self.micro_batches}; "
+                f"data.micro_batches: expected trainer.accumulate_grad_batches {accumulate}, got "
+                f"{self.micro_batches}; "
                 "set trainer.accumulate_grad_batches: ${data.micro_batches}"
             )
 
     def _encode_training(self, encoder: Encoder) -> _Examples:
         rows: dict[str, list[Row | RowProblem]] = {
-            "harmful": [row for source in self.harmful_sources for row in source.rows()] if self.per_step["harmful"] else [],
-            "utility": [row for source in self.utility_sources for row in source.rows()] if self.per_step["utility"] else [],
+            "harmful": [row for source in self.harmful_sources for row in source.rows()]
+            if self.per_step["harmful"]
+            else [],
+            "utility": [row for source in self.utility_sources for row in source.rows()]
+            if self.per_step["utility"]
+            else [],
         }
         trained = [row for part in rows.values() for row in part if not isinstance(row, RowProblem)]
         overlaps = find_overlap(trained, self.evaluation, self.allow_overlap)
@@ -203,13 +233,18 @@ class AdversarialData(LightningDataModule):
         rows = {name: [row for row in part if row not in left_out] for name, part in rows.items()}
         examples = _Examples(
             {
-                "harmful": encoder.harmful(r for r in rows["harmful"] if isinstance(r, HarmfulRow | RowProblem)),
+                "harmful": encoder.harmful(
+                    r for r in rows["harmful"] if isinstance(r, HarmfulRow | RowProblem)
+                ),
                 "utility": encoder.chats(r for r in rows["utility"] if not isinstance(r, HarmfulRow)),
             }
         )
         for name, count in self.per_step.items():
             if count and not examples.rows[name]:
-                raise ValueError(f"data.{name}: expected usable rows, got none ({len(encoder.problems)} bad); see data.on_bad_row")
+                raise ValueError(
+                    f"data.{name}: expected usable rows, got none ({len(encoder.problems)} bad); see "
+                    "data.on_bad_row"
+                )
             log.info("%s stream: %d rows, %d per step", name, len(examples.rows[name]), count)
         return examples
 
@@ -240,7 +275,8 @@ class _Examples(Dataset[list[tuple[str, EncodedHarmful | EncodedChat]]]):
 
 
 class _StepLoader(DataLoader[TrainingBatch]):
-    """A loader that Lightning may resume in the middle of an epoch: its sampler asks the trainer where training stands."""
+    """A loader that Lightning may resume in the middle of an epoch: its sampler asks the trainer where
+    training stands."""
 
     def state_dict(self) -> dict[str, int]:
         return {}

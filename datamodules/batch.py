@@ -1,6 +1,8 @@
-"""The typed batches that cross folders. An adversarial example is one prompt with two continuations, never two strings.
+"""The typed batches that cross folders. An adversarial example is one prompt with two continuations, never
+two strings.
 
-Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks are explicit
+Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks
+are explicit
 boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row.
 """
 
@@ -19,14 +21,17 @@ class _Movable:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         def move(value: object) -> object:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor | _Movable) else value
+            return (
+                value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor | _Movable) else value
+            )
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
 
 
 @dataclass(frozen=True)
 class AdversarialBatch(_Movable):
-    """B prompts, each with a harmful target and a safe reply (both end with the template's end-of-turn token)."""
+    """B prompts, each with a harmful target and a safe reply (both end with the template's end-of-turn
+    token)."""
 
     example_id: Tensor
     """(B,) int64, stable over runs and machines."""
@@ -43,7 +48,8 @@ class AdversarialBatch(_Movable):
     """(B, S) int64, right-padded."""
     safe_mask: Tensor
     prompts: tuple[str, ...] = ()
-    """The users' texts behind `prompt_ids`; attacks that rewrite text need them, others do not. Empty where unknown."""
+    """The users' texts behind `prompt_ids`; attacks that rewrite text need them, others do not. Empty where
+    unknown."""
     systems: tuple[str | None, ...] = ()
     targets: tuple[str, ...] = ()
     """The harmful targets as text."""
@@ -57,7 +63,13 @@ class AdversarialBatch(_Movable):
         picked: dict[str, object] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            picked[f.name] = value[index] if isinstance(value, Tensor) else tuple(value[i] for i in rows) if value else value
+            picked[f.name] = (
+                value[index]
+                if isinstance(value, Tensor)
+                else tuple(value[i] for i in rows)
+                if value
+                else value
+            )
         return replace(self, **picked)  # type: ignore[arg-type]
 
     def validate(self) -> Self:
@@ -68,19 +80,38 @@ class AdversarialBatch(_Movable):
         batch_size = len(self)
         for name in ("prompt_mask", "attackable_mask", "harmful_mask", "safe_mask"):
             if getattr(self, name).dtype != torch.bool:
-                raise ValueError(f"expected {name} of dtype bool, got {getattr(self, name).dtype}; make masks explicit booleans")
-        for ids, mask in (("prompt_ids", "prompt_mask"), ("harmful_ids", "harmful_mask"), ("safe_ids", "safe_mask")):
+                raise ValueError(
+                    f"expected {name} of dtype bool, got {getattr(self, name).dtype}; make masks "
+                    "explicit booleans"
+                )
+        for ids, mask in (
+            ("prompt_ids", "prompt_mask"),
+            ("harmful_ids", "harmful_mask"),
+            ("safe_ids", "safe_mask"),
+        ):
             if getattr(self, ids).shape != getattr(self, mask).shape or len(getattr(self, ids)) != batch_size:
-                raise ValueError(f"expected {ids} and {mask} of one shape with {batch_size} rows, got {tuple(getattr(self, ids).shape)}")
+                raise ValueError(
+                    f"expected {ids} and {mask} of one shape with {batch_size} rows, got "
+                    f"{tuple(getattr(self, ids).shape)}"
+                )
         if not _is_left_padded(self.prompt_mask):
-            raise ValueError("expected prompt_mask left-padded with at least one token per row; the reply must follow the prompt directly")
+            raise ValueError(
+                "expected prompt_mask left-padded with at least one token per row; the reply must "
+                "follow the prompt directly"
+            )
         for name in ("harmful_mask", "safe_mask"):
             if not _is_left_padded(getattr(self, name).flip(1)):
-                raise ValueError(f"expected {name} right-padded with at least one token per row, got an empty or left-padded reply")
+                raise ValueError(
+                    f"expected {name} right-padded with at least one token per row, got an empty or "
+                    "left-padded reply"
+                )
         if (self.attackable_mask & ~self.prompt_mask).any():
             raise ValueError("expected attackable_mask within prompt_mask, got attackable padding")
         if not self.attackable_mask.any(1).all():
-            raise ValueError("expected at least one attackable token per row, got none; set attackable: prompt or give a non-empty prompt")
+            raise ValueError(
+                "expected at least one attackable token per row, got none; set attackable: prompt or "
+                "give a non-empty prompt"
+            )
         return self
 
 
@@ -109,12 +140,14 @@ class TrainingBatch(_Movable):
 
 @dataclass(frozen=True)
 class BehaviourBatch(_Movable):
-    """Evaluation prompts with their texts; `adversarial` holds the tensors where the rows have a harmful target."""
+    """Evaluation prompts with their texts; `adversarial` holds the tensors where the rows have a harmful
+    target."""
 
     keys: tuple[str, ...]
     prompts: tuple[str, ...]
     references: tuple[str, ...]
-    """The harmful target (harmful rows) or the expected reply (benign rows), as text; '' where there is none."""
+    """The harmful target (harmful rows) or the expected reply (benign rows), as text; '' where there is
+    none."""
     categories: tuple[str, ...]
     """Semantic category of every row, '' where there is none."""
     functional: tuple[str, ...]

@@ -23,7 +23,8 @@ class HarmfulRow:
     """HarmBench's functional category: standard, contextual or copyright."""
     system: str | None = None
     origin: str = ""
-    """The request behind a rewritten prompt; training on it is training on that request. '' where the prompt is the request."""
+    """The request behind a rewritten prompt; training on it is training on that request. '' where the prompt
+    is the request."""
 
 
 @dataclass(frozen=True)

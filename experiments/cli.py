@@ -1,4 +1,5 @@
-"""Console script `thundercat`: fit | validate | test | predict | attack from YAML, and report for a finished run.
+"""Console script `thundercat`: fit | validate | test | predict | attack from YAML, and report for a finished
+run.
 
 thundercat fit --config configs/quickstart.yaml --model.attack.epsilon=0.05
 thundercat fit --config configs/experiment/cat_tinychat.yaml --config my_changes.yaml --print_config
@@ -22,7 +23,7 @@ commands:
   validate   evaluate on the evaluation sets (all rows)
   test       the same under the name `test`
   predict    write the model's replies to the evaluation prompts to RUN/predictions.jsonl
-  attack     one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..." (the model's attack of the YAML)
+  attack     one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..."
   report     write the report of a finished run again: thundercat report RUN
 
 options of fit, validate, test, predict and attack:
@@ -50,16 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _hush()
-    from experiments.compose import ConfigError
+    from experiments.config.compose import ConfigError
 
     try:
         if command == "report":
             return _report(rest)
-        if command == "attack" and not any(word.startswith(("--help", "-h", "--print_config")) for word in rest):
-            from experiments.attack import attack
+        if command == "attack" and not any(
+            word.startswith(("--help", "-h", "--print_config")) for word in rest
+        ):
+            from experiments.commands.attack import attack
 
             return attack(*split_arguments(rest))
-        from experiments.run import run
+        from experiments.commands.run import run
 
         return run(command, *split_arguments(rest))
     except ConfigError as error:
@@ -71,13 +74,15 @@ def _hush() -> None:
     """Silence what third parties say at every start and nobody can act on."""
     for message in (r".*LeafSpec.*", r".*does not have many workers.*", r".*is_gradient_checkpointing.*"):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """Config files, (key, value) overrides and bare flags. Raises: ConfigError for what is none of them."""
-    from experiments.compose import ConfigError
+    from experiments.config.compose import ConfigError
 
     files: list[str] = []
     overrides: list[tuple[str, str]] = []
@@ -106,10 +111,13 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def _report(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: thundercat report RUN\n\nwrites results.json, report.md and report.html in the run folder from its evaluations")
+        print(
+            "usage: thundercat report RUN\n\nwrites results.json, report.md and report.html in the "
+            "run folder from its evaluations"
+        )
         return 0 if arguments[:1] in (["--help"], ["-h"]) else 2
-    from callbacks.report import write_report
-    from experiments.compose import ConfigError
+    from callbacks.report.report import write_report
+    from experiments.config.compose import ConfigError
 
     try:
         print(write_report(arguments[0]))

@@ -1,6 +1,7 @@
 """Continuous adversarial training: the inner attack runs inside `training_step` (arXiv 2405.15589, eq. 1).
 
-min_theta  E[ objective( safe reply, harmful reply | x + delta* ) ] + E[ utility ] + further terms,   delta* = attack(x, harmful reply)
+min_theta  E[ objective( safe reply, harmful reply | x + delta* ) ] + E[ utility ] + further terms,   delta* =
+attack(x, harmful reply)
 
 A method is attack x objective x terms x data: nothing here knows any by name.
 """
@@ -19,8 +20,8 @@ from datamodules.batch import TrainingBatch
 from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
 from lightning_modules.base import FineTuning, OptimizerConfig, step_seed
 from lightning_modules.losses.base import LossTerms, Objective, Step, Term
+from lightning_modules.models.frozen import Reference
 from lightning_modules.models.loading import ModelConfig
-from lightning_modules.models.reference import Reference
 from lightning_modules.reference_scores import ReferenceTable
 from lightning_modules.scoring import score_replies, score_utility
 
@@ -35,8 +36,8 @@ class AdversarialFineTuning(FineTuning):
         terms: further terms of the loss: regularisers, retain terms, distillation, losses on hidden states.
         optimizer: learning rate and schedule.
         seed: base of every step's own seed.
-        reference_cache: folder of the reference log-probabilities that preference objectives need; runs may share one. Null keeps them
-            in the run folder.
+        reference_cache: folder of the reference log-probabilities that preference objectives need; runs may
+            share one. Null keeps them in the run folder.
     """
 
     reference: Reference
@@ -54,7 +55,8 @@ class AdversarialFineTuning(FineTuning):
         super().__init__(base, optimizer, seed)
         if objective is None and not terms:
             raise ValueError(
-                "model.objective: expected an objective or at least one of model.terms, got neither; there is nothing to learn"
+                "model.objective: expected an objective or at least one of model.terms, got neither; "
+                "there is nothing to learn"
             )
         self.attack = attack
         self.objective = objective
@@ -64,48 +66,75 @@ class AdversarialFineTuning(FineTuning):
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.reference = Reference(self.victim, self.base, self.load_seed)
+        self.reference = Reference(self.language_model, self.base, self.load_seed)
 
     def on_train_start(self) -> None:
-        """Compute or look up the reference log-probabilities. Raises: ValueError where a cached one is not this model's."""
+        """Compute or look up the reference log-probabilities. Raises: ValueError where a cached one is not
+        this model's."""
         if self.objective is None or not self.objective.needs_reference:
             return
         data: AdversarialData = self.trainer.datamodule  # type: ignore[attr-defined]
         folder = Path(self.reference_cache or Path(self.trainer.default_root_dir) / "reference")
         self._reference_table = ReferenceTable(folder, self.reference)
         silent = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        batches = tqdm(data.harmful_batches(), desc="reference log-probabilities", unit=" batches", leave=False, disable=silent)
+        batches = tqdm(
+            data.harmful_batches(),
+            desc="reference log-probabilities",
+            unit=" batches",
+            leave=False,
+            disable=silent,
+        )
         self._reference_table.fill(batches, self.device, write=self.trainer.is_global_zero)
         if self.global_step == 0:
-            self._reference_table.check_start(self.victim, next(data.harmful_batches()).to(self.device))
+            self._reference_table.check_start(
+                self.language_model, next(data.harmful_batches()).to(self.device)
+            )
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: attack the harmful prompts, then all losses under that perturbation."""
-        attacked = None if batch.adversarial is None else self.attack(self.victim, batch.adversarial, self._generator())
+        attacked = (
+            None
+            if batch.adversarial is None
+            else self.attack(self.language_model, batch.adversarial, self._generator())
+        )
         terms = self._losses(batch, attacked)
         loss = torch.stack([term.loss.mean() for term in terms]).sum()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.global_step}; lower optimizer.lr, or set a cutoff_away")
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.global_step}; lower optimizer.lr, or set a "
+                "cutoff_away"
+            )
         parts = {f"train/{name}": value.mean() for term in terms for name, value in term.parts.items()}
         self.log_dict(parts, on_step=True, batch_size=1)
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1)
         return {"loss": loss, "attacked": attacked, "passes": sum(term.passes for term in terms)}
 
     def _losses(self, batch: TrainingBatch, attacked: AttackedPrompt | None) -> list[LossTerms]:
-        """The objective on both replies and on the utility rows, then the further terms. Raises: ValueError where none is left."""
+        """The objective on both replies and on the utility rows, then the further terms. Raises: ValueError
+        where none is left."""
         terms: list[LossTerms] = []
         objective, rows, utility = self.objective, batch.adversarial, batch.utility
         if objective is not None and rows is not None and attacked is not None:
             reference = self._reference_table(rows) if self._reference_table is not None else None
-            scored = objective.adversarial(score_replies(self.victim, rows, attacked, reference))
+            scored = objective.adversarial(score_replies(self.language_model, rows, attacked, reference))
             terms.append(replace(scored, passes=4 * len(rows)))
         if objective is not None and utility is not None and objective.weight_utility > 0:
-            scored = objective.utility(*score_utility(self.victim, utility))
+            scored = objective.utility(*score_utility(self.language_model, utility))
             terms.append(replace(scored, passes=2 * len(utility)))
-        step = Step(self.victim, self.reference, batch, attacked, self.global_step, int(self.trainer.estimated_stepping_batches))
+        step = Step(
+            self.language_model,
+            self.reference,
+            batch,
+            attacked,
+            self.global_step,
+            int(self.trainer.estimated_stepping_batches),
+        )
         terms += [term(step) for term in self.terms]
         if not terms:
-            raise ValueError("model.objective: no term of the loss uses the data's rows; set objective.weight_utility or harmful_per_step")
+            raise ValueError(
+                "model.objective: no term of the loss uses the data's rows; set "
+                "objective.weight_utility or harmful_per_step"
+            )
         return terms
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

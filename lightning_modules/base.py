@@ -1,4 +1,5 @@
-"""What all fine-tuning modules share: the model is loaded late, checkpoints hold what learns, every step has its own seed."""
+"""What all fine-tuning modules share: the model is loaded late, checkpoints hold what learns, every step has
+its own seed."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from datamodules.batch import BehaviourBatch
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
-from lightning_modules.models.victim import Victim
 
 PREDICTED_TOKENS = 64
 """Longest reply of `predict`."""
@@ -42,11 +43,15 @@ class OptimizerConfig:
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr: expected > 0, got {self.lr}; set a positive learning rate")
         if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"optimizer.warmup_fraction: expected within [0, 1), got {self.warmup_fraction}; it is a share of all steps")
+            raise ValueError(
+                f"optimizer.warmup_fraction: expected within [0, 1), got {self.warmup_fraction}; it "
+                "is a share of all steps"
+            )
 
 
 class FineTuning(LightningModule):
-    """Base of the training modules. Loads the model in `configure_model`, after the whole configuration has been checked.
+    """Base of the training modules. Loads the model in `configure_model`, after the whole configuration has
+    been checked.
 
     Args:
         base: the model to fine-tune.
@@ -55,7 +60,7 @@ class FineTuning(LightningModule):
     """
 
     model: nn.Module
-    victim: Victim
+    language_model: LanguageModel
 
     def __init__(self, base: ModelConfig, optimizer: OptimizerConfig | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -75,17 +80,20 @@ class FineTuning(LightningModule):
         if not hasattr(self, "model"):
             self.model = load_seeded(self.base, self.load_seed)
             data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-            self.victim = Victim(self.model, chat=getattr(data, "chat", None))
+            self.language_model = LanguageModel(self.model, chat=getattr(data, "chat", None))
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        """Seed dropout from (seed, micro-batch, rank): resuming is bit-exact and callbacks cannot disturb training."""
+        """Seed dropout from (seed, micro-batch, rank): resuming is bit-exact and callbacks cannot disturb
+        training."""
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(step_seed(self.seed, number, self.global_rank))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.optimizer_config
         learning = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learning, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            learning, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -102,25 +110,32 @@ class FineTuning(LightningModule):
         Raises: ValueError naming a missing or unknown weight.
         """
         learning = {name for name, p in self.named_parameters() if p.requires_grad}
-        missing, unknown = learning - set(checkpoint["state_dict"]), set(checkpoint["state_dict"]) - set(self.state_dict())
+        missing, unknown = (
+            learning - set(checkpoint["state_dict"]),
+            set(checkpoint["state_dict"]) - set(self.state_dict()),
+        )
         if missing or unknown:
             name = sorted(missing | unknown)[0]
             raise ValueError(
-                f"the checkpoint does not fit this model: {len(missing)} weights missing, {len(unknown)} unknown, e.g. {name!r}; "
+                f"the checkpoint does not fit this model: {len(missing)} weights missing, "
+                f"{len(unknown)} unknown, e.g. {name!r}; "
                 "use the configuration that the run folder's config.yaml holds"
             )
 
     def validation_step(self, batch: BehaviourBatch, batch_idx: int) -> None:
-        """Nothing batch by batch: `validate` and `test` are the evaluation callbacks' work, which report n and an interval."""
+        """Nothing batch by batch: `validate` and `test` are the evaluation callbacks' work, which report n
+        and an interval."""
 
     test_step = validation_step
 
-    def predict_step(self, batch: BehaviourBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+    def predict_step(
+        self, batch: BehaviourBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, str]]:
         """Greedy replies to a batch of evaluation prompts, as text."""
         chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
         with torch.no_grad():
-            embeds = self.victim.embed(batch.prompt_ids)
-        replies = self.victim.generate(embeds, batch.prompt_mask, PREDICTED_TOKENS, chat.stop_ids)
+            embeds = self.language_model.embed(batch.prompt_ids)
+        replies = self.language_model.generate(embeds, batch.prompt_mask, PREDICTED_TOKENS, chat.stop_ids)
         return [
             {"key": key, "prompt": prompt, "reply": chat.decode(ids)}
             for key, prompt, ids in zip(batch.keys, batch.prompts, replies, strict=True)
@@ -130,7 +145,8 @@ class FineTuning(LightningModule):
 def schedule(config: OptimizerConfig, total: int) -> Callable[[int], float]:
     """Learning rate factor by step: linear warm-up, then the configured decay over `total` steps.
 
-    A plain function: LambdaLR would store an object in the checkpoint, which then could not be loaded as weights only.
+    A plain function: LambdaLR would store an object in the checkpoint, which then could not be loaded as
+        weights only.
     """
     warmup = math.ceil(config.warmup_fraction * total)
 
@@ -138,7 +154,9 @@ def schedule(config: OptimizerConfig, total: int) -> Callable[[int], float]:
         if step < warmup:
             return (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, total - warmup))
-        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1.0 - done, "constant": 1.0}[config.schedule]
+        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1.0 - done, "constant": 1.0}[
+            config.schedule
+        ]
         return config.final_fraction + (1 - config.final_fraction) * shape
 
     return factor
@@ -146,4 +164,6 @@ def schedule(config: OptimizerConfig, total: int) -> Callable[[int], float]:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """63-bit seed of one (run seed, step, rank)."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest(), "big") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest(), "big") >> 1
+    )

@@ -7,19 +7,22 @@ from torch import Tensor
 from datamodules.batch import AdversarialBatch, UtilityBatch
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.losses.base import ReferenceScores, ReplyScores
-from lightning_modules.models.victim import Reply, Victim
+from lightning_modules.models.language_model import LanguageModel, Reply
 
 
 def score_replies(
-    victim: Victim, batch: AdversarialBatch, attacked: AttackedPrompt, reference: ReferenceScores | None = None
+    model: LanguageModel,
+    batch: AdversarialBatch,
+    attacked: AttackedPrompt,
+    reference: ReferenceScores | None = None,
 ) -> ReplyScores:
     """Both replies under the same perturbation, the one found for the harmful target."""
     replies = Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)
-    with attacked.applied(victim) as embeds:
-        safe, harmful = victim.reply_log_probs(embeds, attacked.prompt_mask, *replies)
+    with attacked.applied(model) as embeds:
+        safe, harmful = model.reply_log_probs(embeds, attacked.prompt_mask, *replies)
     return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask, reference)
 
 
-def score_utility(victim: Victim, batch: UtilityBatch) -> tuple[Tensor, Tensor]:
+def score_utility(model: LanguageModel, batch: UtilityBatch) -> tuple[Tensor, Tensor]:
     """(B, T - 1) log-probabilities and mask of the utility replies' tokens."""
-    return victim.labelled_log_probs(batch.input_ids, batch.attention_mask, batch.labels)
+    return model.labelled_log_probs(batch.input_ids, batch.attention_mask, batch.labels)

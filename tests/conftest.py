@@ -1,4 +1,5 @@
-"""Shared fixtures: tiny random models of every supported family, ragged batches, the folder of public data."""
+"""Shared fixtures: tiny random models of every supported family, ragged batches, the folder of public
+data."""
 
 from __future__ import annotations
 
@@ -23,18 +24,26 @@ from transformers import (
 )
 
 from datamodules.batch import AdversarialBatch, UtilityBatch
-from datamodules.chat_format import ChatFormat
-from datamodules.encoding import Encoder, adversarial_batch
-from datamodules.sources import TinyChatHarmful
-from datamodules.tokenizers import TokenizerConfig, load_tokenizer
-from lightning_modules.models.victim import Victim
+from datamodules.sources.tinychat import TinyChatHarmful
+from datamodules.text.chat_format import ChatFormat
+from datamodules.text.encoding import Encoder, adversarial_batch
+from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
+from lightning_modules.models.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 97
 SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "llama_tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
@@ -46,7 +55,9 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **settings: int) -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **settings: int
+) -> PreTrainedModel:
     """A random two-layer model, in evaluation mode; `settings` replace fields of its configuration."""
     torch.manual_seed(seed)
     config = copy.deepcopy(FAMILIES[family])
@@ -62,9 +73,11 @@ def tinychat_format() -> ChatFormat:
     return ChatFormat(load_tokenizer(TokenizerConfig("tinychat:aligned")))
 
 
-def chat_victim(family: str = "llama", dtype: torch.dtype = torch.float32) -> Victim:
+def chat_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A random model of a family behind the packaged model's chat format."""
-    return Victim(tiny_model(family, dtype, vocab_size=1024, max_position_embeddings=256), chat=tinychat_format())
+    return LanguageModel(
+        tiny_model(family, dtype, vocab_size=1024, max_position_embeddings=256), chat=tinychat_format()
+    )
 
 
 def text_batch(size: int = 3, start: int = 0) -> AdversarialBatch:
@@ -73,7 +86,9 @@ def text_batch(size: int = 3, start: int = 0) -> AdversarialBatch:
     return adversarial_batch(rows[3 * start : 3 * (start + size) : 3], "user")
 
 
-def ragged_batch(seed: int = 0, size: int = 3, prompt: int = 9, harmful: int = 5, safe: int = 7, start: int = 0) -> AdversarialBatch:
+def ragged_batch(
+    seed: int = 0, size: int = 3, prompt: int = 9, harmful: int = 5, safe: int = 7, start: int = 0
+) -> AdversarialBatch:
     """A ragged batch whose row i depends only on (seed, start + i): rows can be compared across batches."""
     rows = []
     for i in range(start, start + size):
@@ -97,7 +112,9 @@ def ragged_batch(seed: int = 0, size: int = 3, prompt: int = 9, harmful: int = 5
     attackable[:, -2:] = False
     attackable[torch.arange(size), prompt_mask.long().argmax(1)] = False
     ids = torch.arange(start, start + size)
-    return AdversarialBatch(ids, prompt_ids, prompt_mask, attackable, harmful_ids, harmful_mask, safe_ids, safe_mask).validate()
+    return AdversarialBatch(
+        ids, prompt_ids, prompt_mask, attackable, harmful_ids, harmful_mask, safe_ids, safe_mask
+    ).validate()
 
 
 def utility(seed: int = 0, size: int = 4, length: int = 10) -> UtilityBatch:

@@ -1,4 +1,5 @@
-"""What a judge is: a verdict on one completion, with a name and a revision that are stored beside every score."""
+"""What a judge is: a verdict on one completion, with a name and a revision that are stored beside every
+score."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ from typing import Protocol
 
 
 class Judge(Protocol):
-    """Says whether a completion counts: as a refusal, as a success of an attack, as a right answer - the judge's name tells.
+    """Says whether a completion counts: as a refusal, as a success of an attack, as a right answer - the
+    judge's name tells.
 
-    A judge that is faster on many completions at once may also have `judge_batch(prompts, completions, references)`, which
-    returns a list of `Judgement`.
+    A judge that is faster on many completions at once may also have `judge_batch(prompts, completions,
+    references)`, which returns a list of `Judgement`.
     """
 
     @property
@@ -33,7 +35,9 @@ class Judgement:
     score: float | None = None
 
 
-def judge_all(judge: Judge, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]) -> list[Judgement]:
+def judge_all(
+    judge: Judge, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]
+) -> list[Judgement]:
     """Judge several completions, in one call where the judge can."""
     batch = getattr(judge, "judge_batch", None)
     if batch is not None:

@@ -1,4 +1,5 @@
-"""Keyword refusal judge: cheap, and only as good as its list. A stop rule and a trend line, not a robustness score."""
+"""Keyword refusal judge: cheap, and only as good as its list. A stop rule and a trend line, not a robustness
+score."""
 
 from __future__ import annotations
 

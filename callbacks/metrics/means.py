@@ -14,8 +14,8 @@ from callbacks.metrics.rates import Z_95
 class Mean(Metric):
     """Mean of per-example values.
 
-    `compute()` gives {"rate", "low", "high", "n"} like Rate, with mean +- 1.96 s / sqrt(n), s the sample standard deviation. With
-    n = 0 all three are NaN; with n = 1 the interval is the value itself.
+    `compute()` gives {"rate", "low", "high", "n"} like Rate, with mean +- 1.96 s / sqrt(n), s the sample
+    standard deviation. With n = 0 all three are NaN; with n = 1 the interval is the value itself.
     """
 
     total: Tensor

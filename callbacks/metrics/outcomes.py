@@ -1,4 +1,5 @@
-"""Per-example outcomes of attacks as a torchmetric: everything reported is derived from them, exactly, over any number of processes."""
+"""Per-example outcomes of attacks as a torchmetric: everything reported is derived from them, exactly, over
+any number of processes."""
 
 from __future__ import annotations
 
@@ -11,13 +12,26 @@ from torchmetrics.utilities import dim_zero_cat
 
 from callbacks.metrics.rates import wilson_interval
 
-FIELDS = ("example", "success", "refused", "steps", "passes", "queries", "seconds", "loss_start", "loss_best", "category", "functional")
+FIELDS = (
+    "example",
+    "success",
+    "refused",
+    "steps",
+    "passes",
+    "queries",
+    "seconds",
+    "loss_start",
+    "loss_best",
+    "category",
+    "functional",
+)
 
 
 class Table:
     """Columns over examples, one row per example, sorted by example id.
 
-    A plain class: torchmetrics would reach into a dict or dataclass and squeeze the columns of a single example.
+    A plain class: torchmetrics would reach into a dict or dataclass and squeeze the columns of a single
+        example.
     """
 
     def __init__(self, columns: dict[str, Tensor]) -> None:
@@ -31,9 +45,11 @@ class Table:
 
 
 class Outcomes(Metric):
-    """One row of FIELDS per example and attack, float64; an example that several processes report counts once.
+    """One row of FIELDS per example and attack, float64; an example that several processes report counts
+    once.
 
-    With several restarts of an attack an example is a success if one of them is; its cost is the sum, its losses the best run's.
+    With several restarts of an attack an example is a success if one of them is; its cost is the sum, its
+    losses the best run's.
     """
 
     rows: list[Tensor]
@@ -44,7 +60,8 @@ class Outcomes(Metric):
         self.add_state("restarts", [], dist_reduce_fx="cat")
 
     def update(self, rows: Tensor, restarts: Tensor) -> None:
-        """Add (B, len(FIELDS)) float64 rows and their (B,) restart numbers. Example ids are exact below 2^53."""
+        """Add (B, len(FIELDS)) float64 rows and their (B,) restart numbers. Example ids are exact below
+        2^53."""
         self.rows.append(rows.double())
         self.restarts.append(restarts.long())  # type: ignore[operator, union-attr]
 
@@ -86,7 +103,8 @@ def rate(outcomes: Tensor) -> dict[str, float]:
 
 
 def bootstrap_interval(values: Tensor, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of (n,) per-example values (Efron 1979); NaN without values."""
+    """95 % percentile bootstrap interval of the mean of (n,) per-example values (Efron 1979); NaN without
+    values."""
     if len(values) == 0:
         return float("nan"), float("nan")
     generator = torch.Generator().manual_seed(seed)
@@ -109,13 +127,18 @@ def worst_case(tables: Sequence[Table]) -> Tensor:
 
 
 def success_by_budget(table: Table, budget: str, points: int = 20) -> dict[str, list[float]]:
-    """Share of examples that succeeded within a budget (`steps`, `passes`, `queries` or `seconds`), at up to `points` budgets.
+    """Share of examples that succeeded within a budget (`steps`, `passes`, `queries` or `seconds`), at up to
+    `points` budgets.
 
-    An attack that does not stop at success has spent its whole budget on every example: its curve is a single step.
+    An attack that does not stop at success has spent its whole budget on every example: its curve is a single
+    step.
     """
     spent = torch.where(table["success"] > 0, table[budget], torch.inf)
     finite = spent[spent.isfinite()].sort().values
     if len(finite) == 0:
         return {"budget": [], "share": []}
-    grid = sorted({float(finite[min(len(finite) - 1, (i + 1) * len(finite) // points)]) for i in range(points)} | {float(finite[0])})
+    grid = sorted(
+        {float(finite[min(len(finite) - 1, (i + 1) * len(finite) // points)]) for i in range(points)}
+        | {float(finite[0])}
+    )
     return {"budget": grid, "share": [float((spent <= b).double().mean()) for b in grid]}

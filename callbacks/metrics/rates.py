@@ -16,8 +16,8 @@ Z_95 = 1.959963984540054
 class Rate(Metric):
     """Share of successes.
 
-    `compute()` gives {"rate", "low", "high", "n"}: the share, its 95 % Wilson interval and the number of trials. With n = 0
-    the rate is NaN and the interval [0, 1].
+    `compute()` gives {"rate", "low", "high", "n"}: the share, its 95 % Wilson interval and the number of
+    trials. With n = 0 the rate is NaN and the interval [0, 1].
     """
 
     successes: Tensor
@@ -40,7 +40,8 @@ class Rate(Metric):
 
 
 def rates_by_name(names: Iterable[str], device: torch.device) -> dict[str, Rate]:
-    """A rate per distinct name, sorted; each can be computed, and takes part in adding up, before its first trial."""
+    """A rate per distinct name, sorted; each can be computed, and takes part in adding up, before its first
+    trial."""
     rates = {name: Rate().to(device) for name in sorted(set(names))}
     for rate in rates.values():
         rate.update(torch.empty(0, dtype=torch.bool, device=device))
@@ -50,7 +51,8 @@ def rates_by_name(names: Iterable[str], device: torch.device) -> dict[str, Rate]
 def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[float, float]:
     """Wilson score interval of a binomial share (Wilson 1927).
 
-    centre = (p + z^2 / 2n) / (1 + z^2 / n),  half-width = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 / 4n^2)
+    centre = (p + z^2 / 2n) / (1 + z^2 / n),  half-width = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 /
+    4n^2)
     """
     if trials == 0:
         return 0.0, 1.0

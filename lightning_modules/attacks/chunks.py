@@ -15,8 +15,9 @@ class Chunked:
     """Calls a function on slices of its arguments and joins the results.
 
     Args:
-        max_rows: rows per call to start with; halved, and remembered, whenever the device runs out of memory. None takes 64 on a
-            CPU, where larger batches leave its caches (measured: 512 are 1.5 times slower), and 512 elsewhere.
+        max_rows: rows per call to start with; halved, and remembered, whenever the device runs out of memory.
+            None takes 64 on a CPU, where larger batches leave its caches (measured: 512 are 1.5 times
+            slower), and 512 elsewhere.
         device: where the rows are computed.
     """
 

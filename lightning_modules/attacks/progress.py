@@ -1,4 +1,5 @@
-"""Lets somebody watch an attack at work (a progress bar, the live view of `thundercat attack`) without the attack knowing whom."""
+"""Lets somebody watch an attack at work (a progress bar, the live view of `thundercat attack`) without the
+attack knowing whom."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from contextvars import ContextVar
 from torch import Tensor
 
 Observer = Callable[[Tensor, Callable[[], list[str]]], None]
-"""Called after every iterate with the (B,) attacked losses (NaN where a behaviour is done) and a function that gives the best texts."""
+"""Called after every iterate with the (B,) attacked losses (NaN where a behaviour is done) and a function
+that gives the best texts."""
 
 _observer: ContextVar[Observer | None] = ContextVar("attack_observer", default=None)
 

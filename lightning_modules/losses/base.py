@@ -1,4 +1,5 @@
-"""What a loss is made of: an objective on scored replies, and further terms on whatever they need. All losses are per example.
+"""What a loss is made of: an objective on scored replies, and further terms on whatever they need. All losses
+are per example.
 
 The one reduction happens in the LightningModule: the loss is the sum of the means of all terms.
 """
@@ -12,8 +13,8 @@ from typing import Protocol
 from torch import Tensor
 
 from datamodules.batch import TrainingBatch
-from lightning_modules.models.reference import Reference
-from lightning_modules.models.victim import Victim
+from lightning_modules.models.frozen import Reference
+from lightning_modules.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class ReplyScores:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Losses (B,), or () where a term has no examples or joins both streams, already weighted; and detached parts for the logs."""
+    """Losses (B,), or () where a term has no examples or joins both streams, already weighted; and detached
+    parts for the logs."""
 
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     passes: int = 0
-    """Forward and backward passes of single examples; a further term says its own, the module counts the objective's."""
+    """Forward and backward passes of single examples; a further term says its own, the module counts the
+    objective's."""
 
 
 class Objective(Protocol):
@@ -71,7 +74,7 @@ class Attacked(Protocol):
     @property
     def prompt_mask(self) -> Tensor: ...
 
-    def applied(self, victim: Victim) -> AbstractContextManager[Tensor]:
+    def applied(self, model: LanguageModel) -> AbstractContextManager[Tensor]:
         """(B, P, D) embeddings of the prompts under the perturbation."""
         ...
 
@@ -80,7 +83,7 @@ class Attacked(Protocol):
 class Step:
     """One micro-batch of training as a further term of the loss sees it."""
 
-    victim: Victim
+    model: LanguageModel
     reference: Reference
     batch: TrainingBatch
     attacked: Attacked | None

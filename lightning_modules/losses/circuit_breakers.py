@@ -1,8 +1,11 @@
-"""Circuit breakers by representation rerouting (Zou et al. 2024, arXiv 2406.04313, algorithm 1): losses on hidden states.
+"""Circuit breakers by representation rerouting (Zou et al. 2024, arXiv 2406.04313, algorithm 1): losses on
+hidden states.
 
-    c_s relu( cos(h, h0) ) on harmful replies  +  c_r || h - h0 ||_2 on utility,   c_s = alpha (1 - t / T'),  c_r = alpha t / T'
+    c_s relu( cos(h, h0) ) on harmful replies  +  c_r || h - h0 ||_2 on utility,   c_s = alpha (1 - t / T'),
+    c_r = alpha t / T'
 
-h0 are the starting model's states: what a harmful reply was represented by loses its direction, what utility was represented by stays.
+h0 are the starting model's states: what a harmful reply was represented by loses its direction, what utility
+was represented by stays.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lightning_modules.likelihood import masked_mean
 from lightning_modules.losses.base import LossTerms, Step
-from lightning_modules.models.victim import Reply
+from lightning_modules.models.language_model import Reply
+from lightning_modules.models.likelihood import masked_mean
 
 
 def reroute(states: Tensor, before: Tensor, mask: Tensor) -> Tensor:
@@ -29,17 +32,21 @@ def retain(states: Tensor, before: Tensor, mask: Tensor) -> Tensor:
 
 
 class CircuitBreakers:
-    """Representation rerouting on chosen decoder layers; the means over layers are summed with the two schedules.
+    """Representation rerouting on chosen decoder layers; the means over layers are summed with the two
+    schedules.
 
     Args:
         layers: decoder layers whose outputs are compared, counted from 0 [10 and 20 of 32].
         alpha: scale of both terms [5 to 10].
-        horizon: T', the steps after which the schedules have crossed over; null is twice the run's steps [300 for 150 steps].
+        horizon: T', the steps after which the schedules have crossed over; null is twice the run's steps [300
+            for 150 steps].
     """
 
     def __init__(self, layers: list[int], alpha: float = 10.0, horizon: int | None = None) -> None:
         if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
-            raise ValueError(f"CircuitBreakers.layers: expected distinct layer numbers counted from 0, got {layers}")
+            raise ValueError(
+                f"CircuitBreakers.layers: expected distinct layer numbers counted from 0, got {layers}"
+            )
         if not alpha > 0:
             raise ValueError(f"CircuitBreakers.alpha: expected > 0, got {alpha}")
         if horizon is not None and horizon < 1:
@@ -57,18 +64,26 @@ class CircuitBreakers:
         """Raises: ValueError without both streams, or for a layer that the model lacks."""
         harmful, utility = step.batch.adversarial, step.batch.utility
         if harmful is None or utility is None or step.attacked is None:
-            raise ValueError("CircuitBreakers: expected harmful and utility rows; set data.harmful_per_step and data.utility_per_step")
-        depth = len(step.victim.causal_lm.get_decoder().layers)
+            raise ValueError(
+                "CircuitBreakers: expected harmful and utility rows; set data.harmful_per_step and "
+                "data.utility_per_step"
+            )
+        depth = len(step.model.causal_lm.get_decoder().layers)
         if max(self.layers) >= depth:
-            raise ValueError(f"CircuitBreakers.layers: expected layers below {depth}, got {self.layers}; the model has {depth} layers")
+            raise ValueError(
+                f"CircuitBreakers.layers: expected layers below {depth}, got {self.layers}; the model "
+                f"has {depth} layers"
+            )
         reply = Reply(harmful.harmful_ids, harmful.harmful_mask)
         with step.reference.active() as reference:
             with step.attacked.applied(reference) as embeds:
                 harmful_before = reference.reply_states(embeds, step.attacked.prompt_mask, reply, self.layers)
-            utility_before = reference.conversation_states(utility.input_ids, utility.attention_mask, self.layers)
-        with step.attacked.applied(step.victim) as embeds:
-            harmful_now = step.victim.reply_states(embeds, step.attacked.prompt_mask, reply, self.layers)
-        utility_now = step.victim.conversation_states(utility.input_ids, utility.attention_mask, self.layers)
+            utility_before = reference.conversation_states(
+                utility.input_ids, utility.attention_mask, self.layers
+            )
+        with step.attacked.applied(step.model) as embeds:
+            harmful_now = step.model.reply_states(embeds, step.attacked.prompt_mask, reply, self.layers)
+        utility_now = step.model.conversation_states(utility.input_ids, utility.attention_mask, self.layers)
         pairs = zip(harmful_now, harmful_before, strict=True)
         rerouted = torch.stack([reroute(now, before, reply.mask[:, :-1]) for now, before in pairs]).mean(0)
         pairs = zip(utility_now, utility_before, strict=True)

@@ -1,4 +1,5 @@
-"""Losses between whole next-token distributions: keeping a reference's replies (KL retain), learning a teacher's (distillation)."""
+"""Losses between whole next-token distributions: keeping a reference's replies (KL retain), learning a
+teacher's (distillation)."""
 
 from __future__ import annotations
 
@@ -7,30 +8,37 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from lightning_modules.likelihood import masked_mean
 from lightning_modules.losses.base import LossTerms, Step
+from lightning_modules.models.frozen import FrozenCopy
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.likelihood import masked_mean
 from lightning_modules.models.loading import ModelConfig
-from lightning_modules.models.reference import FrozenCopy
-from lightning_modules.models.victim import Reply, Victim
 
 
 def token_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """(N,) T^2 KL(softmax(teacher / T) || softmax(student / T)) from (N, V) logits (Hinton et al. 2015, section 2).
+    """(N,) T^2 KL(softmax(teacher / T) || softmax(student / T)) from (N, V) logits (Hinton et al. 2015,
+    section 2).
 
     Raises: ValueError where the vocabularies differ.
     """
     if teacher.shape != student.shape:
         raise ValueError(
-            f"expected teacher logits over the student's {student.shape[-1]} tokens, got {teacher.shape[-1]}; use one tokenizer for both"
+            f"expected teacher logits over the student's {student.shape[-1]} tokens, got "
+            f"{teacher.shape[-1]}; use one tokenizer for both"
         )
-    log_teacher, log_student = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
+    log_teacher, log_student = (
+        (teacher / temperature).log_softmax(-1),
+        (student / temperature).log_softmax(-1),
+    )
     return temperature**2 * (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
 
 
 class KLRetain:
-    """KL(f0 || f) per reply token of the utility conversations, f0 the model before training: LAT's best retain term.
+    """KL(f0 || f) per reply token of the utility conversations, f0 the model before training: LAT's best
+    retain term.
 
-    Logits of all scored tokens over the whole vocabulary are held twice; lower data.utility_per_step where that does not fit.
+    Logits of all scored tokens over the whole vocabulary are held twice; lower data.utility_per_step where
+    that does not fit.
 
     Args:
         weight: weight of the term [0.1 in LAT].
@@ -48,13 +56,14 @@ class KLRetain:
             raise ValueError("KLRetain: expected utility rows, got none; set data.utility_per_step")
         with step.reference.active() as reference:
             before, _ = reference.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
-        now, mask = step.victim.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
+        now, mask = step.model.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
         kl = masked_mean(_spread(token_kl(before, now), mask), mask)
         return LossTerms(self.weight * kl, {"loss_kl_retain": kl.detach()}, passes=3 * len(batch))
 
 
 class Distillation:
-    """Defensive distillation: learn a teacher's softened distribution on the safe replies (under attack) and on the utility replies.
+    """Defensive distillation: learn a teacher's softened distribution on the safe replies (under attack) and
+    on the utility replies.
 
     The teacher reads the clean prompt, the student the attacked one; with NoAttack both read the same.
 
@@ -66,13 +75,18 @@ class Distillation:
     """
 
     def __init__(
-        self, teacher: ModelConfig | None = None, temperature: float = 2.0, weight_safe: float = 1.0, weight_utility: float = 1.0
+        self,
+        teacher: ModelConfig | None = None,
+        temperature: float = 2.0,
+        weight_safe: float = 1.0,
+        weight_utility: float = 1.0,
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"Distillation.temperature: expected > 0, got {temperature}; 1 does not soften")
         if min(weight_safe, weight_utility) < 0 or weight_safe + weight_utility == 0:
             raise ValueError(
-                f"Distillation.weight_safe and weight_utility: expected >= 0 and not both 0, got {weight_safe} and {weight_utility}"
+                "Distillation.weight_safe and weight_utility: expected >= 0 and not both 0, got "
+                f"{weight_safe} and {weight_utility}"
             )
         self.teacher = teacher
         self.temperature = temperature
@@ -81,7 +95,8 @@ class Distillation:
         self._teacher = FrozenCopy(teacher) if teacher is not None else None
 
     def __call__(self, step: Step) -> LossTerms:
-        """Raises: ValueError where neither stream has rows that the weights ask for, or the teacher has another vocabulary."""
+        """Raises: ValueError where neither stream has rows that the weights ask for, or the teacher has
+        another vocabulary."""
         parts: dict[str, Tensor] = {}
         losses, passes = [], 0
         if step.batch.adversarial is not None and self.weight_safe > 0:
@@ -95,7 +110,10 @@ class Distillation:
             parts["loss_distil_utility"] = kl.detach()
             passes += 3 * len(kl)
         if not losses:
-            raise ValueError("Distillation: expected rows to distil on, got none; set data.harmful_per_step or data.utility_per_step")
+            raise ValueError(
+                "Distillation: expected rows to distil on, got none; set data.harmful_per_step or "
+                "data.utility_per_step"
+            )
         return LossTerms(torch.stack(losses).sum(), parts, passes)
 
     def _safe(self, step: Step) -> Tensor:
@@ -104,8 +122,8 @@ class Distillation:
         reply = Reply(batch.safe_ids, batch.safe_mask)
         with self._active(step) as teacher:
             taught = teacher.reply_logits(teacher.embed(batch.prompt_ids), batch.prompt_mask, reply)
-        with step.attacked.applied(step.victim) as embeds:
-            said = step.victim.reply_logits(embeds, step.attacked.prompt_mask, reply)
+        with step.attacked.applied(step.model) as embeds:
+            said = step.model.reply_logits(embeds, step.attacked.prompt_mask, reply)
         return masked_mean(_spread(token_kl(taught, said, self.temperature), reply.mask), reply.mask)
 
     def _utility(self, step: Step) -> Tensor:
@@ -113,11 +131,11 @@ class Distillation:
         assert batch is not None
         with self._active(step) as teacher:
             taught, _ = teacher.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
-        said, mask = step.victim.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
+        said, mask = step.model.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
         return masked_mean(_spread(token_kl(taught, said, self.temperature), mask), mask)
 
-    def _active(self, step: Step) -> AbstractContextManager[Victim]:
-        return step.reference.active() if self._teacher is None else self._teacher.active(step.victim)
+    def _active(self, step: Step) -> AbstractContextManager[LanguageModel]:
+        return step.reference.active() if self._teacher is None else self._teacher.active(step.model)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Preference losses on adversarial log-probability margins: CAPO (arXiv 2405.15589, eq. 6) and its relatives. No utility data needed.
+"""Preference losses on adversarial log-probability margins: CAPO (arXiv 2405.15589, eq. 6) and its relatives.
+No utility data needed.
 
-h = [ lp(y | x + delta) - lp(y_hat | x + delta) ] - [ lp0(y | x) - lp0(y_hat | x) ],   lp the mean log-probability per token
+h = [ lp(y | x + delta) - lp(y_hat | x + delta) ] - [ lp0(y | x) - lp0(y_hat | x) ],   lp the mean
+log-probability per token
 
 The reference lp0 sees the clean prompt: with delta on the reference too, the paper found training unstable.
 """
@@ -13,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lightning_modules.likelihood import mean_cross_entropy
 from lightning_modules.losses.base import LossTerms, ReplyScores
+from lightning_modules.models.likelihood import mean_cross_entropy
 
 
 def ipo(margin: Tensor, beta: float) -> Tensor:
@@ -33,7 +35,8 @@ def hinge(margin: Tensor, beta: float) -> Tensor:
 
 
 def npo(harmful_gain: Tensor, beta: float) -> Tensor:
-    """-(2 / beta) log sigmoid(-beta [lp(y_hat) - lp0(y_hat)]) (Zhang et al. 2024, eq. 3): unlearns the harmful reply alone."""
+    """-(2 / beta) log sigmoid(-beta [lp(y_hat) - lp0(y_hat)]) (Zhang et al. 2024, eq. 3): unlearns the
+    harmful reply alone."""
     return -(2.0 / beta) * logsigmoid(-beta * harmful_gain)
 
 
@@ -41,12 +44,14 @@ FORMS = {"ipo": ipo, "sigmoid": sigmoid, "hinge": hinge}
 
 
 class Preference:
-    """The safe reply is preferred to the harmful one under attack, by a margin over the reference's own preference.
+    """The safe reply is preferred to the harmful one under attack, by a margin over the reference's own
+    preference.
 
     Args:
         form: `ipo` (CAPO), `sigmoid` (DPO), `hinge`, or `npo` (the harmful reply alone).
         beta: strength of the tie to the reference; `ipo` aims at a margin of 1 / (2 beta) nats per token.
-        weight_toward: weight of CE of the safe reply under attack beside it; `npo` alone says nothing about what to reply.
+        weight_toward: weight of CE of the safe reply under attack beside it; `npo` alone says nothing about
+            what to reply.
         weight_utility: weight of CE on utility conversations, where the data has any; 0 does not score them.
     """
 
@@ -72,7 +77,10 @@ class Preference:
     def adversarial(self, scores: ReplyScores) -> LossTerms:
         """Raises: ValueError for scores without a reference."""
         if scores.reference is None:
-            raise ValueError("Preference: expected reference log-probabilities, got none; the module computes them where needs_reference")
+            raise ValueError(
+                "Preference: expected reference log-probabilities, got none; the module computes them "
+                "where needs_reference"
+            )
         safe = -mean_cross_entropy(scores.safe_log_probs, scores.safe_mask)
         harmful = -mean_cross_entropy(scores.harmful_log_probs, scores.harmful_mask)
         margin = (safe - harmful) - (scores.reference.safe - scores.reference.harmful).to(safe)
@@ -81,7 +89,9 @@ class Preference:
         else:
             preference = FORMS[self.form](margin, self.beta)
         parts = {"loss_preference": preference, "margin": margin, "loss_toward": -safe, "loss_away": harmful}
-        return LossTerms(preference - self.weight_toward * safe, {name: part.detach() for name, part in parts.items()})
+        return LossTerms(
+            preference - self.weight_toward * safe, {name: part.detach() for name, part in parts.items()}
+        )
 
     def utility(self, log_probs: Tensor, mask: Tensor) -> LossTerms:
         loss = mean_cross_entropy(log_probs, mask)

@@ -1,4 +1,5 @@
-"""The CAT objective (arXiv 2405.15589, eq. 3-4): towards the safe reply, away from the harmful one, usefulness kept."""
+"""The CAT objective (arXiv 2405.15589, eq. 3-4): towards the safe reply, away from the harmful one,
+usefulness kept."""
 
 from __future__ import annotations
 
@@ -6,20 +7,24 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_modules.likelihood import mean_cross_entropy, soft_cutoff, unlikelihood
 from lightning_modules.losses.base import LossTerms, ReplyScores
+from lightning_modules.models.likelihood import mean_cross_entropy, soft_cutoff, unlikelihood
 
 
 class TowardAwayUtility:
-    """w_t * CE(y | x + delta) + w_a * away(y_hat | x + delta) + w_u * CE_utility, each term cut off softly per example.
+    """w_t * CE(y | x + delta) + w_a * away(y_hat | x + delta) + w_u * CE_utility, each term cut off softly
+    per example.
 
     Args:
         weight_toward: weight of CE of the safe reply.
         weight_away: weight of the away term.
         weight_utility: weight of CE on utility conversations.
-        cutoff_toward: toward loss (nats per token, >= 0) below which its slope falls to `cutoff_slope`; null for none.
-        cutoff_away: away loss below which its slope falls; for `ce` it is -CE, so the cutoff is negative; null for none.
-        away_form: `ce` is -CE(y_hat); `log1m` is -mean log(1 - p_t), which has its own floor and takes no cutoff below 0.
+        cutoff_toward: toward loss (nats per token, >= 0) below which its slope falls to `cutoff_slope`; null
+            for none.
+        cutoff_away: away loss below which its slope falls; for `ce` it is -CE, so the cutoff is negative;
+            null for none.
+        away_form: `ce` is -CE(y_hat); `log1m` is -mean log(1 - p_t), which has its own floor and takes no
+            cutoff below 0.
         cutoff_slope: remaining slope beyond a cutoff.
     """
 
@@ -35,13 +40,20 @@ class TowardAwayUtility:
         away_form: Literal["ce", "log1m"] = "ce",
         cutoff_slope: float = 1e-3,
     ) -> None:
-        for field, weight in (("weight_toward", weight_toward), ("weight_away", weight_away), ("weight_utility", weight_utility)):
+        for field, weight in (
+            ("weight_toward", weight_toward),
+            ("weight_away", weight_away),
+            ("weight_utility", weight_utility),
+        ):
             if weight < 0:
                 raise ValueError(
-                    f"TowardAwayUtility.{field}: expected >= 0, got {weight}; the term's direction is built in, set a magnitude"
+                    f"TowardAwayUtility.{field}: expected >= 0, got {weight}; the term's direction is "
+                    "built in, set a magnitude"
                 )
         if weight_toward + weight_away + weight_utility == 0:
-            raise ValueError("TowardAwayUtility: expected a positive weight, got 0 for all three terms; set at least one")
+            raise ValueError(
+                "TowardAwayUtility: expected a positive weight, got 0 for all three terms; set at least one"
+            )
         if cutoff_toward is not None and cutoff_toward < 0:
             raise ValueError(
                 f"TowardAwayUtility.cutoff_toward: expected >= 0 (a cross-entropy), got {cutoff_toward}; "
@@ -53,7 +65,10 @@ class TowardAwayUtility:
                 "the positive cutoff belongs to cutoff_toward"
             )
         if not 0 <= cutoff_slope < 1:
-            raise ValueError(f"TowardAwayUtility.cutoff_slope: expected within [0, 1), got {cutoff_slope}; the paper uses 0.001")
+            raise ValueError(
+                f"TowardAwayUtility.cutoff_slope: expected within [0, 1), got {cutoff_slope}; the "
+                "paper uses 0.001"
+            )
         self.weight_toward = weight_toward
         self.weight_away = weight_away
         self.weight_utility = weight_utility
@@ -69,7 +84,9 @@ class TowardAwayUtility:
             if self.away_form == "ce"
             else unlikelihood(scores.harmful_log_probs, scores.harmful_mask)
         )
-        loss = self.weight_toward * self._cut(toward, self.cutoff_toward) + self.weight_away * self._cut(away, self.cutoff_away)
+        loss = self.weight_toward * self._cut(toward, self.cutoff_toward) + self.weight_away * self._cut(
+            away, self.cutoff_away
+        )
         return LossTerms(loss, {"loss_toward": toward.detach(), "loss_away": away.detach()})
 
     def utility(self, log_probs: Tensor, mask: Tensor) -> LossTerms:

@@ -1,4 +1,5 @@
-"""Terms on the weights themselves: spread of the embedding's singular values (ER-CAT), distance from the starting point (L2-SP)."""
+"""Terms on the weights themselves: spread of the embedding's singular values (ER-CAT), distance from the
+starting point (L2-SP)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from lightning_modules.losses.base import LossTerms, Step
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """(d,) singular values of a (V, d) matrix in fp32 or wider, from the (d, d) Gram matrix: no decomposition of V x d."""
+    """(d,) singular values of a (V, d) matrix in fp32 or wider, from the (d, d) Gram matrix: no decomposition
+    of V x d."""
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     eigenvalues: Tensor = torch.linalg.eigvalsh(wide.T @ wide)
     # Rounding may push a zero below 0, where the root has no gradient.
@@ -35,10 +37,11 @@ class SpectralSpread:
 
     def __call__(self, step: Step) -> LossTerms:
         """Raises: ValueError where the embedding does not learn."""
-        matrix = step.victim.embedding_matrix()
+        matrix = step.model.embedding_matrix()
         if torch.is_grad_enabled() and not matrix.requires_grad:
             raise ValueError(
-                "SpectralSpread: expected an input embedding that learns, got a frozen one; add its name (e.g. embed_tokens) to "
+                "SpectralSpread: expected an input embedding that learns, got a frozen one; add its "
+                "name (e.g. embed_tokens) to "
                 "base.lora.target_modules, or set base.lora: null"
             )
         spread = singular_values(matrix).std(correction=0)
@@ -46,7 +49,8 @@ class SpectralSpread:
 
 
 class WeightDrift:
-    """Squared distance of the weights from where training began (L2-SP; Li et al. 2018): of the products B A where adapters learn.
+    """Squared distance of the weights from where training began (L2-SP; Li et al. 2018): of the products B A
+    where adapters learn.
 
     Args:
         weight: weight of the term.
@@ -61,8 +65,8 @@ class WeightDrift:
 
     def __call__(self, step: Step) -> LossTerms:
         """Raises: ValueError where nothing of what is named learns."""
-        model = step.victim.causal_lm
-        part: nn.Module = model.get_input_embeddings() if self.which == "embeddings" else model
+        network = step.model.causal_lm
+        part: nn.Module = network.get_input_embeddings() if self.which == "embeddings" else network
         adapters = [layer for layer in part.modules() if isinstance(layer, LoraLayer)]
         if adapters:
             squares = [_product_norm(layer, name) for layer in adapters for name in layer.active_adapters]
@@ -70,10 +74,15 @@ class WeightDrift:
             with step.reference.active() as reference:
                 start = dict(reference.causal_lm.named_parameters())
             own = {id(p) for p in part.parameters()}
-            learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) in own]
+            learning = [
+                (name, p) for name, p in network.named_parameters() if p.requires_grad and id(p) in own
+            ]
             squares = [(p - start[name]).square().sum() for name, p in learning]
         if not squares:
-            raise ValueError(f"WeightDrift.which: expected {self.which} weights that learn, got none; see base.lora.target_modules")
+            raise ValueError(
+                f"WeightDrift.which: expected {self.which} weights that learn, got none; see "
+                "base.lora.target_modules"
+            )
         drift = torch.stack(squares).sum()
         return LossTerms(self.weight * drift, {"loss_weight_drift": drift.detach()})
 

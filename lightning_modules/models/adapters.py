@@ -15,8 +15,8 @@ from torch import Tensor, nn
 def merged_adapters(model: nn.Module, enabled: bool = True) -> Iterator[int]:
     """Swap each fp32 LoRA layer's base weight for the merged one; yields how many were merged.
 
-    The original tensors are put back, not recomputed, so nothing drifts. Layers below fp32 stay unmerged: rounding the sum to
-    bf16 loses a large part of the adapter's delta.
+    The original tensors are put back, not recomputed, so nothing drifts. Layers below fp32 stay unmerged:
+    rounding the sum to bf16 loses a large part of the adapter's delta.
     """
     swapped: list[tuple[LoraLinear, Tensor]] = []
     try:
@@ -42,8 +42,11 @@ def merged_adapters(model: nn.Module, enabled: bool = True) -> Iterator[int]:
 
 @contextmanager
 def disabled_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model's own outputs while the context lasts; `requires_grad` stays as it is, which PEFT's own switch does not promise."""
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
+    """The base model's own outputs while the context lasts; `requires_grad` stays as it is, which PEFT's own
+    switch does not promise."""
+    layers = [
+        layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters
+    ]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -57,4 +60,10 @@ def _can_merge(layer: LoraLinear) -> bool:
     weight = layer.get_base_layer().weight
     plain = not any(layer.use_dora.get(name, False) for name in layer.active_adapters)
     biased = any(layer.lora_bias.get(name, False) for name in layer.active_adapters)
-    return weight.dtype == torch.float32 and plain and not biased and not layer.merged and not layer.disable_adapters
+    return (
+        weight.dtype == torch.float32
+        and plain
+        and not biased
+        and not layer.merged
+        and not layer.disable_adapters
+    )

@@ -1,4 +1,5 @@
-"""Language models one talks to, as attackers and judges: a loaded model, or an endpoint that speaks the OpenAI chat protocol."""
+"""Language models one talks to, as attackers and judges: a loaded model, or an endpoint that speaks the
+OpenAI chat protocol."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from typing import Protocol
 import torch
 
 from datamodules.batch import pad
-from datamodules.chat_format import ChatFormat, Turn
-from datamodules.tokenizers import TokenizerConfig, load_tokenizer
+from datamodules.text.chat_format import ChatFormat, Turn
+from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_model
-from lightning_modules.models.victim import Victim
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,18 @@ class ChatModel(Protocol):
         ...
 
 
-INSTRUCTION_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|end|>")
+INSTRUCTION_MARKS = (
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<</SYS>>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<s>",
+    "</s>",
+    "<|eot_id|>",
+    "<|end|>",
+)
 """Turn marks of common templates, some of which are ordinary text to their tokenizers."""
 
 
@@ -84,7 +96,10 @@ class LocalChat:
         device: str | None = None,
     ) -> None:
         if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"LocalChat.temperature and top_p: expected >= 0 and within (0, 1], got {temperature} and {top_p}")
+            raise ValueError(
+                f"LocalChat.temperature and top_p: expected >= 0 and within (0, 1], got {temperature} "
+                f"and {top_p}"
+            )
         self.base = base
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
@@ -92,7 +107,7 @@ class LocalChat:
         self.top_p = top_p
         self.max_rows = max_rows
         self.device = device
-        self._victim: Victim | None = None
+        self._loaded: LanguageModel | None = None
 
     @property
     def name(self) -> str:
@@ -103,34 +118,39 @@ class LocalChat:
         return self.base.revision or "unpinned"
 
     @property
-    def victim(self) -> Victim:
-        if self._victim is None:
+    def language_model(self) -> LanguageModel:
+        if self._loaded is None:
             device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model = load_model(self.base).eval().requires_grad_(False).to(device)
-            self._victim = Victim(model, chat=ChatFormat(load_tokenizer(self.tokenizer)))
-        return self._victim
+            weights = load_model(self.base).eval().requires_grad_(False).to(device)
+            self._loaded = LanguageModel(weights, chat=ChatFormat(load_tokenizer(self.tokenizer)))
+        return self._loaded
 
     def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
         """One reply each. Raises: ValueError where a conversation does not fit the chat template."""
-        victim, out = self.victim, []
+        model, out = self.language_model, []
         for start in range(0, len(conversations), self.max_rows):
             part = conversations[start : start + self.max_rows]
-            ids, mask = pad([victim.chat.prompt(c.user, c.system, c.history).ids for c in part], "left")
-            ids, mask = ids.to(victim.device), mask.to(victim.device)
+            ids, mask = pad([model.chat.prompt(c.user, c.system, c.history).ids for c in part], "left")
+            ids, mask = ids.to(model.device), mask.to(model.device)
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(seed + start)
-                replies = victim.generate(
-                    victim.embed(ids), mask, self.max_new_tokens, victim.chat.stop_ids, temperature=self.temperature, top_p=self.top_p
+                replies = model.generate(
+                    model.embed(ids),
+                    mask,
+                    self.max_new_tokens,
+                    model.chat.stop_ids,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
                 )
-            out += [victim.chat.decode(reply) for reply in replies]
+            out += [model.chat.decode(reply) for reply in replies]
         return out
 
     def clip(self, text: str, max_tokens: int) -> str:
-        ids = self.victim.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return text if len(ids) <= max_tokens else self.victim.chat.decode(ids[:max_tokens])
+        ids = self.language_model.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text if len(ids) <= max_tokens else self.language_model.chat.decode(ids[:max_tokens])
 
     def escape(self, text: str) -> str:
-        return self.victim.chat.neutralised(escape_marks(text))
+        return self.language_model.chat.neutralised(escape_marks(text))
 
 
 class Endpoint:
@@ -161,7 +181,10 @@ class Endpoint:
         parallel: int = 8,
     ) -> None:
         if importlib.util.find_spec("openai") is None:
-            raise ValueError("Endpoint: needs the openai package, which is not installed; pip install 'thundercat[endpoint]'")
+            raise ValueError(
+                "Endpoint: needs the openai package, which is not installed; pip install "
+                "'thundercat[endpoint]'"
+            )
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"Endpoint.base_url: expected http:// or https://, got {base_url!r}")
         self.base_url = base_url
@@ -190,7 +213,9 @@ class Endpoint:
         from openai import OpenAI, OpenAIError
 
         key = os.environ.get(self.api_key_env) or "none"
-        with OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries) as client:
+        with OpenAI(
+            base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries
+        ) as client:
 
             def ask(conversation: Conversation) -> str:
                 answer = client.chat.completions.create(
@@ -207,7 +232,8 @@ class Endpoint:
                     return list(pool.map(ask, conversations))
             except OpenAIError as error:
                 raise ConnectionError(
-                    f"the endpoint {self.base_url} failed: {error}; check base_url, model and ${self.api_key_env}"
+                    f"the endpoint {self.base_url} failed: {error}; check base_url, model and "
+                    f"${self.api_key_env}"
                 ) from error
 
     def clip(self, text: str, max_tokens: int) -> str:

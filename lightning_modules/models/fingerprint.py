@@ -21,5 +21,7 @@ def fingerprint(model: nn.Module, leave_out: str | None = None) -> str:
         if leave_out is not None and leave_out in name:
             continue
         wide = weight.double() if weight.is_floating_point() else weight.to(torch.float64)
-        digest.update(f"{name} {tuple(weight.shape)} {wide.sum().item()!r} {wide.square().sum().item()!r};".encode())
+        digest.update(
+            f"{name} {tuple(weight.shape)} {wide.sum().item()!r} {wide.square().sum().item()!r};".encode()
+        )
     return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Loading a causal language model for fine-tuning: hub id or folder, dtype, LoRA or all weights, optional 4-bit base."""
+"""Loading a causal language model for fine-tuning: hub id or folder, dtype, LoRA or all weights, optional
+4-bit base."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_mode
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from datamodules.tokenizers import resolve_path
+from datamodules.text.tokenizers import resolve_path
 
 
 @dataclass
@@ -44,7 +45,8 @@ class ModelConfig:
     """Which model to load and which of its weights learn."""
 
     name_or_path: str
-    """Local folder, hub id, `tinychat:<stage>` for the packaged model, or a folder with saved PEFT adapters."""
+    """Local folder, hub id, `tinychat:<stage>` for the packaged model, or a folder with saved PEFT
+    adapters."""
     revision: str | None = None
     """Hub commit or tag; pin it for a run that must be repeatable."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -67,18 +69,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.quantization is not None and self.lora is None:
             raise ValueError(
-                "base.quantization: expected base.lora to be set with a 4-bit base, got null; 4-bit weights cannot learn themselves"
+                "base.quantization: expected base.lora to be set with a 4-bit base, got null; 4-bit "
+                "weights cannot learn themselves"
             )
         if self.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(
-                "base.quantization: nf4 needs bitsandbytes, which is not installed; pip install 'thundercat[4bit]', or set it to null"
+                "base.quantization: nf4 needs bitsandbytes, which is not installed; pip install "
+                "'thundercat[4bit]', or set it to null"
             )
         if self.dtype == "float16" and self.lora is None:
-            raise ValueError("base.dtype: expected float32 or bfloat16 when all weights learn, got float16; set it, or add base.lora")
+            raise ValueError(
+                "base.dtype: expected float32 or bfloat16 when all weights learn, got float16; set "
+                "it, or add base.lora"
+            )
 
 
 def load_model(config: ModelConfig) -> nn.Module:
-    """Load the model (in train mode, so that checkpointing and dropout are on) with its learning weights marked.
+    """Load the model (in train mode, so that checkpointing and dropout are on) with its learning weights
+    marked.
 
     A folder with saved adapters is loaded on its own base model and its adapters go on learning.
 
@@ -88,7 +96,10 @@ def load_model(config: ModelConfig) -> nn.Module:
     adapters = path if (Path(path) / "adapter_config.json").is_file() else None
     if adapters is not None:
         if config.lora is not None:
-            raise ValueError(f"base.lora: expected null for the saved adapters in {path!r}, whose own settings apply; set lora: null")
+            raise ValueError(
+                f"base.lora: expected null for the saved adapters in {path!r}, whose own settings "
+                "apply; set lora: null"
+            )
         path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
     model: nn.Module = _base_model(path, config)
     if config.quantization:
@@ -115,7 +126,8 @@ def load_model(config: ModelConfig) -> nn.Module:
 
 
 def load_seeded(config: ModelConfig, seed: int) -> nn.Module:
-    """`load_model` with its own random state: fresh adapters and weights from scratch depend on `seed` alone."""
+    """`load_model` with its own random state: fresh adapters and weights from scratch depend on `seed`
+    alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return load_model(config)
@@ -147,10 +159,14 @@ def _random_model(path: str, config: ModelConfig, shared: dict[str, object]) -> 
         settings = AutoConfig.from_pretrained(path, **shared)
     for name, value in config.config.items():
         if not hasattr(settings, name):
-            raise ValueError(f"base.config.{name}: expected a field of {type(settings).__name__}, got an unknown name")
+            raise ValueError(
+                f"base.config.{name}: expected a field of {type(settings).__name__}, got an unknown name"
+            )
         setattr(settings, name, value)
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=config.attn_implementation)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        settings, dtype=dtype, attn_implementation=config.attn_implementation
+    )
     return model
 
 
@@ -160,11 +176,16 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError  # the libraries' own kinds take more than a message
+        kind = (
+            OSError if isinstance(error, OSError) else ValueError
+        )  # the libraries' own kinds take more than a message
         raise kind(f"name_or_path: cannot load the model {path!r}: {error}") from error
 
 
 def _nf4() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
     )

@@ -1,4 +1,5 @@
-"""Keys and values of a prompt's fixed beginning, computed once and shared by every candidate that continues it."""
+"""Keys and values of a prompt's fixed beginning, computed once and shared by every candidate that continues
+it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from transformers.cache_utils import DynamicLayer
 class PrefixCache:
     """The computed beginnings of B prompts.
 
-    `mask` is (B, P) bool, left-padded like a prompt; `layers` holds keys and values of shape (B, heads, P, head dim) per layer.
+    `mask` is (B, P) bool, left-padded like a prompt; `layers` holds keys and values of shape (B, heads, P,
+    head dim) per layer.
     """
 
     mask: Tensor
@@ -30,7 +32,8 @@ class PrefixCache:
         return PrefixCache(self.mask[:, :length], tuple(layers))
 
     def rows(self, index: Tensor) -> Continuation:
-        """A cache of N rows for one forward pass, row n beginning like prompt index[n]; this object stays unchanged."""
+        """A cache of N rows for one forward pass, row n beginning like prompt index[n]; this object stays
+        unchanged."""
         return Continuation(self, index)
 
 
@@ -57,7 +60,9 @@ class _PrefixLayer(DynamicLayer):
         self.is_initialized = True
         self.dtype, self.device = keys.dtype, keys.device
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         self.whole = (
             torch.cat([self.keys[self.index], key_states], dim=-2),
             torch.cat([self.values[self.index], value_states], dim=-2),

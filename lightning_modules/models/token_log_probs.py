@@ -1,8 +1,10 @@
-"""Log-probabilities of given tokens from hidden states, without keeping (tokens, vocabulary) tensors for the backward pass.
+"""Log-probabilities of given tokens from hidden states, without keeping (tokens, vocabulary) tensors for the
+backward pass.
 
-With a vocabulary of 32,000 to 256,000 the logits dominate the memory of an attack step. The rows are taken in chunks, and
-while a chunk's logits are alive both its log-probabilities and their gradient with respect to the hidden state are computed:
-d log p_t / d h = s * (W_t - sum_v p_v W_v). Two matrix products per token, as autograd would need, and one chunk of memory.
+With a vocabulary of 32,000 to 256,000 the logits dominate the memory of an attack step. The rows are taken in
+chunks, and while a chunk's logits are alive both its log-probabilities and their gradient with respect to the
+hidden state are computed: d log p_t / d h = s * (W_t - sum_v p_v W_v). Two matrix products per token, as
+    autograd would need, and one chunk of memory.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ CHUNK_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What some architectures do to the logits: multiply by a scale, then cap softly: c * tanh(logits / c)."""
+    """What some architectures do to the logits: multiply by a scale, then cap softly: c * tanh(logits /
+    c)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -30,7 +33,11 @@ class LogitTransform:
 
 
 def token_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform | None = None,
 ) -> Tensor:
     """log p(targets) under softmax(transform(hidden @ weight.T + bias)), in fp32 or wider.
 
@@ -40,13 +47,17 @@ def token_log_probs(
         targets: (N,) int64 token ids.
         transform: the architecture's logit transform.
 
-    Returns: (N,) log-probabilities, differentiable once in `hidden`, and in `weight` and `bias` where they require gradients.
+    Returns: (N,) log-probabilities, differentiable once in `hidden`, and in `weight` and `bias` where they
+        require gradients.
     """
     transform = transform or LogitTransform()
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    head_learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    head_learns = torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
     if head_learns:
-        # The head's own gradient needs the upstream gradient per token, so these chunks are recomputed in the backward pass.
+        # The head's own gradient needs the upstream gradient per token, so these chunks are recomputed in the
+        # backward pass.
         parts = [
             checkpoint(_reference_log_probs, h, weight, bias, t, transform, use_reentrant=False)
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -56,7 +67,9 @@ def token_log_probs(
     return result
 
 
-def _reference_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform) -> Tensor:
+def _reference_log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+) -> Tensor:
     logits = transform(_widen(torch.nn.functional.linear(hidden, weight, bias)))
     return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
@@ -79,7 +92,9 @@ class _TokenLogProbs(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
-        log_probs = torch.empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        log_probs = torch.empty(
+            len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+        )
         gradient = torch.empty_like(hidden) if needs_gradient else None
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)

@@ -1,0 +1,79 @@
+"""What is measured, as a name: the one place where metrics are named, for loggers, monitors, tables, figures.
+
+    Metric("refusal_rate", subject="harmful").key                            # harmful/refusal_rate
+    Metric("success_rate", subject="harmful", attack="gcg").key              # harmful/gcg/success_rate
+    Metric("success_rate", subject="harmful", attack="gcg").title            # gcg: attack success
+
+Nobody takes a key apart: whoever needs the parts keeps the Metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from datamodules.evaluation import Subject
+
+Quantity = Literal[
+    "refusal_rate",
+    "over_refusal_rate",
+    "exact_match",
+    "success_rate",
+    "not_refused_rate",
+    "judged_rate",
+    "loss_start",
+    "loss_best",
+    "passes_per_example",
+    "queries_per_example",
+    "seconds_per_example",
+]
+TITLES: dict[str, str] = {
+    "refusal_rate": "refusals of harmful requests",
+    "over_refusal_rate": "over-refusals of harmless requests",
+    "exact_match": "utility: exact match",
+    "success_rate": "attack success",
+    "not_refused_rate": "not refused",
+    "judged_rate": "judged so",
+    "loss_start": "attacked loss at the start",
+    "loss_best": "attacked loss at its best",
+    "passes_per_example": "passes per example",
+    "queries_per_example": "queries per example",
+    "seconds_per_example": "seconds per example",
+}
+BETTER: dict[str, Literal["higher", "lower"]] = {
+    "refusal_rate": "higher",
+    "over_refusal_rate": "lower",
+    "exact_match": "higher",
+    "success_rate": "lower",
+    "not_refused_rate": "lower",
+}
+"""The direction that one wishes for; quantities that only describe have none."""
+WORST_CASE, WORST_CASE_TEXT = "worst_case", "worst_case_text"
+"""In an attack's place: at least one attack of the suite succeeded; at least one that can be typed."""
+
+
+@dataclass(frozen=True, order=True)
+class Metric:
+    """One measured quantity of one subject, under an attack or without."""
+
+    quantity: Quantity
+    subject: Subject
+    attack: str = ""
+    """Name of the attack in its suite, WORST_CASE or WORST_CASE_TEXT; '' without an attack."""
+    judge: str = ""
+    """`name@revision` where several judges measure the same quantity (`judged_rate`); '' otherwise."""
+
+    @property
+    def key(self) -> str:
+        """What loggers and monitors call it (they add the stage in front: `eval/...`)."""
+        return "/".join(part for part in (self.subject, self.attack, self.quantity, self.judge) if part)
+
+    @property
+    def title(self) -> str:
+        """What a reader sees."""
+        what = TITLES[self.quantity] + (f" by {self.judge}" if self.judge else "")
+        return f"{self.attack.replace('_', ' ')}: {what}" if self.attack else what
+
+    @property
+    def better(self) -> Literal["higher", "lower"] | None:
+        return BETTER.get(self.quantity)

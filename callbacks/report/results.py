@@ -1,0 +1,149 @@
+"""RunResults: all that is reported of a run, typed, computed from its rows; tables and pages only show it.
+
+A Row (datamodules/results.py) is written once, when a reply has been judged; no number is stored beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from callbacks.metrics.names import Metric
+
+Stage = Literal["fit", "validate", "test"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A share (Wilson interval) or a mean (normal interval) over n examples, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    kind: Literal["rate", "mean"] = "rate"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric of one snapshot."""
+
+    metric: Metric
+    estimate: Estimate
+    judge: str = ""
+    """`name@revision` of the judge behind it; '' where none is."""
+    groups: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    """Kind of grouping (`category`, `functional`) -> group -> the same metric within it."""
+
+
+@dataclass(frozen=True)
+class BudgetCurve:
+    """Share of examples that an attack had broken within a budget."""
+
+    budget: Sequence[float]
+    share: Sequence[float]
+
+
+@dataclass(frozen=True)
+class AttackFacts:
+    """How one attack went, beside its success."""
+
+    name: str
+    typed: bool
+    """Whether its results are prompts that a user can type (embeddings and forced replies are not)."""
+    settings: str
+    loss_curve: Sequence[float]
+    """Mean attacked loss at every iterate, in nats per token."""
+    flags: Mapping[str, int]
+    """Warning sign -> number of examples that raised it."""
+    budgets: Mapping[str, BudgetCurve]
+    """Unit (`steps`, `passes`, `queries`, `seconds`) -> success within a budget."""
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One judged reply as a reader sees it."""
+
+    subject: str
+    attack: str
+    key: str
+    category: str
+    prompt: str
+    attacked: str | None
+    """What was sent instead of the prompt; None where nobody can type it, or where nothing was changed."""
+    history: Sequence[tuple[str, str]]
+    """Earlier turns that were sent before it."""
+    prefill: str
+    """What the reply was forced to begin with."""
+    expected: str
+    """The harmful target, or the one right reply."""
+    reply: str
+    verdicts: Mapping[str, bool]
+    """`name@revision` of a judge -> what it said."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The model at one optimiser step, as one stage measured it."""
+
+    stage: Stage
+    step: int
+    model: str
+    """Fingerprint of the weights."""
+    measures: Mapping[Metric, Measure]
+    """In the order in which they are reported."""
+    attacks: Mapping[str, AttackFacts]
+    cross_flags: Mapping[str, int]
+    """Warning signs that show only between attacks."""
+    samples: Sequence[SampleRow]
+    complete: bool = True
+    """False where an evaluation was cut short: its numbers are over the rows that are there."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """after - before of one metric on the same examples."""
+
+    metric: Metric
+    difference: float
+    low: float
+    high: float
+    n: int
+    gained: int
+    """Examples with the event after and not before."""
+    lost: int
+    """Examples with the event before and not after."""
+    p_value: float
+    """Exact McNemar (two-sided binomial on gained against lost)."""
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """One stage of one run folder."""
+
+    folder: Path
+    stage: Stage
+    snapshots: Sequence[Snapshot]
+    """By step."""
+    differences: Sequence[PairedDifference]
+    """Before against after; empty outside `fit` and where training was not evaluated before its first
+    step."""
+    cost: Mapping[str, float]
+    """What training cost (callbacks/cost.py); empty outside `fit`."""
+    training: Sequence[Mapping[str, float]]
+    """The training log, a row a step; empty outside `fit`."""
+    configuration: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @property
+    def before(self) -> Snapshot | None:
+        """The model before the first training step, where `fit` evaluated it."""
+        first = self.snapshots[0] if self.snapshots else None
+        return first if first is not None and self.stage == "fit" and first.step == 0 else None
+
+    @property
+    def after(self) -> Snapshot | None:
+        """The latest snapshot."""
+        return self.snapshots[-1] if self.snapshots else None

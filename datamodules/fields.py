@@ -1,0 +1,180 @@
+"""What a constructor's field may hold, said once in its annotation and checked wherever an object is made.
+
+    @checked
+    class Noise:
+        def __init__(self, rate: Share = 0.1, num_samples: Count = 1) -> None: ...
+
+    Noise(rate=2.0)  # ValueError: Noise.rate: expected a number within (0, 1], got 2.0
+
+The command line checks a configuration by the same function before anything is built, with the field's place
+in the YAML in front. Every number must be finite, annotated or not; a bool is no number.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import types
+import typing
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+from annotated_types import Ge, Gt, Le, Lt
+
+Count = Annotated[int, Ge(1)]
+"""How many of something there are; at least one."""
+NonNegativeInt = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Probability = Annotated[float, Ge(0), Le(1)]
+Share = Annotated[float, Gt(0), Le(1)]
+"""A part of a whole, not none of it."""
+Fraction = Annotated[float, Ge(0), Lt(1)]
+"""A part of a whole, not all of it."""
+
+C = TypeVar("C", bound=type)
+
+
+def checked(cls: C) -> C:
+    """Check a class's plain fields whenever it is made; for a dataclass, put this above `@dataclass`.
+
+    Raises (when an object is made): ValueError `Class.field: expected ..., got ...` for the first field that
+    does not fit.
+    """
+    init = cls.__init__  # type: ignore[misc]
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checking(self: object, *args: Any, **kwargs: Any) -> None:
+        # The constructor that the caller meant checks; a subclass's own hands on what it has checked.
+        if type(self).__init__ is checking:
+            hints = _hints(init)
+            for name, value in signature.bind(self, *args, **kwargs).arguments.items():
+                found = problem(value, hints[name]) if name in hints else None
+                if found is not None:
+                    raise ValueError(f"{type(self).__name__}.{name}: {found}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checking  # type: ignore[misc]
+    return cls
+
+
+@functools.cache
+def _hints(function: Any) -> dict[str, Any]:
+    return typing.get_type_hints(function, include_extras=True)
+
+
+def problem(value: Any, hint: Any) -> str | None:
+    """Why a value does not fit an annotation, as `expected X, got Y`, or None.
+
+    Only what is plain is checked: numbers, texts, booleans, None, literals, and lists, tuples and mappings of
+    them.
+    """
+    if not is_plain(hint) or any(_fits(value, option) for option in options(hint)):
+        return None
+    inner = _inner_problem(value, hint)
+    return inner or f"expected {describe(hint)}, got {value!r}"
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the hint alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def is_plain(hint: Any) -> bool:
+    """Whether values of this type are checked by `problem`."""
+    for option in options(hint):
+        base, _ = _bounds(option)
+        origin = typing.get_origin(base)
+        if origin in (list, tuple, dict):
+            if not all(is_plain(item) for item in typing.get_args(base) if item is not Ellipsis):
+                return False
+        elif origin is not Literal and base not in (int, float, str, bool, type(None)):
+            return False
+    return True
+
+
+def describe(hint: Any) -> str:
+    """The type in words: `an integer >= 1 or null`."""
+    return " or ".join(_describe_one(option) for option in options(hint))
+
+
+def _bounds(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    if typing.get_origin(hint) is Annotated:
+        base, *marks = typing.get_args(hint)
+        return base, tuple(mark for mark in marks if isinstance(mark, Ge | Gt | Le | Lt))
+    return hint, ()
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    base, bounds = _bounds(hint)
+    origin = typing.get_origin(base)
+    if origin is Literal:
+        return any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(base))
+    if origin is dict:
+        key, item = typing.get_args(base)
+        return isinstance(value, dict) and all(
+            problem(k, key) is None and problem(v, item) is None for k, v in value.items()
+        )
+    if origin in (list, tuple):
+        items = [item for item in typing.get_args(base) if item is not Ellipsis]
+        fixed = origin is tuple and Ellipsis not in typing.get_args(base)
+        if not isinstance(value, list | tuple) or (fixed and len(value) != len(items)):
+            return False
+        return all(problem(v, items[i if fixed else 0]) is None for i, v in enumerate(value))
+    if base in (int, float):
+        kinds = int if base is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            return False
+        return all(_within(value, bound) for bound in bounds)
+    return isinstance(value, base)
+
+
+def _within(value: Any, bound: Any) -> bool:
+    match bound:
+        case Ge():
+            return bool(value >= bound.ge)
+        case Gt():
+            return bool(value > bound.gt)
+        case Le():
+            return bool(value <= bound.le)
+        case _:
+            return bool(value < bound.lt)
+
+
+def _inner_problem(value: Any, hint: Any) -> str | None:
+    """The problem of the first item that does not fit, where the container itself is of the right kind."""
+    for option in options(hint):
+        origin, items = typing.get_origin(_bounds(option)[0]), typing.get_args(_bounds(option)[0])
+        if origin is list and isinstance(value, list):
+            found = ((i, problem(item, items[0])) for i, item in enumerate(value))
+            return next((f"item {i}: {text}" for i, text in found if text), None)
+        if origin is dict and isinstance(value, dict):
+            found = ((key, problem(item, items[1])) for key, item in value.items())
+            return next((f"{key}: {text}" for key, text in found if text), None)
+    return None
+
+
+def _describe_one(hint: Any) -> str:
+    base, bounds = _bounds(hint)
+    if base is type(None):
+        return "null"
+    if typing.get_origin(base) is Literal:
+        return " | ".join(repr(value) for value in typing.get_args(base))
+    if base not in (int, float):
+        names = {str: "text", bool: "true or false"}
+        return names.get(base) or str(base).replace("typing.", "")
+    kind = "an integer" if base is int else "a number"
+    low = next((mark for mark in bounds if isinstance(mark, Ge | Gt)), None)
+    high = next((mark for mark in bounds if isinstance(mark, Le | Lt)), None)
+    if low is not None and high is not None:
+        left = f"[{low.ge}" if isinstance(low, Ge) else f"({low.gt}"
+        right = f"{high.le}]" if isinstance(high, Le) else f"{high.lt})"
+        return f"{kind} within {left}, {right}"
+    if low is not None:
+        return f"{kind} {'>=' if isinstance(low, Ge) else '>'} {low.ge if isinstance(low, Ge) else low.gt}"
+    if high is not None:
+        return (
+            f"{kind} {'<=' if isinstance(high, Le) else '<'} {high.le if isinstance(high, Le) else high.lt}"
+        )
+    return kind if base is int else "a finite number"

@@ -1,0 +1,23 @@
+"""What a data source is: something that yields rows, or named problems (`file:line`); the policy for problems
+is the data module's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from datamodules.rows import ChatRow, HarmfulRow, RowProblem
+
+DEFAULT_SAFE_REPLY = "I'm sorry, but I can't help with that."
+
+
+class HarmfulSource(Protocol):
+    """Yields harmful requests with targets and safe replies."""
+
+    def rows(self) -> Iterator[HarmfulRow | RowProblem]: ...
+
+
+class ChatSource(Protocol):
+    """Yields harmless requests with replies."""
+
+    def rows(self) -> Iterator[ChatRow | RowProblem]: ...

@@ -1,0 +1,92 @@
+"""Which rows form which micro-batch: a pure function of (seed, step), so that a run resumes bit-exactly
+anywhere.
+
+Each stream is the concatenation of seeded permutations of its rows (one per pass over the data), cut into
+windows of a fixed number of micro-batches. Within a window the rows are sorted by length and cut into
+micro-batches, whose order is then shuffled: rows of like length meet, and every row still occurs once per
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Item = tuple[str, int]
+
+
+class Stream:
+    """A seeded, endless, length-bucketed order of rows in micro-batches of fixed size.
+
+    Args:
+        lengths: length of every row, in tokens.
+        batch_size: rows per micro-batch, over all ranks.
+        seed: seed of the order.
+        window: micro-batches sorted by length together; 1 switches bucketing off.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 8) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.window = window
+        # One stream reads its windows and passes in order, so a short memory is enough.
+        self._pass_order = lru_cache(maxsize=4)(self._permutation)
+        self._window_order = lru_cache(maxsize=2)(self._bucketed)
+
+    def micro_batch(self, number: int) -> list[int]:
+        """Row indices of the micro-batch with this absolute number."""
+        window, place = divmod(number, self.window)
+        return [int(row) for row in self._window_order(window)[place]]
+
+    def _permutation(self, number: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 0, number]).permutation(len(self.lengths))
+
+    def _bucketed(self, number: int) -> np.ndarray:
+        size = self.window * self.batch_size
+        positions = np.arange(number * size, (number + 1) * size)
+        passes, places = np.divmod(positions, len(self.lengths))
+        rows = np.array([self._pass_order(int(p))[place] for p, place in zip(passes, places, strict=True)])
+        ordered = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(self.window, self.batch_size)
+        shuffled: np.ndarray = np.random.default_rng([self.seed, 1, number]).permutation(ordered)
+        return shuffled
+
+
+class StepSampler(Sampler[list[Item]]):
+    """Yields micro-batches as lists of (stream name, row index), starting where training stands.
+
+    Args:
+        streams: the streams by name, each with its own fixed count per micro-batch.
+        length: micro-batches per epoch.
+        position: returns the absolute number of the next micro-batch, read each time iteration starts.
+        rank, world_size: this process's share; rows are dealt out in turn.
+    """
+
+    def __init__(
+        self,
+        streams: dict[str, Stream],
+        length: int,
+        position: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.streams = streams
+        self.length = length
+        self.position = position
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        start = self.position()
+        for number in range(start, start - start % self.length + self.length):
+            yield [
+                (name, row)
+                for name, stream in self.streams.items()
+                for row in stream.micro_batch(number)[self.rank :: self.world_size]
+            ]

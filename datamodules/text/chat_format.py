@@ -1,0 +1,250 @@
+"""Chat template -> prompt ids with a role per token, and reply ids that continue exactly that prompt.
+
+The prompt is tokenised once; a reply is tokenised in its context and split off by character position, never
+by searching for a response key. Where the tokenizer would merge across the border between prompt and reply,
+the reply is tokenised on its own (that is what a model must generate after the prompt), and the round trip
+through decode is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+Attackable = Literal["user", "prompt"]
+
+
+class Role(IntEnum):
+    """Whose text a prompt token carries. A token that merges user text with its surroundings counts as the
+    user's."""
+
+    TEMPLATE = 0
+    SYSTEM = 1
+    USER = 2
+
+
+Turn = tuple[str, str]
+"""An earlier exchange of a conversation: the user's text and the assistant's reply."""
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """A tokenised prompt: ids and the role of every token."""
+
+    ids: list[int]
+    roles: list[Role]
+    text: str
+    system: str | None
+    user_span: tuple[int, int]
+    """Characters of `text` that are the (last) user's."""
+    offsets: list[tuple[int, int]]
+    """Characters of `text` behind every token."""
+
+    def attackable(self, span: Attackable) -> list[bool]:
+        """True where an attack may act: the user's tokens, or every prompt token as in the CAT authors'
+        code."""
+        return [span == "prompt" or role is Role.USER for role in self.roles]
+
+
+_USER, _SYSTEM, _REPLY = "QusertextQ", "QsystemtextQ", "QreplytextQ"
+
+
+class ChatFormat:
+    """Formats chats with a tokenizer's own template.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+
+    Raises: ValueError if the template does not show the user's text, or no end of turn follows a reply.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._special = sorted(
+            set(tokenizer.all_special_tokens) | _added_special(tokenizer), key=len, reverse=True
+        )
+        self._special_ids = {tokenizer.convert_tokens_to_ids(token) for token in self._special}
+        self._before_reply, self._after_reply = self._reply_frame()
+        self._strips_reply = f" {_REPLY} " not in self._render(_USER, None, f" {_REPLY} ")
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids at which a generated reply ends: the template's end of turn, then the tokenizer's end of
+        sequence."""
+        ids = self._encode(self._after_reply)[-1:] if self._after_reply.endswith(tuple(self._special)) else []
+        eos = self.tokenizer.eos_token_id
+        return [*ids, *([eos] if eos is not None and eos not in ids else [])]
+
+    @property
+    def end_of_turn(self) -> list[int]:
+        """Ids that follow a reply's text; a reply ends with them unless the tokenizer merges across the
+        border."""
+        return self._encode(self._after_reply)
+
+    def prompt(self, user: str, system: str | None = None, history: Sequence[Turn] = ()) -> PromptTokens:
+        """Tokenise a prompt, after earlier turns if there are any, up to where the assistant's reply starts.
+
+        Raises: ValueError if the template rewrites the text, or if the user's text contains one of its
+            special tokens.
+        """
+        text = self._render(user, system, None, history)
+        spans = self._spans(text, user, system, history)
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
+        roles = [_role(start, end, spans) for start, end in encoding.offsets]
+        for i, (token, (start, _)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if token not in self._special_ids or roles[i] is Role.TEMPLATE:
+                continue
+            if _role(start, start, spans) is Role.TEMPLATE:
+                roles[i] = (
+                    Role.TEMPLATE
+                )  # a special token that swallows the white space after it (Phi-3's do)
+            else:
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(
+                    f"the user's text contains the template's special token {name!r}; remove it from "
+                    "the prompt"
+                )
+        user_span = next(((start, end) for start, end, role in spans if role is Role.USER))
+        return PromptTokens(list(encoding.ids), roles, text, system, user_span, list(encoding.offsets))
+
+    def reply(self, prompt: PromptTokens, reply: str) -> list[int]:
+        """Ids of a reply, end of turn included, as they continue `prompt.ids`.
+
+        Raises: ValueError for an empty reply or one that does not survive the round trip.
+        """
+        reply = reply.strip() if self._strips_reply else reply
+        if not reply.strip():
+            raise ValueError("the reply is empty")
+        continuation = self._before_reply + reply + self._after_reply
+        joint = self._encode(prompt.text + continuation)
+        if joint[: len(prompt.ids)] == prompt.ids:
+            return joint[len(prompt.ids) :]
+        wanted = self._decode(joint)
+        for candidate in (
+            self._encode(continuation),
+            self._encode(continuation.lstrip()),
+            self._encode_inside(continuation),
+        ):
+            if self._decode(prompt.ids + candidate) == wanted:
+                return candidate
+        raise ValueError(
+            f"the tokenizer cannot continue the prompt with {reply[:40]!r}: decoding changes the text"
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated ids without special tokens."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
+
+    def decode_batch(self, rows: list[list[int]]) -> list[str]:
+        """Texts of token lists, special tokens included."""
+        return list(self.tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=False))  # type: ignore[attr-defined]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of rendered prompts, as `prompt` tokenises them."""
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # type: ignore[attr-defined]
+        return [encoding.ids for encoding in encodings]
+
+    def neutralised(self, text: str) -> str:
+        """The text with every special token of the template broken by a space, so that it cannot end a turn
+        or start one."""
+        for token in self._special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def _render(self, user: str, system: str | None, reply: str | None, history: Sequence[Turn] = ()) -> str:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for earlier_user, earlier_reply in history:
+            messages += [
+                {"role": "user", "content": earlier_user},
+                {"role": "assistant", "content": earlier_reply},
+            ]
+        messages.append({"role": "user", "content": user})
+        if reply is not None:
+            messages.append({"role": "assistant", "content": reply})
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=reply is None
+                )
+            )
+        except Exception as error:  # the template language raises its own types
+            hint = (
+                "; this template may take no system message: set system: null" if system is not None else ""
+            )
+            raise ValueError(f"the chat template failed: {error}{hint}") from error
+
+    def _reply_frame(self) -> tuple[str, str]:
+        """What stands between prompt and reply, and from the reply to its end of turn."""
+        prompt, full = self._render(_USER, None, None), self._render(_USER, None, _REPLY)
+        if not full.startswith(prompt) or _REPLY not in full or _USER not in prompt:
+            raise ValueError(
+                "expected a chat template whose conversation starts with its own prompt, got "
+                f"{prompt!r} and {full!r}; "
+                "set tokenizer.chat_template"
+            )
+        before, _, after = full[len(prompt) :].partition(_REPLY)
+        ends = [after.index(token) + len(token) for token in self._special if token in after]
+        if not after.strip():
+            raise ValueError(
+                f"expected an end of turn after a reply, got {after!r}; end assistant turns with a "
+                "token in tokenizer.chat_template"
+            )
+        return before, after[: min(ends)] if ends else after
+
+    def _spans(
+        self, text: str, user: str, system: str | None, history: Sequence[Turn]
+    ) -> list[tuple[int, int, Role]]:
+        """Character spans of the system's and the user's text in a rendered prompt."""
+        for with_system in (system, None):
+            skeleton = self._render(_USER, None if with_system is None else _SYSTEM, None, history)
+            for strip in (False, True):
+                shown = {
+                    _USER: user.strip() if strip else user,
+                    _SYSTEM: ((system or "").strip() if strip else system) or "",
+                }
+                built, spans = _fill(skeleton, shown)
+                if built == text:
+                    return spans
+        raise ValueError(
+            "the chat template rewrites the text it is given, so the user's tokens cannot be told apart"
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)  # type: ignore[attr-defined]
+
+    def _encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that does not start a string: after a newline, which merges with nothing, instead of
+        a start's space."""
+        anchor = self._encode("\n")
+        joint = self._encode("\n" + text)
+        return joint[len(anchor) :] if joint[: len(anchor)] == anchor else []
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _fill(skeleton: str, shown: dict[str, str]) -> tuple[str, list[tuple[int, int, Role]]]:
+    """Replace the placeholders of a rendered skeleton once each, keeping the character spans of what was put
+    in."""
+    text, spans, rest = "", [], skeleton
+    order = sorted((name for name in shown if name in skeleton), key=skeleton.index)
+    for name in order:
+        before, _, rest = rest.partition(name)
+        start = len(text) + len(before)
+        text += before + shown[name]
+        spans.append((start, len(text), Role.USER if name == _USER else Role.SYSTEM))
+    return text + rest, spans
+
+
+def _role(start: int, end: int, spans: list[tuple[int, int, Role]]) -> Role:
+    overlapping = [role for left, right, role in spans if start < right and max(end, start + 1) > left]
+    return max(overlapping, default=Role.TEMPLATE)
+
+
+def _added_special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}

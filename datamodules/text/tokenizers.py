@@ -1,0 +1,82 @@
+"""Loading tokenizers exactly as their tokenizer.json says, with a chat template from the tokenizer or from
+YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PACKAGED = "tinychat"
+PACKAGED_ROOT = Path(__file__).resolve().parents[2] / "lightning_modules" / "models" / "tinychat"
+
+
+@dataclass
+class TokenizerConfig:
+    """Which tokenizer to load and how it formats a chat."""
+
+    name_or_path: str
+    """Local folder, hub id, or `tinychat:<stage>` for the packaged model."""
+    revision: str | None = None
+    """Hub commit or tag; pin it for a run that must be repeatable."""
+    chat_template: str | None = None
+    """Jinja chat template, or the path of a file that holds one; null keeps the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Whether to run Python code that a hub repository ships."""
+
+
+def resolve_path(name_or_path: str) -> str:
+    """`tinychat:helpful` or `tinychat:aligned` -> the packaged folder; anything else is returned unchanged.
+
+    Raises: ValueError naming the packaged stages for an unknown one.
+    """
+    if name_or_path.split(":")[0] != PACKAGED or "/" in name_or_path:
+        return name_or_path
+    stage = name_or_path.partition(":")[2] or "aligned"
+    if not (PACKAGED_ROOT / stage).is_dir():
+        stages = sorted(p.name for p in PACKAGED_ROOT.iterdir() if p.is_dir())
+        raise ValueError(
+            f"name_or_path: expected tinychat:<stage> with a stage in {stages}, got {name_or_path!r}"
+        )
+    return str(PACKAGED_ROOT / stage)
+
+
+def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer.
+
+    A repository's tokenizer.json is loaded as it is: AutoTokenizer rebuilds some pipelines (Llama's, Phi-3's)
+    and then tokenises differently. AutoTokenizer is the fallback where there is no tokenizer.json.
+
+    Raises: ValueError where there is no chat template or no fast tokenizer.
+    """
+    path = resolve_path(config.name_or_path)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=config.revision)
+    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer.name_or_path: expected a fast tokenizer (tokenizer.json), got a slow one for {path!r}"
+        )
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template_text(config.chat_template)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"tokenizer.chat_template: expected a chat template, got none in {path!r}; set "
+            "chat_template to a Jinja text or a file"
+        )
+    return tokenizer
+
+
+def _template_text(template: str) -> str:
+    if "{" in template or "\n" in template:
+        return template
+    path = Path(template)
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer.chat_template: expected a Jinja text or an existing file, got {template!r}"
+        )
+    return path.read_text(encoding="utf-8")

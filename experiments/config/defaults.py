@@ -1,0 +1,23 @@
+"""What every run has unless its YAML says otherwise: gradients in evaluation, a CSV log, a run folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CSV = "callbacks.run_folder.loggers.RunCSVLogger"
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the trainer's defaults filled in; the CSV log is always kept."""
+    trainer = dict(config.get("trainer") or {})
+    trainer.setdefault("default_root_dir", "runs/unnamed")
+    trainer.setdefault("inference_mode", False)
+    trainer.setdefault("use_distributed_sampler", False)
+    trainer.setdefault("log_every_n_steps", 1)
+    loggers = trainer.get("logger")
+    loggers = [] if loggers in (None, True) else [loggers] if isinstance(loggers, dict) else loggers
+    if isinstance(loggers, list) and not any(logger.get("class_path") == CSV for logger in loggers):
+        csv = {"class_path": CSV, "init_args": {"save_dir": trainer["default_root_dir"]}}
+        loggers = [csv, *loggers]
+    trainer["logger"] = loggers
+    return {"seed_everything": 0, **config, "trainer": trainer}

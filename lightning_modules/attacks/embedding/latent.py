@@ -1,0 +1,130 @@
+"""Latent PGD: projected gradient descent on the residual stream of chosen layers (Sheshadri et al. 2024,
+arXiv 2407.15549)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import AdversarialBatch
+from lightning_modules.attacks.base import AttackedPrompt, require_gradients
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, RadiusUnit, StepRule, StepUnit, target_loss
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
+
+
+class LatentPGD:
+    """PGD on the outputs of decoder layers (and the embeddings) at the attackable positions, each within its
+    own ball.
+
+    Args:
+        layers: decoder layers whose output is perturbed, counted from 0.
+        embedding: also perturb the embeddings.
+        epsilon: radius per token and site in `radius_unit`; null is no ball.
+        radius_unit: `absolute`, as in the paper, or `embedding_norm`.
+        ball: `l2` or `linf`.
+        num_steps: number of gradient steps.
+        step_size: size of one step in `step_unit`.
+        step_unit: `radius`, `embedding_norm` or `absolute`.
+        step_rule: `sign`, `l2` or `adam`.
+        keep: `best` or `last` iterate.
+        weight_safe: share of the adversary's loss that pushes away from the safe reply, -mean log(1 - p) of
+            it; the rest is CE of the harmful target [0.5 in targeted LAT]. The batch then needs safe replies.
+    """
+
+    def __init__(
+        self,
+        layers: list[int],
+        embedding: bool = True,
+        epsilon: float | None = 6.0,
+        radius_unit: RadiusUnit = "absolute",
+        ball: Literal["l2", "linf"] = "l2",
+        num_steps: int = 16,
+        step_size: float = 0.25,
+        step_unit: StepUnit = "radius",
+        step_rule: StepRule = "l2",
+        keep: Literal["best", "last"] = "best",
+        weight_safe: float = 0.0,
+    ) -> None:
+        if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+            raise ValueError(
+                f"LatentPGD.layers: expected distinct layer numbers counted from 0, got {layers}"
+            )
+        if not 0 <= weight_safe < 1:
+            raise ValueError(
+                f"LatentPGD.weight_safe: expected within [0, 1), got {weight_safe}; it is a share of "
+                "the adversary's loss"
+            )
+        self.layers = layers
+        self.weight_safe = weight_safe
+        self.embedding = embedding
+        self.descent = EmbeddingPGD(
+            epsilon=epsilon,
+            num_steps=num_steps,
+            step_size=step_size,
+            step_unit=step_unit,
+            step_rule=step_rule,
+            radius_unit=radius_unit,
+            ball=ball,
+            keep=keep,
+        )
+
+    @torch.enable_grad()
+    def __call__(
+        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+    ) -> AttackedPrompt:
+        """Attack the batch. Raises: RuntimeError in inference mode, ValueError for a layer that the model
+        lacks."""
+        require_gradients(self)
+        depth = len(model.causal_lm.get_decoder().layers)
+        if max(self.layers) >= depth:
+            raise ValueError(
+                f"LatentPGD.layers: expected layers below {depth}, got {self.layers}; the model has "
+                f"{depth} layers"
+            )
+        radius, step = self.descent.lengths(model)
+        sites = len(self.layers) + self.embedding
+        with model.frozen():
+            clean = model.embed(batch.prompt_ids).detach()
+            # The sites stand one after the other in the token dimension, so that each token of each has its
+            # own ball.
+            wide = torch.promote_types(clean.dtype, torch.float32)
+            delta = torch.zeros(
+                len(clean), sites * clean.shape[1], clean.shape[2], dtype=wide, device=clean.device
+            )
+            allowed = batch.attackable_mask.repeat(1, sites)[..., None]
+
+            def loss(point: Tensor, active: Tensor) -> Tensor:
+                embedding, layers = self._split(point)
+                with model.perturbed_layers(layers):
+                    return self._loss(
+                        model,
+                        batch,
+                        clean[active] if embedding is None else clean[active] + embedding,
+                        active,
+                    )
+
+            found = self.descent.descend(loss, delta, allowed, radius, step)
+        embedding, layers = self._split(found.delta)
+        return AttackedPrompt(
+            batch.prompt_ids, batch.prompt_mask, **(vars(found) | {"delta": embedding}), layers=layers
+        )
+
+    def _loss(self, model: LanguageModel, batch: AdversarialBatch, embeds: Tensor, active: Tensor) -> Tensor:
+        """(A,) what the adversary minimises."""
+        if self.weight_safe == 0:
+            return target_loss(model, batch, embeds, active)
+        replies = (
+            Reply(batch.harmful_ids[active], batch.harmful_mask[active]),
+            Reply(batch.safe_ids[active], batch.safe_mask[active]),
+        )
+        harmful, safe = model.reply_log_probs(embeds, batch.prompt_mask[active], *replies)
+        towards, away = mean_cross_entropy(harmful, replies[0].mask), unlikelihood(safe, replies[1].mask)
+        return (1 - self.weight_safe) * towards + self.weight_safe * away
+
+    def _split(self, delta: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
+        parts = list(delta.chunk(len(self.layers) + self.embedding, dim=1))
+        embedding = parts.pop(0) if self.embedding else None
+        return embedding, dict(zip(self.layers, parts, strict=True))

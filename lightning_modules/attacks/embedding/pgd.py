@@ -1,0 +1,243 @@
+"""Projected gradient descent on prompt embeddings: the inner attack of CAT and CAPO (arXiv 2405.15589, eq. 2)
+and FGSM.
+
+    delta_0 = 0 or random;  delta_{i+1} = Pi_eps( delta_i + alpha step(grad_delta CE(y_hat | x + delta_i)) )
+
+One step of size epsilon is FGSM. The perturbation and its update are fp32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import AdversarialBatch
+from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_gradients
+from lightning_modules.attacks.embedding.balls import BALLS, Ball
+from lightning_modules.attacks.progress import notify
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.likelihood import mean_cross_entropy
+
+StepRule = Literal["sign", "l2", "adam"]
+StepUnit = Literal["radius", "embedding_norm", "absolute"]
+RadiusUnit = Literal["embedding_norm", "absolute"]
+
+
+TargetLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What a descent found; the fields are those of AttackedPrompt."""
+
+    delta: Tensor
+    loss_curve: Tensor
+    forward_passes: Tensor
+    backward_passes: Tensor
+    distance: Tensor
+    zero_gradient: Tensor
+
+
+class EmbeddingPGD:
+    """PGD within a per-token ball around the embeddings of the attackable positions.
+
+    Args:
+        epsilon: radius of the ball in `radius_unit`; null is no ball at all (unconstrained).
+        radius_unit: `embedding_norm` counts in multiples of the mean embedding norm the decoder receives,
+            `absolute` does not.
+        ball: `l2` (per token) or `linf` (per coordinate).
+        num_steps: number of gradient steps.
+        step_size: size of one step in `step_unit`.
+        step_unit: `radius` (fractions of epsilon), `embedding_norm` or `absolute`.
+        step_rule: `sign` moves every coordinate by the step size, so a step's l2 length is step_size *
+            sqrt(D); `l2` moves each token by the step size; `adam` uses the step size as learning rate.
+        random_start: start at a random point of the ball instead of at zero.
+        keep: `best` returns each example's best iterate and evaluates the last one too (num_steps + 1 forward
+            passes); `last` returns the last iterate (num_steps forward passes), as the authors' training
+            does.
+        stop_loss: an example whose loss falls below this many nats per token leaves the batch; null never.
+    """
+
+    def __init__(
+        self,
+        epsilon: float | None = 0.05,
+        num_steps: int = 10,
+        step_size: float = 0.25,
+        step_unit: StepUnit = "radius",
+        step_rule: StepRule = "l2",
+        radius_unit: RadiusUnit = "embedding_norm",
+        ball: Literal["l2", "linf"] = "l2",
+        random_start: bool = False,
+        keep: Literal["best", "last"] = "best",
+        stop_loss: float | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if epsilon is not None and not epsilon > 0:
+            raise ValueError(
+                f"{name}.epsilon: expected > 0, got {epsilon}; set a positive radius, or attack: "
+                "NoAttack for no attack"
+            )
+        if num_steps < 1:
+            raise ValueError(
+                f"{name}.num_steps: expected >= 1, got {num_steps}; set at least one step, or attack: "
+                "NoAttack for no attack"
+            )
+        if not step_size > 0:
+            raise ValueError(
+                f"{name}.step_size: expected > 0, got {step_size}; a step of zero never leaves the start"
+            )
+        if epsilon is None and step_unit == "radius":
+            raise ValueError(
+                f"{name}.step_unit: expected 'embedding_norm' or 'absolute' without a radius, got "
+                "'radius'; set step_unit or epsilon"
+            )
+        if epsilon is None and random_start:
+            raise ValueError(
+                f"{name}.random_start: expected false without a radius, got true; set epsilon or "
+                "start at zero"
+            )
+        self.epsilon = epsilon
+        self.num_steps = num_steps
+        self.step_size = step_size
+        self.step_unit = step_unit
+        self.step_rule = step_rule
+        self.radius_unit = radius_unit
+        self.ball: Ball = BALLS[ball]
+        self.random_start = random_start
+        self.keep = keep
+        self.stop_loss = stop_loss
+
+    @torch.enable_grad()
+    def __call__(
+        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+    ) -> AttackedPrompt:
+        """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode."""
+        require_gradients(self)
+        radius, step = self.lengths(model)
+        with model.frozen():
+            clean = model.embed(batch.prompt_ids).detach()
+            delta = self._start(clean, batch, radius, generator)
+
+            def loss(point: Tensor, active: Tensor) -> Tensor:
+                return target_loss(model, batch, clean[active] + point, active)
+
+            found = self.descend(loss, delta, batch.attackable_mask[..., None], radius, step)
+        return AttackedPrompt(batch.prompt_ids, batch.prompt_mask, **vars(found))
+
+    def descend(
+        self, target: TargetLoss, delta: Tensor, allowed: Tensor, radius: Tensor | None, step: Tensor
+    ) -> Descent:
+        """The projected descent itself, whatever delta is added to.
+
+        Args:
+            target: (A, T, D) perturbations of the active examples and their (A,) indices -> (A,) attacked
+                losses.
+            delta: (B, T, D) start, fp32.
+            allowed: (B, T, 1) bool, where delta may differ from zero.
+            radius: absolute radius per token, None for no ball.
+            step: absolute step length.
+        """
+        size, device = len(delta), delta.device
+        best, best_loss = delta.clone(), torch.full((size,), torch.inf, device=device, dtype=delta.dtype)
+        passes = torch.zeros(2, size, dtype=torch.long, device=device)
+        zero_gradient = torch.zeros(size, dtype=torch.bool, device=device)
+        moments = _Adam(delta) if self.step_rule == "adam" else None
+        active = torch.arange(size, device=device)
+        curve = []
+        for i in range(self.num_steps + (self.keep == "best")):
+            differentiate = i < self.num_steps
+            point = delta[active].requires_grad_(differentiate)
+            with torch.set_grad_enabled(differentiate):
+                loss = target(point, active)
+            passes[0, active] += 1
+            curve.append(_scatter_row(loss.detach(), active, size))
+            notify(curve[-1])
+            improved = loss.detach() < best_loss[active]
+            best_loss[active] = torch.where(improved, loss.detach(), best_loss[active])
+            best[active] = torch.where(improved[:, None, None], point.detach(), best[active])
+            if not differentiate:
+                break
+            if self.stop_loss is not None and not (loss >= self.stop_loss).any():
+                break
+            (gradient,) = torch.autograd.grad(loss.sum(), point)
+            if self.stop_loss is not None:
+                going = loss.detach() >= self.stop_loss
+                active, gradient, point = active[going], gradient[going], point[going]
+            passes[1, active] += 1
+            gradient = gradient * allowed[active]
+            zero_gradient[active] |= ~gradient.flatten(1).any(1)
+            moved = point.detach() + step * self._direction(gradient, moments, active)
+            delta[active] = (moved if radius is None else self.ball.project(moved, radius)) * allowed[active]
+        final = best if self.keep == "best" else delta
+        return Descent(
+            delta=final,
+            loss_curve=torch.stack(curve),
+            forward_passes=passes[0],
+            backward_passes=passes[1],
+            distance=self.ball.size(final).amax(1) / (radius if radius is not None else torch.nan),
+            zero_gradient=zero_gradient,
+        )
+
+    def lengths(self, model: LanguageModel) -> tuple[Tensor | None, Tensor]:
+        """Absolute radius (None without a ball) and absolute step length."""
+        rho = model.mean_embedding_norm()
+        units = {"embedding_norm": rho, "absolute": torch.ones_like(rho)}
+        radius = None if self.epsilon is None else self.epsilon * units[self.radius_unit]
+        if self.step_unit == "radius":
+            assert radius is not None
+            return radius, self.step_size * radius
+        return radius, self.step_size * units[self.step_unit]
+
+    def _start(
+        self, clean: Tensor, batch: AdversarialBatch, radius: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        delta = torch.zeros(
+            clean.shape, dtype=torch.promote_types(clean.dtype, torch.float32), device=clean.device
+        )
+        if self.random_start:
+            assert radius is not None
+            for row, own in enumerate(example_generators(batch, generator)):
+                where = batch.attackable_mask[row]
+                noise = self.ball.random_point((int(where.sum()), clean.shape[-1]), radius, own)
+                delta[row, where] = noise.to(delta)
+        return delta
+
+    def _direction(self, gradient: Tensor, moments: _Adam | None, active: Tensor) -> Tensor:
+        if moments is not None:
+            return moments.direction(gradient, active)
+        return -gradient.sign() if self.step_rule == "sign" else BALLS["l2"].steepest_descent(gradient)
+
+
+class _Adam:
+    """Adam's direction per coordinate (Kingma and Ba 2015, algorithm 1), with the step size left to the
+    caller."""
+
+    def __init__(self, like: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-12) -> None:
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.first, self.second, self.count = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def direction(self, gradient: Tensor, active: Tensor) -> Tensor:
+        self.count += 1
+        self.first[active] = self.beta1 * self.first[active] + (1 - self.beta1) * gradient
+        self.second[active] = self.beta2 * self.second[active] + (1 - self.beta2) * gradient**2
+        mean = self.first[active] / (1 - self.beta1**self.count)
+        scale = (self.second[active] / (1 - self.beta2**self.count)).sqrt()
+        return -mean / (scale + self.eps)
+
+
+def target_loss(model: LanguageModel, batch: AdversarialBatch, embeds: Tensor, active: Tensor) -> Tensor:
+    """(A,) CE of the harmful target for the active examples, whose prompts are given as (A, P, D)
+    embeddings."""
+    reply = Reply(batch.harmful_ids[active], batch.harmful_mask[active])
+    (log_probs,) = model.reply_log_probs(embeds, batch.prompt_mask[active], reply)
+    return mean_cross_entropy(log_probs, reply.mask)
+
+
+def _scatter_row(loss: Tensor, active: Tensor, size: int) -> Tensor:
+    row = torch.full((size,), torch.nan, device=loss.device, dtype=loss.dtype)
+    row[active] = loss
+    return row

@@ -1,0 +1,212 @@
+"""Greedy Coordinate Gradient (Zou et al. 2023, arXiv 2307.15043, algorithm 1): a suffix of real tokens found
+by swaps.
+
+each step: gradient of the loss in the suffix's one-hot coordinates -> the topk most promising tokens per
+    position
+           -> `width` random swaps among them -> the best of those is the next suffix
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import AdversarialBatch
+from lightning_modules.attacks.base import (
+    AttackedPrompt,
+    example_generators,
+    require_counts,
+    require_gradients,
+)
+from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
+from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.likelihood import mean_cross_entropy, mellowmax
+
+
+class GCG:
+    """GCG over all behaviours of a batch at once.
+
+    Args:
+        num_tokens: length of the suffix.
+        init: text repeated to make the initial suffix.
+        num_steps: number of steps.
+        width: candidates per step and behaviour; each of them can be typed.
+        topk: tokens per position that the gradient proposes.
+        n_replace: positions swapped in one candidate.
+        buffer_size: suffixes kept; each step starts from the best of them. 0 always goes on from the step's
+            best candidate.
+        mellowmax_alpha: steer by the mellowmax of the target's token losses with this temperature instead of
+            by their mean.
+        target_tokens: search for the target's first so many tokens only; null for all but its end of turn.
+        stop_at_target: a behaviour whose greedy reply begins with the target leaves the batch.
+        ascii_only: use only tokens of printable ASCII.
+        max_rows: candidates per forward pass; null takes 64 on a CPU and 512 elsewhere; halved and remembered
+            when memory runs out.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int = 20,
+        init: str = " x",
+        num_steps: int = 500,
+        width: int = 512,
+        topk: int = 256,
+        n_replace: int = 1,
+        buffer_size: int = 0,
+        mellowmax_alpha: float | None = None,
+        target_tokens: int | None = None,
+        stop_at_target: bool = True,
+        ascii_only: bool = True,
+        max_rows: int | None = None,
+    ) -> None:
+        require_counts(self, num_tokens=num_tokens, num_steps=num_steps, width=width, topk=topk)
+        if not 1 <= n_replace <= num_tokens:
+            raise ValueError(f"GCG.n_replace: expected within [1, num_tokens {num_tokens}], got {n_replace}")
+        if target_tokens is not None and target_tokens < 1:
+            raise ValueError(f"GCG.target_tokens: expected >= 1 or null, got {target_tokens}")
+        if buffer_size < 0:
+            raise ValueError(f"GCG.buffer_size: expected >= 0, got {buffer_size}; 0 keeps no buffer")
+        if mellowmax_alpha is not None and not mellowmax_alpha > 0:
+            raise ValueError(f"GCG.mellowmax_alpha: expected > 0 or null, got {mellowmax_alpha}")
+        self.num_tokens = num_tokens
+        self.init = init
+        self.num_steps = num_steps
+        self.width = width
+        self.topk = topk
+        self.n_replace = n_replace
+        self.buffer_size = buffer_size
+        self.mellowmax_alpha = mellowmax_alpha
+        self.target_tokens = target_tokens
+        self.stop_at_target = stop_at_target
+        self.ascii_only = ascii_only
+        self.max_rows = max_rows
+
+    def __call__(
+        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+    ) -> AttackedPrompt:
+        """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode, ValueError
+        without texts."""
+        return self.go_on(model, batch, [None] * len(batch), generator)[0]
+
+    def go_on(
+        self,
+        model: LanguageModel,
+        batch: AdversarialBatch,
+        suffixes: Sequence[list[int] | None],
+        generator: torch.Generator | None = None,
+    ) -> tuple[AttackedPrompt, list[list[int]]]:
+        """The same from given suffixes on, None for the initial one; returns the ids of the suffixes found,
+        too."""
+        require_gradients(self)
+        with model.frozen():
+            search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
+            search.start_from(suffixes)
+            generators = example_generators(batch, generator)
+            allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only).to(
+                model.device
+            )
+            pools = [_Pool(self.buffer_size) for _ in search.slots]
+            active = list(range(len(batch)))
+            for step in range(self.num_steps):
+                active = self._step(search, active, pools, generators, allowed, first=step == 0)
+                if not active:
+                    break
+            return search.result(), search.best
+
+    def _step(
+        self,
+        search: SuffixSearch,
+        active: list[int],
+        pools: list[_Pool],
+        generators: list[torch.Generator],
+        allowed: Tensor,
+        first: bool,
+    ) -> list[int]:
+        """One step of all active behaviours; returns those that go on."""
+        base = (
+            search.start[active]
+            if first
+            else torch.tensor([pools[row].base for row in active], device=allowed.device)
+        )
+        rows = torch.tensor(active, device=allowed.device)
+        losses, gradient = search.gradient(rows, base, self._objective)
+        if first:
+            initial = self._objective(losses, search.target.mask[rows]).tolist()
+            for row, suffix, value in zip(active, base.tolist(), initial, strict=True):
+                pools[row].add(suffix, value)
+            search.record(active, base.tolist(), search.mean(rows, losses))
+        top = self._promising(search.model, gradient, base, allowed)
+        swaps = dict(zip(active, zip(base.cpu(), top.cpu(), strict=True), strict=True))
+        owners, candidates = search.typable(
+            active,
+            self.width,
+            lambda row: draw_swaps(*swaps[row], self.width, self.n_replace, generators[row]).tolist(),
+        )
+        if not owners:
+            return active
+        index = torch.tensor(owners, device=allowed.device)
+        token_losses = search.losses_of_changes(index, candidates.to(allowed.device), active, base)
+        scores, means = (
+            self._objective(token_losses, search.target.mask[index]).cpu(),
+            search.mean(index, token_losses).cpu(),
+        )
+        best = best_by_owner(owners, scores)
+        chosen = {row: candidates[i].tolist() for row, i in best.items()}
+        for row, i in best.items():
+            pools[row].add(chosen[row], float(scores[i]))
+        improved = search.record(list(best), list(chosen.values()), means[list(best.values())])
+        done = set(search.reached(improved)) if self.stop_at_target else set()
+        return [row for row in active if row not in done]
+
+    @property
+    def _objective(self) -> partial[Tensor]:
+        if self.mellowmax_alpha is None:
+            return partial(_mean)
+        return partial(mellowmax, alpha=self.mellowmax_alpha)
+
+    def _promising(self, model: LanguageModel, gradient: Tensor, base: Tensor, allowed: Tensor) -> Tensor:
+        """(A, S, k) tokens whose one-hot coordinate has the most negative gradient, among allowed ones other
+        than the present."""
+        k = min(self.topk, int(allowed.sum()) - 1)
+        tops = []
+        table = model.embedding_table()
+        for slope, present in zip(gradient, base, strict=True):
+            scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
+            scores.scatter_(1, present[:, None], torch.inf)
+            tops.append(scores.topk(k, dim=1, largest=False).indices)
+        return torch.stack(tops)
+
+
+@dataclass
+class _Pool:
+    """The best suffixes of a behaviour by objective; size 0 holds the latest only."""
+
+    size: int
+    entries: list[tuple[float, list[int]]] = field(default_factory=list)
+
+    @property
+    def base(self) -> list[int]:
+        return self.entries[0][1]
+
+    def add(self, suffix: list[int], score: float) -> None:
+        if self.size == 0:
+            self.entries = [(score, suffix)]
+        else:
+            self.entries = sorted([*self.entries, (score, suffix)], key=lambda entry: entry[0])[: self.size]
+
+
+def draw_swaps(base: Tensor, top: Tensor, width: int, n_replace: int, generator: torch.Generator) -> Tensor:
+    """(width, S) copies of a suffix (S,) with `n_replace` random positions set to random ones of their (S, k)
+    proposed tokens."""
+    where = torch.rand(width, len(base), generator=generator).argsort(1)[:, :n_replace]
+    which = torch.randint(0, top.shape[1], (width, n_replace), generator=generator)
+    return base.repeat(width, 1).scatter(1, where, top[where, which])
+
+
+def _mean(losses: Tensor, mask: Tensor) -> Tensor:
+    return mean_cross_entropy(-losses, mask)

@@ -1,0 +1,134 @@
+"""Simple adaptive attack: random search on a suffix for the target's first token (Andriushchenko et al. 2024,
+arXiv 2404.02151)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from datamodules.batch import AdversarialBatch
+from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_counts, require_texts
+from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
+from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.attacks.text.templates import fill
+from lightning_modules.models.language_model import LanguageModel
+
+
+class RandomSearch:
+    """Replaces a random block of suffix tokens and keeps the change if the target's first token became more
+    likely.
+
+    Losses and curves of this attack are those of the target's first `target_tokens` tokens.
+
+    Args:
+        template: text around the request, with {prompt} and optionally {target}; the suffix follows it.
+        num_tokens: length of the suffix.
+        init: text repeated to make the initial suffix.
+        num_steps: number of proposals.
+        block: positions replaced at once in the beginning; it shrinks to 1 as the target becomes likely.
+        width: proposals per step, of which the best counts; 1 is the published algorithm.
+        target_tokens: how many of the target's first tokens are made likely.
+        stop_probability: a behaviour is done once these tokens have this mean probability, or are what greedy
+            decoding says.
+        ascii_only: use only tokens of printable ASCII.
+        max_rows: candidates per forward pass; null takes 64 on a CPU and 512 elsewhere; halved and remembered
+            when memory runs out.
+    """
+
+    def __init__(
+        self,
+        template: str = "{prompt}",
+        num_tokens: int = 25,
+        init: str = " !",
+        num_steps: int = 10_000,
+        block: int = 4,
+        width: int = 1,
+        target_tokens: int = 1,
+        stop_probability: float = 0.1,
+        ascii_only: bool = True,
+        max_rows: int | None = None,
+    ) -> None:
+        if "{prompt}" not in template:
+            raise ValueError(f"RandomSearch.template: expected {{prompt}} in it, got {template[:60]!r}")
+        require_counts(self, num_steps=num_steps, width=width, target_tokens=target_tokens)
+        if not 1 <= block <= num_tokens:
+            raise ValueError(f"RandomSearch.block: expected within [1, num_tokens {num_tokens}], got {block}")
+        if not 0 < stop_probability <= 1:
+            raise ValueError(f"RandomSearch.stop_probability: expected within (0, 1], got {stop_probability}")
+        self.template = template
+        self.num_tokens = num_tokens
+        self.init = init
+        self.num_steps = num_steps
+        self.block = block
+        self.width = width
+        self.target_tokens = target_tokens
+        self.stop_loss = -math.log(stop_probability)
+        self.ascii_only = ascii_only
+        self.max_rows = max_rows
+
+    def __call__(
+        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+    ) -> AttackedPrompt:
+        """Attack the batch. Raises: ValueError without texts."""
+        require_texts(batch)
+        wrapped = (fill(self.template, p, t) for p, t in zip(batch.prompts, batch.targets, strict=True))
+        batch = replace(batch, prompts=tuple(wrapped))
+        with model.frozen():
+            search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
+            generators = example_generators(batch, generator)
+            tokens = (
+                typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
+                .nonzero()
+                .squeeze(1)
+            )
+            active = self._open(search, search.record_start())
+            for _ in range(self.num_steps):
+                if not active:
+                    break
+                active = self._step(search, active, generators, tokens)
+            return search.result()
+
+    def _step(
+        self, search: SuffixSearch, active: list[int], generators: list[torch.Generator], tokens: torch.Tensor
+    ) -> list[int]:
+        def propose(row: int) -> list[list[int]]:
+            block = self._block(float(search.best_loss[row]))
+            return [
+                replace_block(search.best[row], block, tokens, generators[row]) for _ in range(self.width)
+            ]
+
+        owners, candidates = search.typable(active, self.width, propose)
+        if not owners:
+            return active
+        index = torch.tensor(owners, device=search.start.device)
+        means = search.mean(index, search.losses(index, candidates.to(index.device))).cpu()
+        best = best_by_owner(owners, means)
+        improved = search.record(
+            list(best), [candidates[i].tolist() for i in best.values()], means[list(best.values())]
+        )
+        still_open = set(self._open(search, improved))
+        return [row for row in active if row not in improved or row in still_open]
+
+    def _open(self, search: SuffixSearch, rows: list[int]) -> list[int]:
+        """Rows that are not done yet."""
+        unlikely = [row for row in rows if search.best_loss[row] > self.stop_loss]
+        reached = set(search.reached(unlikely))
+        return [row for row in unlikely if row not in reached]
+
+    def _block(self, loss: float) -> int:
+        """Block length by the target's probability: full below a tenth of the stop, halved below a half of
+        it, then single tokens."""
+        if loss > self.stop_loss + math.log(10):
+            return self.block
+        return max(1, self.block // 2) if loss > self.stop_loss + math.log(2) else 1
+
+
+def replace_block(
+    suffix: list[int], block: int, tokens: torch.Tensor, generator: torch.Generator
+) -> list[int]:
+    """The suffix with `block` consecutive positions set to random tokens."""
+    start = int(torch.randint(0, len(suffix) - block + 1, (1,), generator=generator))
+    new = tokens[torch.randint(0, len(tokens), (block,), generator=generator)].tolist()
+    return [*suffix[:start], *new, *suffix[start + block :]]

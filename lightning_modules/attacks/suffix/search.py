@@ -1,0 +1,328 @@
+"""What searches over suffix tokens share: target losses of many candidates, the best so far, and what it all
+cost.
+
+The prompts' fixed beginnings are computed once per attack; a candidate costs a forward pass over its suffix,
+the template's end and the target, with logits at the target's positions only. Behaviours advance together:
+candidates of all of them fill one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import AdversarialBatch, pad
+from lightning_modules.attacks.base import AttackedPrompt, require_texts
+from lightning_modules.attacks.chunks import Chunked
+from lightning_modules.attacks.progress import notify
+from lightning_modules.attacks.suffix.slots import make_slot, replayable, without_end_of_turn
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.prefix_cache import PrefixCache
+
+GROUP = 6
+"""Forward passes' worth of candidates whose order is by position alone."""
+DRAWS = 4
+"""Rounds of drawing candidates until enough of them can be typed."""
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+"""(N, R) token losses and their mask -> (N,) what a search minimises."""
+
+
+class SuffixSearch:
+    """B prompts with a suffix each, during one attack. The model must be frozen meanwhile.
+
+    Args:
+        model: the model under attack, with its chat format.
+        batch: prompts and targets as text and as ids.
+        num_tokens: tokens of the initial suffix.
+        init: text repeated to make the initial suffix.
+        max_rows: candidates per forward pass to start with.
+        target_tokens: score only the target's first so many tokens; None scores all but its end of turn.
+        lead: tokens before the suffix that every candidate computes again; 1 lets an empty suffix have a next
+            token.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        batch: AdversarialBatch,
+        num_tokens: int,
+        init: str,
+        max_rows: int | None,
+        target_tokens: int | None = None,
+        lead: int = 0,
+    ) -> None:
+        require_texts(batch)
+        self.model, self.batch, self.chat = model, batch, model.chat
+        self.slots = [
+            make_slot(self.chat, p, s, init, num_tokens)
+            for p, s in zip(batch.prompts, batch.systems, strict=True)
+        ]
+        device = batch.harmful_ids.device
+        mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, self.chat.end_of_turn)
+        mask = mask[:, :target_tokens]
+        width = int(mask.sum(1).max())
+        self.target = Reply(batch.harmful_ids[:, :width], mask[:, :width])
+        self.chunked = Chunked(max_rows, device)
+        # Every continuation is given one length by letting shorter template ends borrow tokens from before
+        # the suffix.
+        end = lead + max(len(slot.after) for slot in self.slots)
+        borrowed = [end - len(slot.after) for slot in self.slots]
+        heads = [
+            slot.before[: max(0, len(slot.before) - n)] for slot, n in zip(self.slots, borrowed, strict=True)
+        ]
+        frames = [
+            (slot.before[len(head) :], slot.after) for slot, head in zip(self.slots, heads, strict=True)
+        ]
+        ids, prefix_mask = (tensor.to(device) for tensor in pad([head or [0] for head in heads], "left"))
+        prefix_mask &= torch.tensor([[bool(head)] for head in heads], device=device)
+        frame_ids, frame_mask = pad([lead + after for lead, after in frames], "left")
+        self.frame_ids, self.frame_mask = frame_ids.to(device), frame_mask.to(device)
+        self.place = torch.tensor([end - len(after) for _, after in frames], device=device)
+        self.prefix = model.prefix_cache(ids, prefix_mask)
+        self.start = torch.tensor([slot.suffix for slot in self.slots], device=device)
+        size = len(batch)
+        self.best: list[list[int]] = [slot.suffix for slot in self.slots]
+        self.best_loss = torch.full((size,), torch.inf)
+        self.passes = torch.zeros(2, size, dtype=torch.long)
+        self.zero_gradient = torch.zeros(size, dtype=torch.bool)
+        self.curve: list[Tensor] = []
+
+    def start_from(self, suffixes: Sequence[list[int] | None]) -> None:
+        """Start from these suffixes, of the initial one's length; from the initial one where there is None or
+        where it cannot be typed."""
+        given = [
+            row
+            for row, suffix in enumerate(suffixes)
+            if suffix is not None and len(suffix) == self.start.shape[1]
+        ]
+        for row, text in zip(given, self.texts(given, [suffixes[row] or [] for row in given]), strict=True):
+            if text is not None:
+                self.best[row] = list(suffixes[row] or [])
+        self.start = torch.tensor(self.best, device=self.start.device)
+
+    @torch.no_grad()
+    def losses(self, rows: Tensor, suffixes: Tensor) -> Tensor:
+        """(N, R) negative log-likelihood of every target token, 0 outside the target.
+
+        Args:
+            rows: (N,) the behaviour of each candidate.
+            suffixes: (N, S) candidate suffixes of one length.
+        """
+        self.passes[0] += torch.bincount(rows.cpu(), minlength=len(self.slots))
+        return self.chunked(lambda r, s: self._token_losses(r, s, self.model.embed(s)), rows, suffixes)
+
+    def _order(self, rows: Tensor, changed: Tensor) -> Tensor:
+        """(N,) order in which candidates share forward passes: alike in target length, then in where they
+        first change.
+
+        A pass starts at its first change and ends with its longest target, so both kinds of spread cost.
+        Behaviours of like length form groups of some passes' worth of candidates, within which the order is
+        by position.
+        """
+        lengths = self.target.mask.sum(1)
+        counts = torch.bincount(rows, minlength=len(lengths))
+        by_length = lengths.argsort(stable=True)
+        before = counts[by_length].cumsum(0) - counts[by_length]
+        group = torch.empty_like(counts).index_copy(0, by_length, before // (GROUP * self.chunked.max_rows))
+        return (group[rows] * (changed.max() + 1) + changed).argsort(stable=True)
+
+    @torch.no_grad()
+    def losses_of_changes(
+        self, rows: Tensor, suffixes: Tensor, active: Sequence[int], base: Tensor
+    ) -> Tensor:
+        """As `losses`, for candidates that differ from a base in some positions: what stands before the first
+        change is computed once.
+
+        Args:
+            rows: (N,) the behaviour of each candidate.
+            suffixes: (N, S) candidates.
+            active: the A behaviours that have candidates.
+            base: (A, S) the suffixes that they were made from.
+        """
+        self.passes[0] += torch.bincount(rows.cpu(), minlength=len(self.slots))
+        own = torch.tensor(active, device=base.device)
+        extended = self.model.extend_cache(self.prefix, own, *self._frame(own, base, self.model.embed(base)))
+        place = torch.zeros(len(self.slots), dtype=torch.long, device=base.device).scatter(
+            0, own, torch.arange(len(own), device=base.device)
+        )
+        changed = (suffixes != base[place[rows]]).to(torch.uint8).argmax(1) + self.place[rows]
+        order = self._order(rows, changed)
+        found = self.chunked(
+            lambda r, s, c: self._token_losses(r, s, self.model.embed(s), extended, place[r], int(c.min())),
+            rows[order], suffixes[order], changed[order],
+        )  # fmt: skip
+        return torch.empty_like(found).index_copy(0, order, found)
+
+    def gradient(self, rows: Tensor, suffixes: Tensor, objective: TokenLoss) -> tuple[Tensor, Tensor]:
+        """(N, R) token losses and the (N, S, D) gradient of each row's objective in its suffix embeddings."""
+        embeds = self.model.embed(suffixes).detach().requires_grad_()
+        with torch.enable_grad():
+            losses = self._token_losses(rows, suffixes, embeds)
+            (gradient,) = torch.autograd.grad(objective(losses, self.target.mask[rows]).sum(), embeds)
+        self.passes[:, rows.cpu()] += 1
+        self.zero_gradient[rows.cpu()] |= ~gradient.flatten(1).any(1).cpu()
+        return losses.detach(), gradient
+
+    def next_token_logits(self, rows: Tensor, suffixes: Tensor) -> Tensor:
+        """(N, V) logits of the token that the model itself would put after each unfinished suffix."""
+        self.passes[0] += torch.bincount(rows.cpu(), minlength=len(self.slots))
+        lead = int(self.place.max())
+        ids, mask = self.frame_ids[rows, :lead], self.frame_mask[rows, :lead]
+        # The frame's lead is left-aligned for a row that borrows fewer tokens; without its end it must be
+        # right-aligned.
+        shift = lead - self.place[rows]
+        column = torch.arange(lead, device=ids.device) - shift[:, None]
+        kept = column.clamp_min(0)
+        lead_ids, lead_mask = ids.gather(1, kept), mask.gather(1, kept) & (column >= 0)
+        return self.model.next_token_logits(
+            self.prefix,
+            rows,
+            torch.cat([lead_ids, suffixes], 1),
+            torch.cat([lead_mask, torch.ones_like(suffixes, dtype=torch.bool)], 1),
+        )
+
+    def typable(
+        self, active: Sequence[int], width: int, draw: Callable[[int], list[list[int]]]
+    ) -> tuple[list[int], Tensor]:
+        """Draw candidates until each active behaviour has `width` that can be typed, in at most 4 rounds.
+
+        Args:
+            draw: behaviour -> candidates of one round.
+
+        Returns: the behaviour of each candidate and the (N, S) candidates, grouped by behaviour.
+        """
+        kept: dict[int, list[list[int]]] = {row: [] for row in active}
+        for _ in range(DRAWS):
+            drawn = [(row, suffix) for row in active if len(kept[row]) < width for suffix in draw(row)]
+            if not drawn:
+                break
+            for (row, suffix), text in zip(
+                drawn, self.texts([r for r, _ in drawn], [s for _, s in drawn]), strict=True
+            ):
+                if text is not None and len(kept[row]) < width:
+                    kept[row].append(suffix)
+        flat = [(row, suffix) for row in active for suffix in kept[row]]
+        return [row for row, _ in flat], torch.tensor([suffix for _, suffix in flat])
+
+    def texts(self, rows: Sequence[int], suffixes: Sequence[list[int]]) -> list[str | None]:
+        """Text of each candidate, None where it cannot be typed."""
+        return replayable(self.chat, [self.slots[row] for row in rows], suffixes)
+
+    def mean(self, rows: Tensor, losses: Tensor) -> Tensor:
+        """(N,) mean over the target's tokens: the attacked loss."""
+        return mean_cross_entropy(-losses, self.target.mask[rows])
+
+    def record_start(self) -> list[int]:
+        """Score and enter the initial suffixes; returns all rows."""
+        rows = torch.arange(len(self.slots), device=self.start.device)
+        return self.record(rows.tolist(), self.start.tolist(), self.mean(rows, self.losses(rows, self.start)))
+
+    def record(self, rows: Sequence[int], suffixes: Sequence[list[int]], losses: Tensor) -> list[int]:
+        """Enter one iterate's (N,) attacked losses; keeps each behaviour's best and returns the rows that
+        improved."""
+        row_of_curve = torch.full((len(self.slots),), torch.nan)
+        improved = []
+        for row, suffix, loss in zip(rows, suffixes, losses.tolist(), strict=True):
+            row_of_curve[row] = loss
+            if loss < self.best_loss[row]:
+                self.best[row], self.best_loss[row] = list(suffix), loss
+                improved.append(row)
+        self.curve.append(row_of_curve)
+        notify(row_of_curve, self.best_texts)
+        return improved
+
+    def best_texts(self) -> list[str]:
+        """What a user would type to replay each behaviour's best suffix so far."""
+        own = replayable(self.chat, self.slots, self.best)
+        return [slot.user + (text or "") for slot, text in zip(self.slots, own, strict=True)]
+
+    def reached(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows whose best suffix already makes greedy decoding begin with the target."""
+        if not rows:
+            return []
+        index = torch.tensor(rows, device=self.target.ids.device)
+        prompt_ids, prompt_mask = self._prompts([self.slots[row].ids(self.best[row]) for row in rows])
+        self.passes[0, index.cpu()] += 1
+        target = Reply(self.target.ids[index], self.target.mask[index])
+        hits = self.model.replies_greedily(self.model.embed(prompt_ids), prompt_mask, target)
+        return [row for row, hit in zip(rows, hits.tolist(), strict=True) if hit]
+
+    def result(self) -> AttackedPrompt:
+        """The best suffixes. Raises: AssertionError if a text does not re-tokenise to the optimised ids."""
+        device = self.target.ids.device
+        texts = []
+        for slot, suffix, system in zip(self.slots, self.best, self.batch.systems, strict=True):
+            (own,) = replayable(self.chat, [slot], [suffix])
+            assert own is not None, f"the suffix {suffix} cannot be typed"
+            texts.append(slot.user + own)
+            assert self.chat.prompt(texts[-1], system).ids == slot.ids(suffix), (
+                f"{texts[-1]!r} is not what was attacked"
+            )
+        prompt_ids, prompt_mask = self._prompts(
+            [slot.ids(suffix) for slot, suffix in zip(self.slots, self.best, strict=True)]
+        )
+        return AttackedPrompt(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            delta=None,
+            loss_curve=torch.stack(self.curve).to(device),
+            forward_passes=self.passes[0].to(device),
+            backward_passes=self.passes[1].to(device),
+            distance=torch.full((len(self.slots),), torch.nan, device=device),
+            zero_gradient=self.zero_gradient.to(device),
+            texts=tuple(texts),
+        )
+
+    def _prompts(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        ids, mask = pad(rows, "left")
+        return ids.to(self.target.ids.device), mask.to(self.target.ids.device)
+
+    def _token_losses(
+        self,
+        rows: Tensor,
+        suffixes: Tensor,
+        embeds: Tensor,
+        cache: PrefixCache | None = None,
+        cached_rows: Tensor | None = None,
+        skip: int = 0,
+    ) -> Tensor:
+        """(N, R) losses with (N, S, D) suffix embeddings put into their frames.
+
+        `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns
+        are taken from its rows.
+        """
+        whole, mask = self._frame(rows, suffixes, embeds)
+        longest = int(self.target.mask[rows].sum(1).max())
+        reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest])
+        prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)
+        index = rows if cached_rows is None else cached_rows
+        losses = -self.model.continued_log_probs(prefix, index, whole[:, skip:], mask[:, skip:], reply)
+        return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - longest))
+
+    def _frame(self, rows: Tensor, suffixes: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, M, D) embeddings and (N, M) mask of the prompts after the fixed beginning, with (N, S, D)
+        suffix embeddings put in."""
+        size = suffixes.shape[1]
+        frame, place = self.model.embed(self.frame_ids[rows]), self.place[rows]
+        column = torch.arange(frame.shape[1], device=frame.device)
+        target = column + size * (column >= place[:, None])
+        whole = frame.new_zeros(len(rows), frame.shape[1] + size, frame.shape[2])
+        whole = whole.scatter(1, target[..., None].expand_as(frame), frame)
+        slot = place[:, None] + torch.arange(size, device=frame.device)
+        whole = whole.scatter(1, slot[..., None].expand(-1, -1, frame.shape[2]), embeds)
+        mask = torch.ones(whole.shape[:2], dtype=torch.bool, device=frame.device).scatter(
+            1, target, self.frame_mask[rows]
+        )
+        return whole, mask
+
+
+def best_by_owner(owners: Sequence[int], scores: Tensor) -> dict[int, int]:
+    """Index of each behaviour's lowest-scored candidate."""
+    best: dict[int, int] = {}
+    for i, (owner, score) in enumerate(zip(owners, scores.tolist(), strict=True)):
+        if owner not in best or score < scores[best[owner]]:
+            best[owner] = i
+    return best

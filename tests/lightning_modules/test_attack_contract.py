@@ -1,0 +1,319 @@
+"""What every attack promises, over every attack of the project; plus the particular promises of single
+ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from lightning_modules.attacks.base import Attack, NoAttack
+from lightning_modules.attacks.embedding.latent import LatentPGD
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt, append_slots
+from lightning_modules.attacks.repeat import Restarts
+from lightning_modules.attacks.training.mixture import Mixture
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.likelihood import mean_cross_entropy
+from tests.conftest import FAMILIES, ragged_batch, tiny_model
+
+ATTACKS: dict[str, Attack] = {
+    "pgd_l2": EmbeddingPGD(epsilon=0.5, num_steps=5),
+    "pgd_sign_last": EmbeddingPGD(epsilon=0.5, num_steps=4, step_rule="sign", step_size=0.1, keep="last"),
+    "pgd_linf": EmbeddingPGD(epsilon=0.1, num_steps=4, ball="linf", step_rule="sign"),
+    "pgd_adam": EmbeddingPGD(epsilon=0.5, num_steps=4, step_rule="adam", step_size=0.1),
+    "pgd_absolute": EmbeddingPGD(
+        epsilon=0.05, radius_unit="absolute", step_unit="absolute", step_size=0.01, num_steps=3
+    ),
+    "pgd_random": EmbeddingPGD(epsilon=0.5, num_steps=3, random_start=True),
+    "pgd_stop": EmbeddingPGD(epsilon=0.8, num_steps=6, stop_loss=4.55),
+    "fgsm": EmbeddingPGD(epsilon=0.2, num_steps=1, step_size=1.0, step_rule="sign"),
+    "restarts": Restarts(EmbeddingPGD(epsilon=0.5, num_steps=2, random_start=True), num_restarts=3),
+    "soft_prompt": SoftPrompt(num_tokens=3, num_steps=4, step_size=0.1),
+    "latent": LatentPGD(layers=[0, 1], epsilon=0.5, radius_unit="embedding_norm", num_steps=4),
+    "latent_layer": LatentPGD(
+        layers=[0], embedding=False, epsilon=0.3, ball="linf", step_rule="sign", num_steps=3
+    ),
+    "mixture": Mixture(
+        [EmbeddingPGD(epsilon=0.5, num_steps=3), SoftPrompt(num_tokens=3, num_steps=2, step_size=0.1)]
+    ),
+    "none": NoAttack(),
+}
+BEST = [name for name in ATTACKS if name not in ("none", "pgd_sign_last")]
+FINITE = [name for name in ATTACKS if name.startswith(("pgd", "restarts", "fgsm"))]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def loss_of(model: LanguageModel, batch: object, attacked: object) -> torch.Tensor:
+    reply = Reply(batch.harmful_ids, batch.harmful_mask)  # type: ignore[attr-defined]
+    with attacked.applied(model) as embeds:  # type: ignore[attr-defined]
+        (scores,) = model.reply_log_probs(embeds, attacked.prompt_mask, reply)  # type: ignore[attr-defined]
+    return mean_cross_entropy(scores, reply.mask).detach()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_leaves_the_model_as_it_was(name: str) -> None:
+    # Trap: `.backward()` in the inner loop leaks weight gradients that train towards the harmful target.
+    model = tiny_model().train()
+    model.model.layers[1].eval()
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i % 2 == 0)
+        p.grad = torch.full_like(p, 0.5) if i % 4 == 0 else None
+    before = copy.deepcopy(model)
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    ATTACKS[name](LanguageModel(model), ragged_batch(), generator())
+    for p, q, g in zip(model.parameters(), before.parameters(), gradients, strict=True):
+        assert torch.equal(p, q)
+        assert p.requires_grad == q.requires_grad
+        assert (p.grad is None) if g is None else torch.equal(p.grad, g)
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_same_generator_same_bits_and_global_rng_untouched(name: str) -> None:
+    model, state = LanguageModel(tiny_model()), torch.get_rng_state()
+    first, second = (ATTACKS[name](model, ragged_batch(), generator()) for _ in range(2))
+    torch.testing.assert_close(first.loss_curve, second.loss_curve, atol=0, rtol=0, equal_nan=True)
+    assert (first.delta is None and second.delta is None) or torch.equal(first.delta, second.delta)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_batch_mates_and_padding_change_nothing(name: str) -> None:
+    model = LanguageModel(tiny_model(dtype=torch.float64))
+    together = ATTACKS[name](model, ragged_batch(size=4), generator())
+    for i in range(4):
+        alone = ATTACKS[name](model, ragged_batch(size=1, start=i), generator())
+        torch.testing.assert_close(
+            alone.loss_curve.squeeze(1), together.loss_curve[: len(alone.loss_curve), i], equal_nan=True
+        )
+        if alone.delta is not None and together.delta is not None:
+            torch.testing.assert_close(
+                alone.delta[0], together.delta[i, -alone.delta.shape[1] :], atol=1e-7, rtol=1e-6
+            )
+        assert alone.forward_passes[0] == together.forward_passes[i]
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_objective_is_not_worse_than_at_the_start_and_reported_truly(name: str) -> None:
+    model, batch = LanguageModel(tiny_model()), ragged_batch()
+    attacked = ATTACKS[name](model, batch, generator())
+    assert (attacked.best_loss <= attacked.start_loss).all()
+    # Trap: the "best" perturbation as an alias of the tensor that later steps update in place.
+    torch.testing.assert_close(loss_of(model, batch, attacked), attacked.best_loss, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["pgd_l2", "pgd_linf", "pgd_adam", "soft_prompt", "fgsm", "latent", "latent_layer"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reduces_the_loss_on_every_family(name: str, family: str) -> None:
+    attacked = ATTACKS[name](LanguageModel(tiny_model(family)), ragged_batch(), generator())
+    assert (attacked.best_loss < attacked.start_loss).all()
+    assert not attacked.zero_gradient.any()
+
+
+@pytest.mark.parametrize("name", FINITE)
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_stays_in_the_ball_and_in_the_span(name: str, family: str) -> None:
+    model, batch = LanguageModel(tiny_model(family)), ragged_batch()
+    attack = ATTACKS[name]
+    attacked = attack(model, batch, generator())
+    pgd = attack.attack if isinstance(attack, Restarts) else attack
+    assert isinstance(pgd, EmbeddingPGD)
+    assert attacked.delta is not None
+    rho = model.mean_embedding_norm().item() if pgd.radius_unit == "embedding_norm" else 1.0
+    assert pgd.epsilon is not None
+    assert pgd.ball.size(attacked.delta).max() <= pgd.epsilon * rho * (1 + 1e-6)
+    assert (attacked.delta[~batch.attackable_mask] == 0).all()
+    torch.testing.assert_close(attacked.distance, pgd.ball.size(attacked.delta).amax(1) / (pgd.epsilon * rho))
+
+
+def test_pass_counts_follow_the_paper() -> None:
+    # Table 1 counts 10 forward and 10 backward passes for CAT; `best` adds one forward for the last iterate.
+    model, batch = LanguageModel(tiny_model()), ragged_batch()
+    last = EmbeddingPGD(num_steps=10, keep="last")(model, batch)
+    best = EmbeddingPGD(num_steps=10, keep="best")(model, batch)
+    assert (last.forward_passes.tolist(), last.backward_passes.tolist()) == ([10] * 3, [10] * 3)
+    assert (best.forward_passes.tolist(), best.backward_passes.tolist()) == ([11] * 3, [10] * 3)
+    assert NoAttack()(model, batch).forward_passes.tolist() == [0] * 3
+
+
+def test_converged_examples_leave_the_batch() -> None:
+    model, batch = LanguageModel(tiny_model()), ragged_batch(size=4)
+    attacked = EmbeddingPGD(epsilon=1.0, num_steps=8, stop_loss=4.55)(model, batch)
+    passes = attacked.forward_passes
+    assert passes.min() < passes.max()
+    for i in range(4):
+        column = attacked.loss_curve[:, i]
+        assert int((~column.isnan()).sum()) == passes[i]
+        if passes[i] < 9:
+            assert column[passes[i] - 1] < 4.55
+
+
+def test_one_sign_step_is_fgsm() -> None:
+    model, batch = LanguageModel(tiny_model(dtype=torch.float64)), ragged_batch()
+    attacked = EmbeddingPGD(
+        epsilon=0.1, ball="linf", num_steps=1, step_size=1.0, step_rule="sign", keep="last"
+    )(model, batch)
+    embeds = model.embed(batch.prompt_ids).detach().requires_grad_()
+    reply = Reply(batch.harmful_ids, batch.harmful_mask)
+    loss = mean_cross_entropy(model.reply_log_probs(embeds, batch.prompt_mask, reply)[0], reply.mask).sum()
+    (gradient,) = torch.autograd.grad(loss, embeds)
+    expected = -0.1 * model.mean_embedding_norm() * gradient.sign() * batch.attackable_mask[..., None]
+    torch.testing.assert_close(attacked.delta, expected.double())
+
+
+def test_gradient_of_the_attack_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Llama's norm computes in fp32 whatever the weights are; differences need it in float64.
+    def norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
+    model, batch = LanguageModel(tiny_model(dtype=torch.float64)), ragged_batch(size=1)
+    reply = Reply(batch.harmful_ids, batch.harmful_mask)
+    clean = model.embed(batch.prompt_ids).detach()
+
+    def loss(delta: torch.Tensor) -> torch.Tensor:
+        return mean_cross_entropy(
+            model.reply_log_probs(clean + delta, batch.prompt_mask, reply)[0], reply.mask
+        ).sum()
+
+    delta = torch.zeros_like(clean).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(delta), delta)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        direction = torch.randn(clean.shape, generator=g, dtype=torch.float64)
+        h = 1e-6
+        numeric = (loss(delta + h * direction) - loss(delta - h * direction)) / (2 * h)
+        torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-6, atol=1e-9)
+
+
+def test_perturbation_is_fp32_and_moves_in_bf16() -> None:
+    # Trap: a half-precision update with a small step rounds to nothing.
+    model, batch = LanguageModel(tiny_model(dtype=torch.bfloat16)), ragged_batch()
+    attacked = EmbeddingPGD(
+        epsilon=0.05, step_unit="absolute", step_size=1e-4, step_rule="sign", num_steps=3, keep="last"
+    )(model, batch)
+    assert attacked.delta is not None
+    assert attacked.delta.dtype == torch.float32
+    assert (attacked.delta[batch.attackable_mask].abs() > 0).float().mean() > 0.9
+
+
+def test_attack_sees_no_dropout() -> None:
+    model = tiny_model().train()
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model = LanguageModel(model)
+    curves = [EmbeddingPGD(num_steps=2)(model, ragged_batch()).loss_curve for _ in range(2)]
+    assert torch.equal(*curves)
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="set trainer.inference_mode: false"):
+        EmbeddingPGD()(LanguageModel(tiny_model()), ragged_batch())
+
+
+def test_works_under_no_grad() -> None:
+    with torch.no_grad():
+        attacked = EmbeddingPGD(num_steps=2)(LanguageModel(tiny_model()), ragged_batch())
+    assert (attacked.best_loss < attacked.start_loss).all()
+
+
+def test_slots_follow_the_last_attackable_token() -> None:
+    batch = ragged_batch()
+    widened = append_slots(batch, 2, token_id=7).validate()
+    rows = [ids[mask].tolist() for ids, mask in zip(widened.prompt_ids, widened.prompt_mask, strict=True)]
+    old = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
+    # The template's last two tokens come after the user's text.
+    assert rows == [row[:-2] + [7, 7] + row[-2:] for row in old]
+    assert widened.attackable_mask.sum(1).tolist() == [2, 2, 2]
+    assert (
+        pad_sequence([torch.tensor(r) for r in rows], batch_first=True).shape[1]
+        == widened.prompt_ids.shape[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"epsilon": 0.0},
+            r"EmbeddingPGD.epsilon: expected > 0, got 0.0; set a positive radius, or attack: NoAttack",
+        ),
+        ({"num_steps": 0}, r"EmbeddingPGD.num_steps: expected >= 1, got 0"),
+        ({"step_size": 0.0}, r"EmbeddingPGD.step_size: expected > 0, got 0.0"),
+        (
+            {"epsilon": None},
+            r"EmbeddingPGD.step_unit: expected 'embedding_norm' or 'absolute' without a radius",
+        ),
+        (
+            {"epsilon": None, "step_unit": "absolute", "random_start": True},
+            "EmbeddingPGD.random_start: expected false without a radius",
+        ),
+    ],
+)
+def test_impossible_values(fields: dict[str, object], message: str) -> None:
+    # Trap: a shipped baseline with radius 0.
+    with pytest.raises(ValueError, match=message):
+        EmbeddingPGD(**fields)  # type: ignore[arg-type]
+
+
+def test_restarts_need_randomness() -> None:
+    with pytest.raises(ValueError, match="Restarts.attack: expected random_start true"):
+        Restarts(EmbeddingPGD())
+
+
+def test_latent_perturbation_stays_in_its_balls_and_in_the_span() -> None:
+    model, batch = LanguageModel(tiny_model()), ragged_batch()
+    attacked = LatentPGD(layers=[0], epsilon=0.5, radius_unit="embedding_norm", num_steps=4)(model, batch)
+    radius = 0.5 * model.mean_embedding_norm() * (1 + 1e-6)
+    assert attacked.delta is not None
+    for delta in (attacked.delta, attacked.layers[0]):
+        assert delta.norm(dim=-1).max() <= radius
+        assert (delta[~batch.attackable_mask] == 0).all()
+        assert delta.any()
+
+
+def test_a_perturbed_layer_is_its_output_plus_delta() -> None:
+    # With delta on the last layer only, the final norm sees h + delta.
+    model, batch = LanguageModel(tiny_model()), ragged_batch(size=1)
+    embeds, mask = model.embed(batch.prompt_ids), batch.prompt_mask
+    seen: list[torch.Tensor] = []
+    handle = model.causal_lm.get_decoder().norm.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].detach().clone())
+    )
+    delta = torch.randn(embeds.shape, generator=generator())
+    model.reply_log_probs(embeds, mask, Reply(batch.harmful_ids, batch.harmful_mask))
+    with model.perturbed_layers({1: delta}):
+        model.reply_log_probs(embeds, mask, Reply(batch.harmful_ids, batch.harmful_mask))
+    handle.remove()
+    torch.testing.assert_close(seen[1][:, : delta.shape[1]], seen[0][:, : delta.shape[1]] + delta)
+    assert torch.equal(seen[1][:, delta.shape[1] :], seen[0][:, delta.shape[1] :])
+
+
+def test_latent_layers_must_exist() -> None:
+    with pytest.raises(ValueError, match="expected distinct layer numbers counted from 0, got"):
+        LatentPGD(layers=[])
+    with pytest.raises(ValueError, match="expected layers below 2, got"):
+        LatentPGD(layers=[2])(LanguageModel(tiny_model()), ragged_batch())
+
+
+def test_a_mixture_draws_each_attack_by_its_weight() -> None:
+    model, batch = LanguageModel(tiny_model()), ragged_batch(size=1)
+    mixture = Mixture([NoAttack(), EmbeddingPGD(num_steps=1)], [1.0, 3.0])
+    drawn = [
+        mixture(model, batch, torch.Generator().manual_seed(seed)).delta is not None for seed in range(60)
+    ]
+    assert 0.6 < sum(drawn) / 60 < 0.9
+    with pytest.raises(
+        ValueError, match=r"expected one weight >= 0 for each of 1 attacks, not all 0, got \[0.0\]"
+    ):
+        Mixture([NoAttack()], [0.0])

@@ -1,0 +1,176 @@
+"""The language_model interface against the model's own forward pass, for every supported family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lightning_modules.models.adapters import merged_adapters
+from lightning_modules.models.language_model import LanguageModel, Reply
+from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model, utility
+
+
+def replies(batch: object) -> tuple[Reply, Reply]:
+    return Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)  # type: ignore[attr-defined]
+
+
+def lora(model: nn.Module, **changes: object) -> nn.Module:
+    wrapped = get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
+    )  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(3)
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.1
+    return wrapped
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_the_models_own_forward_row_by_row(family: str) -> None:
+    model, batch = tiny_model(family), ragged_batch()
+    scores = LanguageModel(model).reply_log_probs(
+        LanguageModel(model).embed(batch.prompt_ids), batch.prompt_mask, *replies(batch)
+    )
+    for score, reply in zip(scores, replies(batch), strict=True):
+        for i in range(len(batch)):
+            prompt, continuation = batch.prompt_ids[i][batch.prompt_mask[i]], reply.ids[i][reply.mask[i]]
+            ids = torch.cat([prompt, continuation])[None]
+            logits = model(input_ids=ids).logits.float().log_softmax(-1)[0, len(prompt) - 1 : -1]
+            expected = logits.gather(1, continuation[:, None]).squeeze(1)
+            torch.testing.assert_close(score[i][reply.mask[i]], expected, atol=3e-6, rtol=0)
+        assert (score[~reply.mask] == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompt_equals_separate_forwards_in_gradient(family: str) -> None:
+    gradients = []
+    for share in (True, False):
+        model, batch = tiny_model(family), ragged_batch()
+        language_model = LanguageModel(model, share_prompt=share)
+        embeds = language_model.embed(batch.prompt_ids)
+        embeds.retain_grad()
+        safe, harmful = language_model.reply_log_probs(embeds, batch.prompt_mask, *replies(batch))
+        (safe.sum() - 0.7 * harmful.sum()).backward()
+        gradients.append([embeds.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedding_norm_is_what_the_decoder_receives(family: str) -> None:
+    model = tiny_model(family)
+    received: list[torch.Tensor] = []
+    handle = model.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: received.append(args[0]))
+    model(input_ids=torch.arange(VOCABULARY)[None])
+    handle.remove()
+    expected = received[0].norm(dim=-1).mean()
+    torch.testing.assert_close(LanguageModel(model).mean_embedding_norm(), expected.detach())
+
+
+def test_embedding_norm_follows_training() -> None:
+    model = tiny_model()
+    language_model = LanguageModel(model)
+    before = language_model.mean_embedding_norm().item()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2.0)
+    assert language_model.mean_embedding_norm().item() == pytest.approx(2 * before)
+
+
+def test_token_id_zero_is_an_ordinary_token() -> None:
+    # Trap: `target_ids > 0` as a mask drops token 0.
+    model, batch = tiny_model(), ragged_batch()
+    reply = Reply(torch.zeros_like(batch.harmful_ids), batch.harmful_mask)
+    (scores,) = LanguageModel(model).reply_log_probs(
+        LanguageModel(model).embed(batch.prompt_ids), batch.prompt_mask, reply
+    )
+    assert (scores[reply.mask] < 0).all()
+
+
+def test_labelled_log_probs_equal_the_models_loss() -> None:
+    model, batch = tiny_model(), utility()
+    scores, mask = LanguageModel(model).labelled_log_probs(
+        batch.input_ids, batch.attention_mask, batch.labels
+    )
+    loss = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
+    ).loss
+    torch.testing.assert_close(-scores.sum() / mask.sum(), loss)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generate_stops_and_equals_greedy_decoding_without_padding(family: str) -> None:
+    model, batch = tiny_model(family), ragged_batch()
+    language_model = LanguageModel(model)
+    generated = language_model.generate(
+        language_model.embed(batch.prompt_ids), batch.prompt_mask, 6, stop_ids=[VOCABULARY - 1]
+    )
+    for i, row in enumerate(generated):
+        ids = batch.prompt_ids[i][batch.prompt_mask[i]].tolist()
+        for token in row:
+            assert token == model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+            ids.append(token)
+    first = generated[0][2]
+    stopped = language_model.generate(
+        language_model.embed(batch.prompt_ids), batch.prompt_mask, 6, stop_ids=[first]
+    )
+    assert stopped[0] == generated[0][: generated[0].index(first)]
+
+
+def test_frozen_restores_everything() -> None:
+    model = lora(tiny_model(), lora_dropout=0.5).train()
+    model.base_model.model.model.layers[0].eval()  # type: ignore[union-attr,index]
+    modes = {n: m.training for n, m in model.named_modules()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    values = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(KeyError), LanguageModel(model).frozen():
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+        raise KeyError
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert all(torch.equal(p, values[n]) for n, p in model.named_parameters())
+
+
+def test_merged_adapters_compute_the_same_and_leave_no_trace() -> None:
+    model, ids = lora(tiny_model()).eval(), torch.arange(10)[None]
+    expected = model(input_ids=ids).logits
+    before = copy.deepcopy(model.state_dict())
+    with merged_adapters(model) as count:
+        assert count == 14  # seven linear layers in each of two blocks
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_bf16_base_is_never_merged() -> None:
+    with merged_adapters(lora(tiny_model(dtype=torch.bfloat16))) as count:
+        assert count == 0
+
+
+def test_adapted_head_is_scored_through_its_own_forward() -> None:
+    model, batch = tiny_model(), ragged_batch()
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
+    )
+    g = torch.Generator().manual_seed(0)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=g) * 0.2
+    adapted.eval()
+    language_model = LanguageModel(adapted)
+    reply = replies(batch)[1]
+    (scores,) = language_model.reply_log_probs(
+        language_model.embed(batch.prompt_ids), batch.prompt_mask, reply
+    )
+    ids = torch.cat([batch.prompt_ids[0][batch.prompt_mask[0]], reply.ids[0][reply.mask[0]]])[None]
+    own = adapted(input_ids=ids).logits.log_softmax(-1)[0, int(batch.prompt_mask[0].sum()) - 1 : -1]
+    torch.testing.assert_close(
+        scores[0][reply.mask[0]],
+        own.gather(1, reply.ids[0][reply.mask[0], None]).squeeze(1),
+        atol=3e-6,
+        rtol=0,
+    )

@@ -1,0 +1,365 @@
+"""Preference losses and their reference: hand-derived values, gradients, the cache, and CAPO against a plain
+PyTorch loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from datamodules.batch import AdversarialBatch
+from lightning_modules.adversarial import AdversarialFineTuning
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.base import OptimizerConfig
+from lightning_modules.losses.base import LossTerms, ReferenceScores, ReplyScores
+from lightning_modules.losses.preference import FORMS, Preference, npo
+from lightning_modules.models.frozen import FrozenCopy, Reference
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.loading import LoraSettings, ModelConfig, load_seeded
+from lightning_modules.reference_scores import ReferenceTable, row_digests
+from tests.conftest import ROOT, text_batch
+from tests.lightning_modules.test_training import (
+    ATTACK,
+    Batches,
+    Computed,
+    Gradients,
+    InDouble,
+    data,
+    double_norm,
+    gradients,
+    trainer,
+    weights,
+)
+
+LORA = LoraSettings(r=4, dropout=0.0)
+TINYCHAT = ModelConfig("tinychat:aligned")
+
+
+def two_tokens(reference: ReferenceScores | None) -> ReplyScores:
+    """lp(y) = (-1 - 3) / 2 = -2 and lp(y_hat) = (-0.5 - 1.5) / 2 = -1; the padding must not count."""
+    mask = torch.tensor([[True, True, False]])
+    safe, harmful = (
+        torch.tensor([row], dtype=torch.float64, requires_grad=True)
+        for row in ([-1.0, -3.0, -9.0], [-0.5, -1.5, -9.0])
+    )
+    return ReplyScores(safe, mask, harmful, mask, reference)
+
+
+# lp0(y) - lp0(y_hat) = -1.5 + 2.5 = 1, so h = (-2 + 1) - 1 = -2; lp(y_hat) - lp0(y_hat) = -1 + 2.5 = 1.5.
+REFERENCE = ReferenceScores(torch.tensor([-1.5]), torch.tensor([-2.5]))
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (Preference("ipo", 0.25), 16.0),  # (-2 - 2)^2
+        (Preference("sigmoid", 0.1), math.log(1 + math.exp(0.2))),  # -log sigmoid(-0.2)
+        (Preference("hinge", 1.0), 3.0),  # 1 + 2
+        (Preference("npo", 0.1), 20 * math.log(1 + math.exp(0.15))),  # -(2 / 0.1) log sigmoid(-0.15)
+        (Preference("npo", 0.1, weight_toward=0.5), 20 * math.log(1 + math.exp(0.15)) + 1.0),  # + 0.5 * 2
+    ],
+)
+def test_forms_by_hand(objective: Preference, expected: float) -> None:
+    terms = objective.adversarial(two_tokens(REFERENCE))
+    assert terms.loss.item() == pytest.approx(expected, rel=1e-7)
+    assert terms.parts["margin"].item() == pytest.approx(-2.0)
+    assert not any(part.requires_grad for part in terms.parts.values())
+
+
+def test_gradient_of_ipo_by_hand() -> None:
+    # d/dh (h - 2)^2 = 2 (-2 - 2) = -8, shared by the two tokens of each reply: -4 on the safe ones, +4 on the
+    # harmful ones.
+    scores = two_tokens(REFERENCE)
+    safe, harmful = torch.autograd.grad(
+        Preference().adversarial(scores).loss.sum(), [scores.safe_log_probs, scores.harmful_log_probs]
+    )
+    torch.testing.assert_close(safe, torch.tensor([[-4.0, -4.0, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(harmful, torch.tensor([[4.0, 4.0, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("form", [*FORMS.values(), npo])
+def test_forms_by_finite_differences(form: Callable[[torch.Tensor, float], torch.Tensor]) -> None:
+    margins = torch.tensor([-3.0, -0.4, 0.2, 5.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda margin: form(margin, 0.3), (margins,))
+
+
+def test_wrong_settings_and_a_missing_reference_say_so() -> None:
+    with pytest.raises(ValueError, match=r"Preference.beta: expected > 0, got 0"):
+        Preference(beta=0.0)
+    with pytest.raises(ValueError, match=r"Preference.weight_utility: expected >= 0, got -1"):
+        Preference(weight_utility=-1.0)
+    with pytest.raises(ValueError, match="expected reference log-probabilities, got none"):
+        Preference().adversarial(two_tokens(None))
+
+
+# --- the reference
+
+
+def loaded(config: ModelConfig) -> LanguageModel:
+    return LanguageModel(load_seeded(config, 0))
+
+
+def disturb(language_model: LanguageModel) -> None:
+    with torch.no_grad():
+        for p in language_model.module.parameters():
+            if p.requires_grad:
+                p.add_(0.01)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_reference_stays_the_starting_point(lora: LoraSettings | None) -> None:
+    config = ModelConfig("tinychat:aligned", lora=lora)
+    language_model, base = loaded(config), loaded(TINYCHAT)
+    reference, batch = Reference(language_model, config), text_batch()
+    key = reference.key
+    disturb(language_model)
+    flags = [(p.requires_grad, p.grad) for p in language_model.module.parameters()]
+    with reference.active() as start:
+        seen = start.embed(batch.prompt_ids)
+        logits = start.causal_lm(inputs_embeds=seen).logits
+        assert not start.module.training
+    base.module.eval()
+    assert torch.equal(logits, base.causal_lm(input_ids=batch.prompt_ids).logits)
+    assert [(p.requires_grad, p.grad) for p in language_model.module.parameters()] == flags
+    assert language_model.module.training
+    assert reference.key == key
+    assert not torch.equal(language_model.causal_lm(input_ids=batch.prompt_ids).logits, logits)
+
+
+def test_adapters_loaded_with_trained_weights_belong_to_the_starting_point(tmp_path: Path) -> None:
+    first = loaded(ModelConfig("tinychat:aligned", lora=LORA))
+    disturb(first)
+    first.module.save_pretrained(tmp_path)
+    config = ModelConfig(str(tmp_path))
+    language_model, ids = loaded(config), text_batch().prompt_ids
+    language_model.module.eval()
+    start = language_model.causal_lm(input_ids=ids).logits
+    disturb(language_model)
+    with Reference(language_model, config).active() as reference:
+        torch.testing.assert_close(reference.causal_lm(input_ids=ids).logits, start)
+
+
+def table(
+    folder: Path, language_model: LanguageModel, *batches: AdversarialBatch
+) -> tuple[ReferenceTable, int]:
+    found = ReferenceTable(folder, Reference(language_model, TINYCHAT))
+    return found, found.fill(batches, torch.device("cpu"))
+
+
+def test_table_is_filled_once_and_handed_out_by_example_id(tmp_path: Path) -> None:
+    language_model, batch = loaded(TINYCHAT), text_batch(4)
+    first, computed = table(tmp_path, language_model, batch.select([0, 1]), batch.select([2, 3]))
+    again, repeated = table(tmp_path, language_model, batch)
+    assert (computed, repeated) == (4, 0)
+    ordered = first(batch)
+    # Trap: reference log-probabilities handed out in reversed order.
+    torch.testing.assert_close(
+        again(batch.select([3, 2, 1, 0])).harmful, ordered.harmful.flip(0), atol=0, rtol=0
+    )
+    for i in range(4):
+        ids = torch.cat([batch.prompt_ids[i][batch.prompt_mask[i]], batch.safe_ids[i][batch.safe_mask[i]]])
+        length = int(batch.safe_mask[i].sum())
+        logits = language_model.causal_lm(input_ids=ids[None]).logits[0, -length - 1 : -1]
+        assert ordered.safe[i].item() == pytest.approx(-cross_entropy(logits, ids[-length:]).item(), abs=1e-5)
+    again.check_start(language_model, batch)
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OSError, match=r"model\.reference_cache: cannot make the folder '.*/file/cache': Not a directory"
+    ):
+        table(tmp_path / "file" / "cache", loaded(TINYCHAT), text_batch(2))
+
+
+def test_table_meets_no_old_numbers(tmp_path: Path) -> None:
+    language_model, batch = loaded(TINYCHAT), text_batch(2)
+    table(tmp_path, language_model, batch)
+    other = batch.select([0, 1])
+    other.safe_ids[0, 0] += 1
+    assert table(tmp_path, language_model, other)[1] == 1  # the row that changed
+    assert (
+        ReferenceTable(
+            tmp_path, Reference(loaded(ModelConfig("tinychat:helpful")), ModelConfig("tinychat:helpful"))
+        ).path.exists()
+        is False
+    )
+    with pytest.raises(ValueError, match="two different rows have the example id"):
+        table(tmp_path, language_model, batch, other)
+    with pytest.raises(ValueError, match="no reference log-probability for example"):
+        table(tmp_path, language_model, batch.select([0]))[0](batch)
+
+
+def test_mixed_up_references_are_refused_at_initialisation(tmp_path: Path) -> None:
+    language_model, batch = loaded(TINYCHAT), text_batch(3)
+    filled, _ = table(tmp_path, language_model, batch)
+    rows, stored = row_digests(batch), json.loads(filled.path.read_text())
+    filled.path.write_text(json.dumps(stored | {rows[0]: stored[rows[1]], rows[1]: stored[rows[0]]}))
+    with pytest.raises(ValueError, match="the margin at initialisation is .*, expected 0; delete the file"):
+        table(tmp_path, language_model, batch)[0].check_start(language_model, batch)
+
+
+# --- the training step
+
+
+def capo(lora: LoraSettings | None, **fields: Any) -> AdversarialFineTuning:
+    optimizer = OptimizerConfig(lr=1e-3, warmup_fraction=0.0, schedule="constant")
+    config = ModelConfig("tinychat:aligned", lora=lora)
+    return AdversarialFineTuning(config, EmbeddingPGD(**ATTACK), Preference(), optimizer=optimizer, **fields)
+
+
+def plain_capo(
+    batches: list[Any], micro_batches: int, lora: bool, start: dict[str, torch.Tensor]
+) -> Computed:
+    """CAPO as one would write it from the paper: full logits, one forward per reply and example, the
+    reference asked every time."""
+    path = str(ROOT / "lightning_modules/models/tinychat/aligned")
+    model, frozen = (AutoModelForCausalLM.from_pretrained(path).double() for _ in range(2))
+    if lora:
+        model = get_peft_model(
+            model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        ).double()
+    model.load_state_dict(start, strict=False)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.0)
+    computed = Computed({}, [], [])
+
+    def log_prob(net: Any, embeds: torch.Tensor, reply: torch.Tensor) -> torch.Tensor:
+        embeds = torch.cat([embeds, net.get_input_embeddings()(reply)])
+        return -cross_entropy(net(inputs_embeds=embeds[None]).logits[0, -len(reply) - 1 : -1], reply)
+
+    for number, batch in enumerate(batches):
+        a, total = batch.adversarial, torch.zeros((), dtype=torch.float64)
+        for i in range(len(a)):
+            prompt, span = a.prompt_ids[i][a.prompt_mask[i]], a.attackable_mask[i][a.prompt_mask[i]]
+            harmful, safe = a.harmful_ids[i][a.harmful_mask[i]], a.safe_ids[i][a.safe_mask[i]]
+            table = model.get_input_embeddings()
+            clean, radius = table(prompt), 0.1 * table.weight.detach().norm(dim=1).mean()
+            delta = torch.zeros_like(clean)
+            for _ in range(3):
+                delta = delta.detach().requires_grad_()
+                (g,) = torch.autograd.grad(-log_prob(model, clean.detach() + delta, harmful), delta)
+                g = g * span[:, None]
+                delta = delta.detach() - 0.5 * radius * g / g.norm(dim=1, keepdim=True).clamp_min(1e-38)
+                delta = delta * (radius / delta.norm(dim=1, keepdim=True).clamp_min(1e-38)).clamp_max(1.0)
+            with torch.no_grad():
+                untouched = frozen.get_input_embeddings()(prompt)
+                preference = log_prob(frozen, untouched, safe) - log_prob(frozen, untouched, harmful)
+            margin = (
+                log_prob(model, clean + delta, safe) - log_prob(model, clean + delta, harmful) - preference
+            )
+            total = total + (margin - 2.0) ** 2 / len(a)
+        (total / micro_batches).backward()
+        computed.losses.append(total.item())
+        if (number + 1) % micro_batches == 0:
+            computed.gradients.append(gradients(model))
+            torch.nn.utils.clip_grad_norm_(learning, 0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+    computed.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return computed
+
+
+@pytest.mark.parametrize(("lora", "micro_batches"), [(True, 1), (True, 2), (False, 2)])
+def test_three_steps_equal_a_plain_loop(
+    tmp_path: Path, lora: bool, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaRMSNorm, "forward", double_norm)
+    # The module's frozen copy must be in float64 like the rest.
+    monkeypatch.setattr(FrozenCopy, "active", in_double(FrozenCopy.active))
+    seen, module = Batches(), capo(LORA if lora else None)
+    module.configure_model()
+    start = {name: p.detach().double() for name, p in module.model.state_dict().items()}
+    no_utility = data(micro_batches, utility_per_step=0)
+    trainer(tmp_path, 3, seen, found := Gradients(), InDouble(), micro_batches=micro_batches).fit(
+        module, datamodule=no_utility
+    )
+    expected = plain_capo(seen.batches, micro_batches, lora, start)
+    assert len(seen.batches) == 3 * micro_batches
+    for name, value in weights(module).items():
+        torch.testing.assert_close(value, expected.weights[name], atol=1e-6, rtol=0)
+        assert not torch.equal(value, start[name]), name
+    assert seen.losses == pytest.approx(expected.losses, rel=0, abs=1e-6)
+    for ours, plain in zip(found.steps, expected.gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+
+
+def in_double(active: Any) -> Any:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def wrapped(self: FrozenCopy, like: LanguageModel) -> Any:
+        with active(self, like) as language_model:
+            language_model.module.double()
+            yield language_model
+
+    return wrapped
+
+
+def test_the_cache_is_shared_and_a_run_says_where_it_is(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        trainer(tmp_path / name, 1).fit(
+            capo(LORA, reference_cache=str(tmp_path / "shared")), datamodule=data(utility_per_step=0)
+        )
+    assert len(list((tmp_path / "shared").glob("*.json"))) == 1
+    trainer(tmp_path / "own", 1).fit(capo(None), datamodule=data(utility_per_step=0))
+    assert len(list((tmp_path / "own" / "reference").glob("*.json"))) == 1
+
+
+# --- how to add an objective: the README's example, whole
+
+
+class Contrast:
+    """log(1 + exp(CE(y) - CE(y_hat))): the safe reply must be likelier than the harmful one under attack."""
+
+    needs_reference = False
+
+    def __init__(self, weight_utility: float = 1.0) -> None:
+        self.weight_utility = weight_utility
+
+    def adversarial(self, scores: ReplyScores) -> LossTerms:
+        toward = mean_cross_entropy(scores.safe_log_probs, scores.safe_mask)
+        away = mean_cross_entropy(scores.harmful_log_probs, scores.harmful_mask)
+        return LossTerms(
+            torch.nn.functional.softplus(toward - away),
+            {"loss_toward": toward.detach(), "loss_away": -away.detach()},
+        )
+
+    def utility(self, log_probs: torch.Tensor, mask: torch.Tensor) -> LossTerms:
+        loss = mean_cross_entropy(log_probs, mask)
+        return LossTerms(self.weight_utility * loss, {"loss_utility": loss.detach()})
+
+
+def test_a_new_objective_is_one_class_and_a_class_path(
+    tmp_path: Path, thundercat: Callable[..., tuple[int, str, str]]
+) -> None:
+    # softplus(ln 4 - ln 2) = ln(1 + 2) at p(y) = 1/4 and p(y_hat) = 1/2.
+    one = torch.ones(1, 1, dtype=torch.bool)
+    terms = Contrast().adversarial(
+        ReplyScores(torch.tensor([[0.25]]).log(), one, torch.tensor([[0.5]]).log(), one)
+    )
+    assert terms.loss.item() == pytest.approx(math.log(3))
+    status, _, error = thundercat(
+        "fit",
+        "--config",
+        "configs/experiment/methods_tinychat.yaml",
+        "--config",
+        "configs/method/cat.yaml",
+        "--model.objective=tests.lightning_modules.test_preference.Contrast",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.max_steps=2",
+        "--trainer.callbacks=[]",
+        "--trainer.enable_checkpointing=false",
+    )
+    assert status == 0, error
+    assert "train/loss_toward" in (tmp_path / "csv" / "metrics.csv").read_text()

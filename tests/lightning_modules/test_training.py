@@ -1,0 +1,388 @@
+"""The training step against a plain PyTorch loop, a golden curve, resuming, and callbacks that must not
+disturb."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from callbacks.evaluations.refusal import RefusalEvaluation
+from callbacks.evaluations.robustness import RobustnessEvaluation
+from callbacks.evaluations.utility import UtilityEvaluation
+from callbacks.report.report import read_training_log
+from callbacks.run_folder.export import ExportModel
+from callbacks.run_folder.loggers import LastLogRow, RunCSVLogger
+from datamodules.adversarial import AdversarialData
+from datamodules.batch import TrainingBatch
+from datamodules.evaluation import EvaluationSets
+from datamodules.sources.combinators import AnsweredRequests
+from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.text.tokenizers import TokenizerConfig
+from lightning_modules.adversarial import AdversarialFineTuning
+from lightning_modules.attacks.base import Attack, NoAttack
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.suffix.gcg import GCG
+from lightning_modules.base import OptimizerConfig
+from lightning_modules.losses.toward_away import TowardAwayUtility
+from lightning_modules.models.loading import LoraSettings, ModelConfig
+from lightning_modules.supervised import SupervisedFineTuning
+from tests.conftest import ROOT
+
+GOLDEN = ROOT / "tests" / "golden" / "cat_tinychat_20_steps.json"
+ATTACK = {"epsilon": 0.1, "num_steps": 3, "step_size": 0.5, "keep": "last"}
+
+
+def data(micro_batches: int = 1, evaluation: bool = False, **changes: Any) -> AdversarialData:
+    sets = EvaluationSets(
+        [TinyChatHarmful("heldout")], [TinyChatBenign("heldout", 20)], [TinyChatBenign("heldout", 20)]
+    )
+    fields: dict[str, Any] = {
+        "harmful_per_step": 4,
+        "utility_per_step": 8,
+        "max_length": 128,
+        "micro_batches": micro_batches,
+    }
+    return AdversarialData(
+        TokenizerConfig("tinychat:aligned"),
+        harmful=[TinyChatHarmful("train")],
+        utility=[TinyChatBenign("train", 300)],
+        evaluation=sets if evaluation else None,
+        **(fields | changes),
+    )
+
+
+def module(lora: LoraSettings | None = None, lr: float = 1e-3, **attack: Any) -> AdversarialFineTuning:
+    return AdversarialFineTuning(
+        ModelConfig("tinychat:aligned", lora=lora),
+        EmbeddingPGD(**(ATTACK | attack)),
+        TowardAwayUtility(cutoff_toward=0.05, cutoff_away=-2.0),
+        optimizer=OptimizerConfig(lr=lr, warmup_fraction=0.0, schedule="constant"),
+    )
+
+
+def trainer(folder: Path, steps: int, *callbacks: Callback, micro_batches: int = 1, **fields: Any) -> Trainer:
+    fields = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    } | fields
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        inference_mode=False,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=micro_batches,
+        gradient_clip_val=0.3,
+        limit_val_batches=0,
+        **fields,
+    )
+
+
+def weights(fitted: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in fitted.model.named_parameters() if p.requires_grad}
+
+
+class Batches(Callback):
+    """Keeps the batches and losses that training saw."""
+
+    def __init__(self) -> None:
+        self.batches: list[TrainingBatch] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TrainingBatch, batch_idx: int
+    ) -> None:
+        self.batches.append(batch)
+        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
+
+
+class InDouble(Callback):
+    """Trains in float64: Adam's first steps are signs, so fp32 noise in a vanishing gradient would move a
+    weight by the rate."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.double()
+
+
+def double_norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Llama's norm without its detour through fp32."""
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@dataclass
+class Computed:
+    """What a run computed: Adam's weights alone would hide a factor of the loss."""
+
+    weights: dict[str, torch.Tensor]
+    losses: list[float]
+    """Of each micro-batch."""
+    gradients: list[dict[str, torch.Tensor]]
+    """Of each step, before clipping."""
+
+
+class Gradients(Callback):
+    """Keeps the gradients of each step before they are clipped."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.steps.append(gradients(pl_module.model))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_cat(batches: list[TrainingBatch], micro_batches: int) -> Computed:
+    """CAT as one would write it from the paper: full logits, separate forwards, a loop per example."""
+    model = AutoModelForCausalLM.from_pretrained(
+        str(ROOT / "lightning_modules/models/tinychat/aligned")
+    ).double()
+    embedding = model.get_input_embeddings()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    computed = Computed({}, [], [])
+
+    def reply_loss(embeds: torch.Tensor, prompt: int, reply: torch.Tensor) -> torch.Tensor:
+        logits = model(inputs_embeds=embeds[None]).logits[0, prompt - 1 : -1]
+        return cross_entropy(logits, reply)
+
+    def cut(loss: torch.Tensor, cutoff: float) -> torch.Tensor:
+        return loss if loss >= cutoff else 0.999 * cutoff + 0.001 * loss
+
+    for number, batch in enumerate(batches):
+        a, u = batch.adversarial, batch.utility
+        assert a is not None
+        assert u is not None
+        total = torch.zeros((), dtype=torch.float64)
+        model.eval()
+        for i in range(len(a)):
+            prompt, span = a.prompt_ids[i][a.prompt_mask[i]], a.attackable_mask[i][a.prompt_mask[i]]
+            harmful, safe = a.harmful_ids[i][a.harmful_mask[i]], a.safe_ids[i][a.safe_mask[i]]
+            radius = 0.1 * embedding.weight.detach().norm(dim=1).mean()
+            delta = torch.zeros(len(prompt), embedding.weight.shape[1], dtype=torch.float64)
+            for _ in range(3):
+                delta.requires_grad_()
+                embeds = torch.cat([embedding(prompt).detach() + delta, embedding(harmful).detach()])
+                (g,) = torch.autograd.grad(reply_loss(embeds, len(prompt), harmful), delta)
+                g = g * span[:, None]
+                delta = delta.detach() - 0.5 * radius * g / g.norm(dim=1, keepdim=True).clamp_min(1e-38)
+                delta = delta * (radius / delta.norm(dim=1, keepdim=True).clamp_min(1e-38)).clamp_max(1.0)
+            both = [torch.cat([embedding(prompt) + delta, embedding(reply)]) for reply in (safe, harmful)]
+            toward, away = reply_loss(both[0], len(prompt), safe), -reply_loss(both[1], len(prompt), harmful)
+            total = total + (0.5 * cut(toward, 0.05) + 0.5 * cut(away, -2.0)) / len(a)
+        model.train()
+        for i in range(len(u)):
+            ids, labels = u.input_ids[i][u.attention_mask[i]], u.labels[i][u.attention_mask[i]]
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            total = total + cross_entropy(logits, labels[1:], ignore_index=-100) / len(u)
+        (total / micro_batches).backward()
+        computed.losses.append(total.item())
+        if (number + 1) % micro_batches == 0:
+            computed.gradients.append(gradients(model))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+    computed.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return computed
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_three_steps_equal_a_plain_loop(
+    tmp_path: Path, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traps: weight gradients leaking from the inner loop show at accumulation 2; padding, masks and cutoffs
+    # at 1.
+    monkeypatch.setattr(LlamaRMSNorm, "forward", double_norm)
+    seen, cat = Batches(), module()
+    trainer(tmp_path, 3, seen, found := Gradients(), InDouble(), micro_batches=micro_batches).fit(
+        cat, datamodule=data(micro_batches)
+    )
+    expected = plain_cat(seen.batches, micro_batches)
+    assert len(seen.batches) == 3 * micro_batches
+    for name, value in weights(cat).items():
+        torch.testing.assert_close(value, expected.weights[name], atol=1e-6, rtol=0)
+    assert seen.losses == pytest.approx(expected.losses, rel=0, abs=1e-6)
+    for ours, plain in zip(found.steps, expected.gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+
+
+def test_accumulation_gives_the_same_step(tmp_path: Path) -> None:
+    results = []
+    for micro_batches in (1, 2):
+        cat = module()
+        # Without bucketing both cut the same stream into the same steps.
+        trainer(tmp_path, 2, micro_batches=micro_batches).fit(
+            cat, datamodule=data(micro_batches, bucket_window=micro_batches)
+        )
+        results.append(weights(cat))
+    # One window of one micro-batch and one of two hold the same rows per step.
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], atol=3e-5, rtol=0)
+
+
+def test_golden_curve(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    seen = Batches()
+    lora = LoraSettings(r=8, dropout=0.1)
+    trainer(tmp_path, 20, seen).fit(module(lora, lr=5e-3), datamodule=data())
+    if request.config.getoption("--regenerate"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps([round(loss, 6) for loss in seen.losses]) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert seen.losses == pytest.approx(golden, abs=2e-4)
+    assert sum(seen.losses[-5:]) < sum(seen.losses[:5])
+
+
+class StopAfter(Callback):
+    """Interrupts training as Ctrl-C would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+            trainer.limit_train_batches = 0
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4, dropout=0.1)])
+def test_resume_is_bit_exact(tmp_path: Path, lora: LoraSettings | None) -> None:
+    whole = module(lora)
+    trainer(tmp_path / "whole", 6, micro_batches=2).fit(whole, datamodule=data(2))
+
+    def checkpoint() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "parts", every_n_train_steps=1, save_last=True, save_top_k=0)
+
+    with pytest.raises(SystemExit):
+        first = trainer(
+            tmp_path / "parts", 6, checkpoint(), StopAfter(3), micro_batches=2, enable_checkpointing=True
+        )
+        first.fit(module(lora), datamodule=data(2))
+    second = module(lora)
+    resumed = trainer(tmp_path / "parts", 6, checkpoint(), micro_batches=2, enable_checkpointing=True)
+    resumed.fit(second, datamodule=data(2), ckpt_path=tmp_path / "parts" / "last.ckpt")
+    assert resumed.global_step == 6
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(second).items())
+
+
+class StopsOnceSaved(ModelCheckpoint):
+    """Ends the run between a step's checkpoint and its row in the log."""
+
+    stop_at: int | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments)
+        if trainer.global_step == self.stop_at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_run_ended_between_checkpoint_and_log_row_resumes_without_a_hole(
+    tmp_path: Path, micro_batches: int
+) -> None:
+    def fit(folder: Path, stop_at: int | None = None, ckpt_path: Path | None = None) -> None:
+        checkpoint = StopsOnceSaved(folder, every_n_train_steps=1, save_last=True, save_top_k=0)
+        checkpoint.stop_at = stop_at
+        logging: dict[str, Any] = {
+            "logger": RunCSVLogger(str(folder)),
+            "log_every_n_steps": 1,
+            "enable_checkpointing": True,
+        }
+        running = trainer(folder, 3, LastLogRow(), checkpoint, micro_batches=micro_batches, **logging)
+        running.fit(module(), datamodule=data(micro_batches), ckpt_path=ckpt_path)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit(whole)
+    with pytest.raises(SystemExit):
+        fit(parts, stop_at=2)
+    assert [row["step"] for row in read_training_log(parts)] == ["0"]
+    fit(parts, ckpt_path=parts / "last.ckpt")
+    assert read_training_log(parts) == read_training_log(whole)
+
+
+def test_adapter_checkpoint_holds_adapters_only_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, save_top_k=0)
+    trainer(tmp_path, 1, checkpoint, enable_checkpointing=True).fit(
+        module(LoraSettings(r=4)), datamodule=data()
+    )
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
+    with pytest.raises(ValueError, match="the checkpoint does not fit this model: .* weights missing"):
+        trainer(tmp_path, 2).fit(module(), datamodule=data(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_export_is_peft_s_own_format(tmp_path: Path) -> None:
+    cat = module(LoraSettings(r=4))
+    trainer(tmp_path, 2, ExportModel(every_n_steps=1)).fit(cat, datamodule=data())
+    base = AutoModelForCausalLM.from_pretrained(str(ROOT / "lightning_modules/models/tinychat/aligned"))
+    loaded = PeftModel.from_pretrained(base, tmp_path / "model").eval()
+    ids = torch.arange(10)[None]
+    cat.model.eval()
+    assert torch.equal(loaded(input_ids=ids).logits, cat.model(input_ids=ids).logits)
+    assert (tmp_path / "model_step_000001" / "adapter_config.json").is_file()
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+
+
+def test_evaluation_callbacks_do_not_disturb_training(tmp_path: Path) -> None:
+    attacks: dict[str, Attack] = {
+        "embedding": EmbeddingPGD(epsilon=0.1, num_steps=2, random_start=True),
+        "gcg": GCG(num_tokens=4, num_steps=2, width=4),
+    }
+    evaluations = (
+        RefusalEvaluation(every_n_steps=1, at_start=True, limit=4, max_new_tokens=4),
+        UtilityEvaluation(every_n_steps=1, limit=4, max_new_tokens=4),
+        RobustnessEvaluation(attacks, every_n_steps=1, limit=4, max_new_tokens=4),
+    )
+    results = []
+    for callbacks in ((), evaluations):
+        seed_everything(1 + len(callbacks), verbose=False)  # the run's own seeds must win over the global one
+        cat = module(LoraSettings(r=4, dropout=0.2))
+        trainer(tmp_path, 3, *callbacks, micro_batches=2).fit(cat, datamodule=data(2, evaluation=True))
+        results.append(weights(cat))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["name"], json.loads(line)["step"]) for line in lines][:2] == [
+        ("refusal", 0),
+        ("refusal", 1),
+    ]
+
+
+def test_no_attack_and_one_step_are_settings_of_the_same_module(tmp_path: Path) -> None:
+    cat = AdversarialFineTuning(ModelConfig("tinychat:aligned"), NoAttack(), TowardAwayUtility())
+    trainer(tmp_path, 2).fit(cat, datamodule=data())
+    trainer(tmp_path, 2).fit(module(num_steps=1, step_size=1.0, step_rule="sign"), datamodule=data())
+
+
+def test_supervised_fine_tuning_learns_and_refuses_harmful_rows(tmp_path: Path) -> None:
+    seen = Batches()
+    requests = AnsweredRequests(TinyChatHarmful("train"), "safe")
+    stage = SupervisedFineTuning(ModelConfig("tinychat:helpful"), OptimizerConfig(lr=1e-3))
+    supervised = AdversarialData(
+        TokenizerConfig("tinychat:helpful"), utility=[requests], harmful_per_step=0, utility_per_step=16
+    )
+    trainer(tmp_path, 12, seen).fit(stage, datamodule=supervised)
+    assert sum(seen.losses[-3:]) < 0.5 * sum(seen.losses[:3])
+    with pytest.raises(ValueError, match="set data.harmful_per_step: 0"):
+        trainer(tmp_path, 1).fit(SupervisedFineTuning(ModelConfig("tinychat:helpful")), datamodule=data())
+
+
+def test_diverging_loss_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="lower optimizer.lr"):
+        trainer(tmp_path, 6).fit(module(lr=1e30), datamodule=data())

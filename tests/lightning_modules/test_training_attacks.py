@@ -1,0 +1,292 @@
+"""Attacks that live with training: pools, generators and combinations; what they keep is saved and given
+back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.batch import AdversarialBatch
+from datamodules.evaluation import EvaluationSets, find_overlap
+from datamodules.rows import HarmfulRow
+from datamodules.sources.replay import RedTeamReplay
+from datamodules.sources.tinychat import TinyChatHarmful
+from lightning_modules.attacks.base import Attack, NoAttack, load_attack_state, state_of
+from lightning_modules.attacks.embedding.latent import LatentPGD
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.suffix.gcg import GCG
+from lightning_modules.attacks.text.rewrites import DirectRequest, Noise, Prefilling, Templates
+from lightning_modules.attacks.text.templates import fill, read_templates
+from lightning_modules.attacks.training.mixture import Mixture
+from lightning_modules.attacks.training.persistent_gcg import PersistentGCG
+from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
+from lightning_modules.attacks.training.suffix_generator import SuffixGenerator
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
+from lightning_modules.models.loading import ModelConfig, load_seeded
+from tests.callbacks.test_robustness import row
+from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model, tinychat_format
+
+PGD = EmbeddingPGD(epsilon=0.2, num_steps=2)
+
+
+def persistent(reset_fraction: float = 0.0, reset_every: int = 50) -> PersistentGCG:
+    return PersistentGCG(
+        GCG(num_tokens=4, num_steps=2, width=8, topk=16, stop_at_target=False), reset_fraction, reset_every
+    )
+
+
+def generator_attack() -> SuffixGenerator:
+    return SuffixGenerator(
+        ModelConfig("tinychat:helpful"), num_tokens=3, candidates=4, beams=2, updates=3, batch_size=4
+    )
+
+
+def rng(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+STATEFUL = {
+    "persistent_gcg": persistent,
+    "suffix_generator": generator_attack,
+    "mixture": lambda: Mixture([persistent(), PGD]),
+    "rewrite_then_perturb": lambda: RewriteThenPerturb(persistent(), PGD, probability=1.0),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_survives_a_checkpoint_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model, batch = chat_model(), text_batch(2)
+    whole, first, second = (STATEFUL[name]() for _ in range(3))
+    for attack in (whole, first):
+        attack(model, batch, rng(1))
+    torch.save(state_of(first), tmp_path / "attack.pt")
+    load_attack_state(second, torch.load(tmp_path / "attack.pt", weights_only=True))
+    # Saved again before it is used, it is still what it was.
+    torch.save(state_of(second), tmp_path / "again.pt")
+    load_attack_state(second, torch.load(tmp_path / "again.pt", weights_only=True))
+    for seed in (2, 3):
+        results = [attack(model, batch, rng(seed)) for attack in (whole, second)]
+        assert torch.equal(results[0].prompt_ids, results[1].prompt_ids)
+        torch.testing.assert_close(
+            results[0].loss_curve, results[1].loss_curve, atol=0, rtol=0, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_victim_stays_as_it_was(name: str) -> None:
+    model = chat_model()
+    model.module.train()
+    for i, p in enumerate(model.module.parameters()):
+        p.requires_grad_(i % 2 == 0)
+        p.grad = torch.ones_like(p) if i % 4 == 0 else None
+    before, attack = copy.deepcopy(model.module), STATEFUL[name]()
+    for seed in (1, 2):
+        attack(model, text_batch(2), rng(seed))
+    for i, (p, q) in enumerate(zip(model.module.parameters(), before.parameters(), strict=True)):
+        assert torch.equal(p, q)
+        assert p.requires_grad == q.requires_grad
+        assert bool((p.grad == 1).all()) if i % 4 == 0 else p.grad is None  # type: ignore[union-attr]
+    assert all(module.training for module in model.module.modules())
+
+
+def test_attacks_without_a_state_need_none_and_a_mismatch_is_refused() -> None:
+    assert state_of(NoAttack()) is None
+    load_attack_state(NoAttack(), None)
+    with pytest.raises(ValueError, match="the checkpoint does not fit the attack PersistentGCG"):
+        load_attack_state(persistent(), None)
+
+
+# --- R2D2's pool
+
+
+def test_each_visit_goes_on_from_the_last_suffix() -> None:
+    model, attack, batch = chat_model(), persistent(), text_batch(2)
+    first = attack(model, batch, rng(1))
+    second = attack(model, batch, rng(2))
+    torch.testing.assert_close(second.loss_curve[0], first.best_loss, atol=2e-6, rtol=1e-5)
+    assert (second.best_loss <= first.best_loss).all()
+    fresh = attack(model, text_batch(2, start=2), rng(3))
+    assert fresh.loss_curve[0] == pytest.approx(
+        persistent()(model, text_batch(2, start=2), rng(4)).loss_curve[0]
+    )
+
+
+def test_a_reset_forgets_its_share() -> None:
+    model, batch = chat_model(), text_batch(3)
+    everything = persistent(reset_fraction=1.0, reset_every=1)
+    first = everything(model, batch, rng(1))
+    torch.testing.assert_close(everything(model, batch, rng(2)).loss_curve[0], first.loss_curve[0])
+    attack = persistent(reset_fraction=0.2, reset_every=1)
+    attack.load_state_dict({"pool": {i: [0, [5, 5, 5, 5]] for i in range(500)}, "visits": 1})
+    attack(model, batch, rng(6))
+    assert 360 <= len(attack.state_dict()["pool"]) - len(batch) <= 440
+
+
+# --- MixAT's combination
+
+
+def test_rewritten_prompts_are_the_ones_attacked() -> None:
+    model, batch = chat_model(), text_batch(4)
+    chat, template = tinychat_format(), read_templates("role_play")[0]
+    attacked = RewriteThenPerturb(Templates("role_play", limit=1), PGD, probability=1.0)(model, batch, rng())
+    assert attacked.delta is not None
+    for i in range(len(batch)):
+        tokens = chat.prompt(fill(template, batch.prompts[i], batch.targets[i]), None)
+        assert attacked.prompt_ids[i][attacked.prompt_mask[i]].tolist() == tokens.ids
+        moved = attacked.delta[i].abs().sum(-1)[attacked.prompt_mask[i]] > 0
+        assert moved.tolist() == tokens.attackable("user")
+    # One pass to score the one template, three to descend two steps and look at the last.
+    assert attacked.forward_passes.tolist() == [4] * 4
+    assert attacked.backward_passes.tolist() == [2] * 4
+
+
+def test_probability_decides_per_example_whatever_the_batch() -> None:
+    model = chat_model()
+    attack = RewriteThenPerturb(Templates("role_play", limit=1), PGD, probability=0.5)
+    together = attack(model, text_batch(8), rng(3))
+    lengths = together.prompt_mask.sum(1).tolist()
+    plain = text_batch(8).prompt_mask.sum(1).tolist()
+    changed = [length != own for length, own in zip(lengths, plain, strict=True)]
+    assert 1 <= sum(changed) <= 7
+    for i in range(8):
+        alone = attack(model, text_batch(1, start=i), rng(3))
+        assert int(alone.prompt_mask.sum()) == lengths[i]
+
+
+def test_what_cannot_be_typed_is_no_rewrite() -> None:
+    with pytest.raises(ValueError, match="expected an attack whose result a user can type, got Prefilling"):
+        RewriteThenPerturb(Prefilling(2), PGD, probability=1.0)(chat_model(), text_batch(2), rng())
+    with pytest.raises(ValueError, match="got EmbeddingPGD"):
+        RewriteThenPerturb(PGD, PGD, probability=1.0)(chat_model(), text_batch(2), rng())
+    with pytest.raises(ValueError, match=r"RewriteThenPerturb.probability: expected within \(0, 1\], got 0"):
+        RewriteThenPerturb(DirectRequest(), PGD, probability=0.0)
+
+
+# --- the generator
+
+
+def test_the_generator_learns_to_write_what_was_found() -> None:
+    model, attack, batch = (
+        LanguageModel(load_seeded(ModelConfig("tinychat:aligned"), 0), chat=tinychat_format()),
+        generator_attack(),
+        text_batch(4),
+    )
+    model.module.eval()
+    attack.updates = 0
+    attacked = attack(model, batch, rng(1))
+    assert (attacked.best_loss <= attacked.start_loss).all()
+    assert all(text.startswith(prompt) for text, prompt in zip(attacked.texts, batch.prompts, strict=True))
+
+    def loss() -> float:
+        writer, pairs = attack._loaded(model), attack._buffer
+        total = 0.0
+        for prompt, suffix in pairs:
+            ids, reply = (
+                torch.tensor([prompt]),
+                Reply(torch.tensor([suffix]), torch.ones(1, len(suffix), dtype=torch.bool)),
+            )
+            (scores,) = writer.reply_log_probs(
+                writer.embed(ids), torch.ones_like(ids, dtype=torch.bool), reply
+            )
+            total += mean_cross_entropy(scores, reply.mask).item()
+        return total / len(pairs)
+
+    before = loss()
+    attack.updates = 10
+    attack._learn(attack._loaded(model), rng(2))
+    assert loss() < 0.8 * before
+
+
+def test_a_generator_of_another_vocabulary_is_refused() -> None:
+    small = LanguageModel(tiny_model(), chat=tinychat_format())
+    with pytest.raises(ValueError, match="expected the model's vocabulary of 97 tokens, got 1024"):
+        generator_attack()(small, text_batch(1), rng())
+
+
+# --- LAT's adversary
+
+
+def test_the_latent_adversary_also_pushes_away_from_the_safe_reply() -> None:
+    model, batch = LanguageModel(tiny_model()), ragged_batch()
+    attacked = LatentPGD(
+        layers=[0], epsilon=0.5, radius_unit="embedding_norm", num_steps=3, weight_safe=0.25
+    )(model, batch)
+    replies = Reply(batch.harmful_ids, batch.harmful_mask), Reply(batch.safe_ids, batch.safe_mask)
+    harmful, safe = model.reply_log_probs(model.embed(batch.prompt_ids), batch.prompt_mask, *replies)
+    expected = 0.75 * mean_cross_entropy(harmful, replies[0].mask) + 0.25 * unlikelihood(
+        safe, replies[1].mask
+    )
+    torch.testing.assert_close(attacked.loss_curve[0], expected.detach())
+    assert (attacked.best_loss < attacked.start_loss).all()
+
+
+# --- red-team replay
+
+
+def store(folder: Path, *rows: object) -> str:
+    (folder / "attacks").mkdir(parents=True)
+    (folder / "attacks" / "rows_rank0.jsonl").write_text("".join(json.dumps(asdict(r)) + "\n" for r in rows))  # type: ignore[call-overload]
+    return str(folder)
+
+
+def verdict(right: bool) -> dict[str, dict[str, object]]:
+    return {
+        "target_prefix@1": {"verdict": right, "score": None},
+        "keyword_refusal@1": {"verdict": not right, "score": None},
+    }
+
+
+def test_replay_takes_successes_that_can_be_typed(tmp_path: Path) -> None:
+    run = store(
+        tmp_path / "run",
+        row("won", prompt="p1", attacked="p1 x x", verdicts=verdict(True)),
+        row("lost", prompt="p2", attacked="p2 x x", verdicts=verdict(False)),
+        row("embedding", attacked=None, verdicts=verdict(True)),
+        row("forced", attacked="p3", prefill="Sure", verdicts=verdict(True)),
+        row("turns", attacked="p4", history=[["q", "a"]], verdicts=verdict(True)),
+        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdict(False)),
+        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdict(True)),
+        row("beast", attack="beast", prompt="p6", attacked="p6 y", verdicts=verdict(True)),
+    )
+    found = [r for r in RedTeamReplay(run, "No.").rows() if isinstance(r, HarmfulRow)]
+    assert [(r.prompt, r.origin, r.safe_reply, r.target) for r in found] == [
+        ("p1 x x", "p1", "No.", "t"), ("p5 x", "p5", "No.", "t"), ("p6 y", "p6", "No.", "t"),
+    ]  # fmt: skip
+    assert len({r.key for r in found}) == 3
+    assert [r.prompt for r in RedTeamReplay(run, attacks=["beast"]).rows() if isinstance(r, HarmfulRow)] == [
+        "p6 y"
+    ]
+    assert len(list(RedTeamReplay(run, judge="keyword_refusal").rows())) == 1
+    for wrong, message in (
+        (RedTeamReplay(run, attacks=["pair"]), "did not run in"),
+        (RedTeamReplay(run, judge="gpt"), "no verdict of 'gpt'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(wrong.rows())
+    with pytest.raises(ValueError, match="attack the training requests first"):
+        list(RedTeamReplay(str(tmp_path)).rows())
+
+
+def test_replaying_an_evaluation_request_is_an_overlap(tmp_path: Path) -> None:
+    # Trap: training on an evaluation set; with a suffix behind it the prompt's own text no longer gives that
+    # away.
+    held_out = next(r for r in TinyChatHarmful("heldout").rows() if isinstance(r, HarmfulRow))
+    run = store(
+        tmp_path / "run",
+        row(prompt=held_out.prompt, attacked=held_out.prompt + " x x", verdicts=verdict(True)),
+    )
+    rows = [r for r in RedTeamReplay(run).rows() if isinstance(r, HarmfulRow)]
+    assert len(find_overlap(rows, EvaluationSets(harmful=[TinyChatHarmful("heldout")]), [])) == 1
+
+
+def test_noise_without_a_search_is_an_attack_like_the_others() -> None:
+    attack: Attack = Mixture([NoAttack(), Noise("character", 0.3)], weights=[0.0, 1.0])
+    batch: AdversarialBatch = text_batch(3)
+    attacked = attack(chat_model(), batch, rng())
+    assert any(text != prompt for text, prompt in zip(attacked.texts, batch.prompts, strict=True))
