@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from callbacks.cost import COST_FILE
 from callbacks.evaluations.base import EVALUATIONS_FILE
 from callbacks.report.figures import draw_figures, html_page
+from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.loggers import csv_logs
 
 NAMES = {
@@ -69,7 +69,9 @@ def write_report(folder: str | Path, stage: str = "fit") -> str:
     ]
     results = summarise(entries, stage)
     results["cost"] = (
-        json.loads((folder / COST_FILE).read_text(encoding="utf-8")) if (folder / COST_FILE).is_file() else {}
+        json.loads(RunFolder(folder).cost.read_text(encoding="utf-8"))
+        if RunFolder(folder).cost.is_file()
+        else {}
     )
     (folder / f"{prefix}results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     table = markdown_table(results)

@@ -13,7 +13,8 @@ from typing import Any
 import matplotlib
 
 from callbacks.metrics.rates import wilson_interval
-from callbacks.run_folder.provenance import ENVIRONMENT_FILE, environment_facts
+from callbacks.run_folder.folder import ENVIRONMENT_FILE
+from callbacks.run_folder.provenance import environment_facts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
