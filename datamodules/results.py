@@ -169,7 +169,8 @@ class ResultsStore:
 
     def announce(self, measurements: Iterable[Measurement]) -> None:
         """Say what is about to be measured; the first process writes it down, once."""
-        new = [item for item in measurements if self._measurements.get(item.slot) != item]
+        latest = {item.slot: item for item in measurements}
+        new = [item for slot, item in latest.items() if self._measurements.get(slot) != item]
         if self.rank == 0:
             _append(self.path.with_name(MEASUREMENTS), new)
         self._measurements.update({item.slot: item for item in new})

@@ -46,7 +46,9 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
         folder=folder,
         stage=stage,
         snapshots=[snapshot(own, stage, step) for step, own in measured.items()],
-        differences=_differences(measured[0], measured[steps[-1]]) if training and 0 < steps[-1] and 0 in steps else [],
+        differences=_differences(measured[0], measured[steps[-1]])
+        if training and 0 < steps[-1] and 0 in steps
+        else [],
         cost=_read(folder / COST_FILE) if training else {},
         training=[
             {name: float(value) for name, value in row.items() if value} for row in read_training_log(folder)

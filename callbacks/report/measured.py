@@ -91,9 +91,7 @@ class Events:
     groups: dict[str, dict[str, Estimate]] = field(default_factory=dict)
 
 
-def select(
-    measurements: Sequence[Measurement], rows: Iterable[Row], stage: str, step: int
-) -> list[Measured]:
+def select(measurements: Sequence[Measurement], rows: Iterable[Row], stage: str, step: int) -> list[Measured]:
     """The measurements of one stage and step with their own rows, which every one of its judges has seen."""
     chosen = [item for item in measurements if (item.stage, item.step) == (stage, step)]
     own: dict[tuple[str, str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
@@ -128,7 +126,9 @@ def events(measured: Sequence[Measured]) -> list[Events]:
 def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
     """The model at one step; `measured` must hold something."""
     attacks = {item.measurement.attack: item for item in measured if item.measurement.attack}
-    measures = {e.metric: Measure(e.metric, rate([*e.outcome.values()]), e.judge, e.groups) for e in events(measured)}
+    measures = {
+        e.metric: Measure(e.metric, rate([*e.outcome.values()]), e.judge, e.groups) for e in events(measured)
+    }
     for item in attacks.values():
         measures |= _means(item)
     success = {name: item.outcome(item.measurement.judge) for name, item in attacks.items()}

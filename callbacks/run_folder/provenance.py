@@ -17,9 +17,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.evaluations.base import EVALUATIONS_FILE
 from callbacks.run_folder.loggers import csv_logs
-from datamodules.results import clear_store
 
 PACKAGES = (
     "thundercat",
@@ -70,9 +68,8 @@ def start_record(folder: str | Path) -> None:
     """Drop the evaluations, attacks and CSV log of an earlier run in this folder; a resumed run goes on with
     its own instead."""
     folder = Path(folder)
-    for old in (folder / EVALUATIONS_FILE, *csv_logs(folder)):
+    for old in csv_logs(folder):
         old.unlink(missing_ok=True)
-    clear_store(folder)
 
 
 def environment_facts() -> dict[str, Any]:

@@ -12,11 +12,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
+from callbacks.evaluations.base import Evaluation
+from callbacks.evaluations.measuring import Measuring
 from callbacks.report.report import RunReport
 from callbacks.run_folder.loggers import LastLogRow
 from callbacks.run_folder.provenance import Provenance, start_record
@@ -102,9 +105,10 @@ def _execute(cli: ThundercatCLI, command: str, ckpt_path: str | None, show_trace
         # Where a report prints its table, Lightning's own of every logged number would bury it.
         reported = any(isinstance(callback, RunReport) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
         quiet = {"verbose": False} if command in ("validate", "test") and reported else {}
-        result = getattr(cli.trainer, command)(
-            cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, **quiet
-        )
+        if command in ("validate", "test"):
+            result = _measured(cli, command, ckpt_path, quiet)
+        else:
+            result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
         if show_traceback:
             traceback.print_exc()
@@ -115,6 +119,19 @@ def _execute(cli: ThundercatCLI, command: str, ckpt_path: str | None, show_trace
 
         print(write_predictions(cli.trainer.default_root_dir, result))
     return 1 if cli.trainer.interrupted else 0
+
+
+def _measured(cli: ThundercatCLI, command: str, ckpt_path: str | None, quiet: dict[str, Any]) -> Any:
+    """The evaluations as the steps of Lightning's loop, on the checkpoint's weights."""
+    step = 0
+    if ckpt_path is not None:
+        checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
+        cli.model.configure_model()
+        cli.model.load_state_dict(checkpoint["state_dict"], strict=False)
+        step = checkpoint["global_step"]
+    evaluations = [own for own in cli.trainer.callbacks if isinstance(own, Evaluation)]  # type: ignore[attr-defined]
+    measuring = Measuring(cli.model, cli.datamodule, evaluations, step)  # type: ignore[arg-type]
+    return getattr(cli.trainer, command)(measuring, **quiet)
 
 
 def use_tqdm(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 
-from callbacks.metrics.rates import wilson_interval
+from callbacks.metrics.estimates import wilson_interval
 from callbacks.run_folder.provenance import ENVIRONMENT_FILE, environment_facts
 
 matplotlib.use("Agg")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.metrics.rates import wilson_interval
+from callbacks.metrics.estimates import wilson_interval
 from experiments.config.compose import compose
 from experiments.studies.methods import VARIANTS, command
 from experiments.studies.methods_report import NO_DEFENCE, RATES, claims, read, write_comparison
