@@ -26,7 +26,7 @@ from callbacks.run_folder.loggers import log_table
 from datamodules.adversarial import AdversarialData
 from datamodules.results import Row
 from lightning_modules.attacks.progress import observed
-from lightning_modules.base import FineTuning
+from lightning_modules.pretrained import PretrainedModel
 
 PREFIX = "eval/"
 """In front of every metric's key in loggers and monitors."""
@@ -77,7 +77,7 @@ class Evaluation(Callback, ABC):
             self._run(trainer, pl_module)
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, FineTuning)
+        assert isinstance(pl_module, PretrainedModel)
         self._last_step = trainer.global_step
         data: AdversarialData = trainer.datamodule  # type: ignore[attr-defined]
         place = Place(

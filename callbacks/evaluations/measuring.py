@@ -18,7 +18,7 @@ from callbacks.evaluations.base import Evaluation, do, monitored, progress, show
 from callbacks.evaluations.session import Place, Session
 from datamodules.adversarial import AdversarialData
 from datamodules.results import Stage
-from lightning_modules.base import FineTuning
+from lightning_modules.pretrained import PretrainedModel, check_strategy
 
 
 class Measuring(LightningModule):
@@ -32,7 +32,7 @@ class Measuring(LightningModule):
     """
 
     def __init__(
-        self, module: FineTuning, data: AdversarialData, evaluations: Sequence[Evaluation], step: int = 0
+        self, module: PretrainedModel, data: AdversarialData, evaluations: Sequence[Evaluation], step: int = 0
     ) -> None:
         super().__init__()
         self.module = module
@@ -50,11 +50,14 @@ class Measuring(LightningModule):
         loop = self.trainer.validate_loop if self.trainer.state.fn == "validate" else self.trainer.test_loop
         if loop.inference_mode:
             raise ValueError("attacks need gradients; set trainer.inference_mode: false")
+        check_strategy(self.trainer.strategy)
+        # As Lightning does for a datamodule: it writes what it left out to the run folder.
+        self.data.trainer = self.trainer
         self.data.setup(stage)
 
     def configure_model(self) -> None:
+        self.module.attach(self.data.chat)
         self.module.configure_model()
-        self.module.language_model.chat = self.data.chat
 
     def val_dataloader(self) -> list[int]:
         """The numbers of the jobs."""

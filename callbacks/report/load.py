@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from callbacks.cost import COST_FILE
 from callbacks.metrics.estimates import paired_difference
 from callbacks.report.measured import Measured, events, select, snapshot
 from callbacks.report.results import Measure, PairedDifference, RunResults, Snapshot, Stage
 from callbacks.report.training_log import read_training_log
+from callbacks.run_folder.folder import RunFolder
 from datamodules.results import ROWS, read_measurements, read_rows
 
 EXPORT_SCHEMA = 3
@@ -49,14 +49,14 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
         differences=_differences(measured[0], measured[steps[-1]])
         if training and 0 < steps[-1] and 0 in steps
         else [],
-        cost=_read(folder / COST_FILE) if training else {},
+        cost=_read(RunFolder.of(folder).cost) if training else {},
         training=[
             {name: float(value) for name, value in row.items() if value} for row in read_training_log(folder)
         ]
         if training
         else [],
-        configuration=_read(folder / ("config.yaml" if training else f"{stage}_config.yaml")),
-        environment=_read(folder / ("environment.json" if training else f"{stage}_environment.json")),
+        configuration=_read(RunFolder.of(folder).config(stage)),
+        environment=_read(RunFolder.of(folder).environment(stage)),
     )
 
 

@@ -15,7 +15,8 @@ from callbacks.metrics.estimates import Estimate, wilson_interval
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.report.load import load
 from callbacks.report.results import RunResults, Snapshot
-from callbacks.run_folder.provenance import ENVIRONMENT_FILE, environment_facts
+from callbacks.run_folder.folder import ENVIRONMENT_FILE
+from callbacks.run_folder.provenance import environment_facts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
