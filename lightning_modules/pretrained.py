@@ -101,12 +101,6 @@ class PretrainedModel(LightningModule):
                 "use the configuration that the run folder's config.yaml holds"
             )
 
-    def validation_step(self, batch: BehaviourBatch, batch_idx: int) -> None:
-        """Nothing batch by batch: `validate` and `test` are the evaluation callbacks' work, which report n
-        and an interval."""
-
-    test_step = validation_step
-
     def predict_step(
         self, batch: BehaviourBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, str]]:

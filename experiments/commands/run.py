@@ -13,23 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.evaluations.base import Evaluation
+from callbacks.evaluations.measuring import Measuring
 from callbacks.report.report import RunReport
-from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint
+from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint, load_weights
 from callbacks.run_folder.decisive import decisive
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.loggers import LastLogRow
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
+from datamodules.adversarial import AdversarialData
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import seeds_of, with_seeds
+from lightning_modules.pretrained import PretrainedModel
 
 QUICKSTART = "configs/quickstart.yaml"
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -141,17 +145,30 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     # Where a report prints its table, Lightning's own of every logged number would bury it.
     reported = any(isinstance(callback, RunReport) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
     quiet = {"verbose": False} if command in ("validate", "test") and reported else {}
-    result = getattr(cli.trainer, command)(
-        cli.model,
-        datamodule=cli.datamodule,
-        ckpt_path=None if checkpoint is None else str(checkpoint),
-        **quiet,
-    )
+    if command in ("validate", "test"):
+        getattr(cli.trainer, command)(measuring(cli, checkpoint), **quiet)
+        return 0
+    path = None if checkpoint is None else str(checkpoint)
+    result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=path)
     if command == "predict":
         from experiments.commands.predictions import write_predictions
 
         print(write_predictions(cli.trainer.default_root_dir, result))
     return 0
+
+
+def measuring(cli: ThundercatCLI, checkpoint: Path | None) -> Measuring:
+    """The run's evaluations as the steps of Lightning's loop, on a checkpoint's weights."""
+    module, data = cli.model, cli.datamodule
+    if not isinstance(module, PretrainedModel) or not isinstance(data, AdversarialData):
+        raise ConfigError("model: expected PretrainedModel or one that trains it, and data: AdversarialData")
+    step = 0
+    if checkpoint is not None:
+        module.attach(data.chat)
+        module.configure_model()
+        step = load_weights(module, checkpoint)
+    own: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return Measuring(module, data, [callback for callback in own if isinstance(callback, Evaluation)], step)
 
 
 def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) -> int:
