@@ -1,7 +1,7 @@
 """What a person sees while waiting: one bar over all optimiser steps of a run, evaluations' bars below it.
 
-On a terminal bars redraw themselves; anywhere else (a log file, a CI job) there is a line every tenth of the way
-and no bar.
+On a terminal bars redraw themselves; anywhere else (a log file, a CI job) there is a line every tenth of the
+way, and no bar.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -38,6 +38,7 @@ class StepProgressBar(TQDMProgressBar):
         self._first = 0
         self._began = 0.0
         self._told = -1
+        self._aside = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -45,7 +46,9 @@ class StepProgressBar(TQDMProgressBar):
         if self.is_enabled and on_terminal():
             # A log line written past a bar would leave half of the bar behind.
             loggers = [logging.getLogger(name) for name in LOGGERS]
-            self._stack.enter_context(logging_redirect_tqdm(loggers))
+            # Those without a handler hand their lines on: one of their own would write each line twice.
+            redirected = logging_redirect_tqdm([logger for logger in loggers if logger.handlers])
+            self._stack.enter_context(redirected)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stack.close()
@@ -100,8 +103,18 @@ class StepProgressBar(TQDMProgressBar):
         found = super().get_metrics(trainer, pl_module)
         return {name.removeprefix("train/"): value for name, value in found.items() if name != "v_num"}
 
-    def leave_out(self, seconds: float) -> None:
-        """Count `seconds` as no part of training."""
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done within is no part of training; within each other, the outermost counts."""
+        outermost, self._aside, began = not self._aside, True, time.monotonic()
+        try:
+            yield
+        finally:
+            if outermost:
+                self._aside = False
+                self._leave_out(time.monotonic() - began)
+
+    def _leave_out(self, seconds: float) -> None:
         self._began += seconds
         bar = self._train_progress_bar
         if bar is not None and not bar.disable:
@@ -128,7 +141,7 @@ class StepProgressBar(TQDMProgressBar):
         # smoothing=0: the time left comes from the mean over the run, not from the last step.
         return Tqdm(
             desc=what, disable=not shown, leave=leave, dynamic_ncols=True, file=sys.stderr, smoothing=0,
-            bar_format=self.BAR_FORMAT,
+            bar_format=self.BAR_FORMAT, unit=" steps" if what == "training" else " batches",
         )  # fmt: skip
 
     def _count(self, what: str, bar: tqdm[Any], *rest: Any) -> None:
@@ -172,15 +185,13 @@ def nested(trainer: Trainer, total: int, what: str, silent: bool = False) -> Ite
     """
     outer: ProgressBar | None = trainer.progress_bar_callback
     shown = outer is not None and trainer.is_global_zero and not silent and on_terminal()
-    began = time.monotonic()
-    try:
-        with tqdm(
+    with (
+        outer.aside() if isinstance(outer, StepProgressBar) else nullcontext(),
+        tqdm(
             total=total, desc=what, leave=False, disable=not shown, dynamic_ncols=True, file=sys.stderr
-        ) as bar:
-            yield bar
-    finally:
-        if isinstance(outer, StepProgressBar):
-            outer.leave_out(time.monotonic() - began)
+        ) as bar,
+    ):
+        yield bar
 
 
 def on_terminal() -> bool:
