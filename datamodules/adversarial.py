@@ -188,13 +188,6 @@ class AdversarialData(LightningDataModule):
         for start in range(0, len(rows), self.eval_batch_size):
             yield adversarial_batch(rows[start : start + self.eval_batch_size], self.attackable)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[BehaviourBatch]:
-        """The harmful behaviours, or else the utility tasks; the evaluation callbacks draw what they need
-        from `behaviours`."""
-        return self.behaviours.loader("harmful" if self.behaviours.examples["harmful"] else "utility")
-
-    test_dataloader = val_dataloader
-
     def predict_dataloader(self) -> list[DataLoader[BehaviourBatch]]:
         """All evaluation prompts, harmful ones first."""
         subjects: tuple[Subject, ...] = ("harmful", "harmless", "utility")
