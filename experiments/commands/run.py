@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -135,18 +134,15 @@ def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
         # The evaluation callbacks keep their own clock inside `fit`; Lightning's validation loop is for
         # `validate`.
         trainer.limit_val_batches = 0
-    use_tqdm(trainer)
+    install_progress(trainer)
     own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow()]
     trainer.callbacks[:0] = own  # type: ignore[attr-defined]
 
 
 def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     """Run the command. Returns the exit status."""
-    # Where a report prints its table, Lightning's own of every logged number would bury it.
-    reported = any(isinstance(callback, RunReport) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
-    quiet = {"verbose": False} if command in ("validate", "test") and reported else {}
     if command in ("validate", "test"):
-        getattr(cli.trainer, command)(measuring(cli, checkpoint), **quiet)
+        measure(cli, command, checkpoint)
         return 0
     path = None if checkpoint is None else str(checkpoint)
     result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=path)
@@ -157,18 +153,17 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     return 0
 
 
-def measuring(cli: ThundercatCLI, checkpoint: Path | None) -> Measuring:
-    """The run's evaluations as the steps of Lightning's loop, on a checkpoint's weights."""
-    module, data = cli.model, cli.datamodule
-    if not isinstance(module, PretrainedModel) or not isinstance(data, AdversarialData):
-        raise ConfigError("model: expected PretrainedModel or one that trains it, and data: AdversarialData")
-    step = 0
-    if checkpoint is not None:
-        module.attach(data.chat)
-        module.configure_model()
-        step = load_weights(module, checkpoint)
-    own: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    return Measuring(module, data, [callback for callback in own if isinstance(callback, Evaluation)], step)
+def measure(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> None:
+    """Run the configuration's evaluations in Lightning's loop of that name."""
+    cli.model.attach(cli.datamodule.chat)
+    cli.model.configure_model()
+    step = 0 if checkpoint is None else load_weights(cli.model, checkpoint)
+    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    evaluations = [callback for callback in callbacks if isinstance(callback, Evaluation)]
+    # Where a report prints its table, Lightning's own of every logged number would bury it.
+    verbose = not any(isinstance(callback, RunReport) for callback in callbacks)
+    measuring = Measuring(cli.model, cli.datamodule, evaluations, step)
+    getattr(cli.trainer, command)(measuring, verbose=verbose)
 
 
 def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) -> int:
@@ -204,13 +199,6 @@ def one_line(error: Exception) -> str:
 
 def _say(text: str) -> None:
     print(f"thundercat: {text}", file=sys.stderr)
-
-
-def use_tqdm(trainer: Trainer) -> None:
-    """One kind of progress bar: the evaluations' are tqdm's, and rich's bar redraws over them."""
-    for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
-        if isinstance(callback, RichProgressBar):
-            trainer.callbacks[i] = TQDMProgressBar()  # type: ignore[attr-defined]
 
 
 def innermost(error: BaseException) -> str:
