@@ -84,12 +84,12 @@ class Attack(Protocol):
 
     Contract (asserted for every attack in tests/test_attack_contract.py): the model's parameters, their
     `.grad` and `requires_grad` and all train/eval flags are unchanged; positions outside `attackable_mask`
-    are untouched; the same generator state gives the same bits; an example's result does not depend on its
+    are untouched; the same rng state gives the same bits; an example's result does not depend on its
     batch-mates or padding.
     """
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt: ...
 
 
@@ -123,7 +123,7 @@ class NoAttack:
     """delta = 0: the no-attack ablation and the clean baseline of every evaluation."""
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         passes = torch.zeros(len(batch), dtype=torch.long)
         return AttackedPrompt(
@@ -155,9 +155,9 @@ def require_counts(owner: object, **counts: int) -> None:
             raise ValueError(f"{type(owner).__name__}.{name}: expected >= 1, got {count}")
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    """A seed for what cannot use the generator itself: Python's random, a model's sampling."""
-    return int(torch.randint(0, 2**31, (1,), generator=generator).item())
+def draw_seed(rng: torch.Generator) -> int:
+    """A seed for what cannot use the rng itself: Python's random, a model's sampling."""
+    return int(torch.randint(0, 2**31, (1,), generator=rng).item())
 
 
 def require_texts(batch: AdversarialBatch) -> None:
@@ -168,12 +168,12 @@ def require_texts(batch: AdversarialBatch) -> None:
         )
 
 
-def example_generators(batch: AdversarialBatch, generator: torch.Generator | None) -> list[torch.Generator]:
-    """One CPU generator per example, seeded by one draw from `generator` and the example's id.
+def example_rngs(batch: AdversarialBatch, rng: torch.Generator | None) -> list[torch.Generator]:
+    """One CPU rng per example, seeded by one draw from `rng` and the example's id.
 
     An example's noise therefore does not depend on its batch-mates.
     """
-    base = int(torch.randint(0, 2**62, (1,), generator=generator).item()) if generator is not None else 0
+    base = int(torch.randint(0, 2**62, (1,), generator=rng).item()) if rng is not None else 0
     return [
         torch.Generator().manual_seed((base ^ example) & (2**63 - 1)) for example in batch.example_id.tolist()
     ]

@@ -36,12 +36,12 @@ class Restarts:
         self.num_restarts = num_restarts
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
-        generator = generator or torch.Generator().manual_seed(0)
-        best = self.attack(model, batch, generator)
+        rng = rng or torch.Generator().manual_seed(0)
+        best = self.attack(model, batch, rng)
         for _ in range(self.num_restarts - 1):
-            best = _better(best, self.attack(model, batch, generator))
+            best = _better(best, self.attack(model, batch, rng))
         return best
 
 

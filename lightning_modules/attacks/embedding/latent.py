@@ -73,7 +73,7 @@ class LatentPGD:
 
     @torch.enable_grad()
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: RuntimeError in inference mode, ValueError for a layer that the model
         lacks."""

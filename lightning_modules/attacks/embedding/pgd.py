@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_gradients
+from lightning_modules.attacks.base import AttackedPrompt, example_rngs, require_gradients
 from lightning_modules.attacks.embedding.balls import BALLS, Ball
 from lightning_modules.attacks.progress import notify
 from lightning_modules.models.language_model import LanguageModel, Reply
@@ -113,14 +113,14 @@ class EmbeddingPGD:
 
     @torch.enable_grad()
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode."""
         require_gradients(self)
         radius, step = self.lengths(model)
         with model.frozen():
             clean = model.embed(batch.prompt_ids).detach()
-            delta = self._start(clean, batch, radius, generator)
+            delta = self._start(clean, batch, radius, rng)
 
             def loss(point: Tensor, active: Tensor) -> Tensor:
                 return target_loss(model, batch, clean[active] + point, active)
@@ -193,14 +193,14 @@ class EmbeddingPGD:
         return radius, self.step_size * units[self.step_unit]
 
     def _start(
-        self, clean: Tensor, batch: AdversarialBatch, radius: Tensor | None, generator: torch.Generator | None
+        self, clean: Tensor, batch: AdversarialBatch, radius: Tensor | None, rng: torch.Generator | None
     ) -> Tensor:
         delta = torch.zeros(
             clean.shape, dtype=torch.promote_types(clean.dtype, torch.float32), device=clean.device
         )
         if self.random_start:
             assert radius is not None
-            for row, own in enumerate(example_generators(batch, generator)):
+            for row, own in enumerate(example_rngs(batch, rng)):
                 where = batch.attackable_mask[row]
                 noise = self.ball.random_point((int(where.sum()), clean.shape[-1]), radius, own)
                 delta[row, where] = noise.to(delta)

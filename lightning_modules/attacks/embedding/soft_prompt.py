@@ -54,9 +54,9 @@ class SoftPrompt:
         )
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
-        return self.descent(model, append_slots(batch, self.num_tokens, self.init_token_id), generator)
+        return self.descent(model, append_slots(batch, self.num_tokens, self.init_token_id), rng)
 
 
 def append_slots(batch: AdversarialBatch, num_tokens: int, token_id: int) -> AdversarialBatch:

@@ -18,7 +18,7 @@ from torch import Tensor
 from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import (
     AttackedPrompt,
-    example_generators,
+    example_rngs,
     require_counts,
     require_gradients,
 )
@@ -87,18 +87,18 @@ class GCG:
         self.max_rows = max_rows
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode, ValueError
         without texts."""
-        return self.go_on(model, batch, [None] * len(batch), generator)[0]
+        return self.go_on(model, batch, [None] * len(batch), rng)[0]
 
     def go_on(
         self,
         model: LanguageModel,
         batch: AdversarialBatch,
         suffixes: Sequence[list[int] | None],
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
     ) -> tuple[AttackedPrompt, list[list[int]]]:
         """The same from given suffixes on, None for the initial one; returns the ids of the suffixes found,
         too."""
@@ -106,14 +106,14 @@ class GCG:
         with model.frozen():
             search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
             search.start_from(suffixes)
-            generators = example_generators(batch, generator)
+            rngs = example_rngs(batch, rng)
             allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only).to(
                 model.device
             )
             pools = [_Pool(self.buffer_size) for _ in search.slots]
             active = list(range(len(batch)))
             for step in range(self.num_steps):
-                active = self._step(search, active, pools, generators, allowed, first=step == 0)
+                active = self._step(search, active, pools, rngs, allowed, first=step == 0)
                 if not active:
                     break
             return search.result(), search.best
@@ -123,7 +123,7 @@ class GCG:
         search: SuffixSearch,
         active: list[int],
         pools: list[_Pool],
-        generators: list[torch.Generator],
+        rngs: list[torch.Generator],
         allowed: Tensor,
         first: bool,
     ) -> list[int]:
@@ -145,7 +145,7 @@ class GCG:
         owners, candidates = search.typable(
             active,
             self.width,
-            lambda row: draw_swaps(*swaps[row], self.width, self.n_replace, generators[row]).tolist(),
+            lambda row: draw_swaps(*swaps[row], self.width, self.n_replace, rngs[row]).tolist(),
         )
         if not owners:
             return active
@@ -200,11 +200,11 @@ class _Pool:
             self.entries = sorted([*self.entries, (score, suffix)], key=lambda entry: entry[0])[: self.size]
 
 
-def draw_swaps(base: Tensor, top: Tensor, width: int, n_replace: int, generator: torch.Generator) -> Tensor:
+def draw_swaps(base: Tensor, top: Tensor, width: int, n_replace: int, rng: torch.Generator) -> Tensor:
     """(width, S) copies of a suffix (S,) with `n_replace` random positions set to random ones of their (S, k)
     proposed tokens."""
-    where = torch.rand(width, len(base), generator=generator).argsort(1)[:, :n_replace]
-    which = torch.randint(0, top.shape[1], (width, n_replace), generator=generator)
+    where = torch.rand(width, len(base), generator=rng).argsort(1)[:, :n_replace]
+    which = torch.randint(0, top.shape[1], (width, n_replace), generator=rng)
     return base.repeat(width, 1).scatter(1, where, top[where, which])
 
 

@@ -31,7 +31,7 @@ class InitialSuffix:
         self.max_rows = max_rows
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Score the suffix. Raises: ValueError without texts."""
         with model.frozen():

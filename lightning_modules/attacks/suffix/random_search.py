@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_counts, require_texts
+from lightning_modules.attacks.base import AttackedPrompt, example_rngs, require_counts, require_texts
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.attacks.text.templates import fill
@@ -69,7 +69,7 @@ class RandomSearch:
         self.max_rows = max_rows
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts."""
         require_texts(batch)
@@ -77,7 +77,7 @@ class RandomSearch:
         batch = replace(batch, prompts=tuple(wrapped))
         with model.frozen():
             search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
-            generators = example_generators(batch, generator)
+            rngs = example_rngs(batch, rng)
             tokens = (
                 typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
                 .nonzero()
@@ -87,17 +87,15 @@ class RandomSearch:
             for _ in range(self.num_steps):
                 if not active:
                     break
-                active = self._step(search, active, generators, tokens)
+                active = self._step(search, active, rngs, tokens)
             return search.result()
 
     def _step(
-        self, search: SuffixSearch, active: list[int], generators: list[torch.Generator], tokens: torch.Tensor
+        self, search: SuffixSearch, active: list[int], rngs: list[torch.Generator], tokens: torch.Tensor
     ) -> list[int]:
         def propose(row: int) -> list[list[int]]:
             block = self._block(float(search.best_loss[row]))
-            return [
-                replace_block(search.best[row], block, tokens, generators[row]) for _ in range(self.width)
-            ]
+            return [replace_block(search.best[row], block, tokens, rngs[row]) for _ in range(self.width)]
 
         owners, candidates = search.typable(active, self.width, propose)
         if not owners:
@@ -125,10 +123,8 @@ class RandomSearch:
         return max(1, self.block // 2) if loss > self.stop_loss + math.log(2) else 1
 
 
-def replace_block(
-    suffix: list[int], block: int, tokens: torch.Tensor, generator: torch.Generator
-) -> list[int]:
+def replace_block(suffix: list[int], block: int, tokens: torch.Tensor, rng: torch.Generator) -> list[int]:
     """The suffix with `block` consecutive positions set to random tokens."""
-    start = int(torch.randint(0, len(suffix) - block + 1, (1,), generator=generator))
-    new = tokens[torch.randint(0, len(tokens), (block,), generator=generator)].tolist()
+    start = int(torch.randint(0, len(suffix) - block + 1, (1,), generator=rng))
+    new = tokens[torch.randint(0, len(tokens), (block,), generator=rng)].tolist()
     return [*suffix[:start], *new, *suffix[start + block :]]

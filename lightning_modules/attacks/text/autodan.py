@@ -10,7 +10,7 @@ import re
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_rngs
 from lightning_modules.attacks.text.search import TextSearch, Variant
 from lightning_modules.attacks.text.templates import fill, read_templates
 from lightning_modules.models.chat import ChatModel, Conversation
@@ -94,12 +94,12 @@ class AutoDAN:
         self.max_new_tokens = max_new_tokens
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts."""
         with model.frozen():
             search = TextSearch(model, batch, self.max_rows, self.max_new_tokens)
-            seeds = [draw_seed(own) for own in example_generators(batch, generator)]
+            seeds = [draw_seed(own) for own in example_rngs(batch, rng)]
             rngs = [random.Random(seed) for seed in seeds]
             pool = read_templates(self.templates)
             populations = {row: self._first(pool, rng) for row, rng in enumerate(rngs)}

@@ -78,13 +78,13 @@ class PAIR:
         self.max_rows = max_rows
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts, ConnectionError where the attacker cannot be
         reached."""
         with model.frozen():
             search = TextSearch(model, batch, self.max_rows, self.max_new_tokens)
-            generator = generator or torch.Generator().manual_seed(0)
+            rng = rng or torch.Generator().manual_seed(0)
             direct = [Variant(prompt) for prompt in batch.prompts]
             search.record(range(len(batch)), direct, search.losses(range(len(batch)), direct))
             streams = [_Stream(row) for row in range(len(batch)) for _ in range(self.num_streams)]
@@ -93,7 +93,7 @@ class PAIR:
                 streams = [stream for stream in streams if best_score[stream.row] < SUCCESS]
                 if not streams:
                     break
-                self._round(search, batch, streams, best_score, generator)
+                self._round(search, batch, streams, best_score, rng)
             return search.result()
 
     def _round(
@@ -102,11 +102,11 @@ class PAIR:
         batch: AdversarialBatch,
         streams: list[_Stream],
         best_score: list[float],
-        generator: torch.Generator,
+        rng: torch.Generator,
     ) -> None:
         """One attempt of every stream; a request's best-scored prompt, then the one with the lower loss,
         becomes its result."""
-        prompts = self._ask(search, batch, streams, generator)
+        prompts = self._ask(search, batch, streams, rng)
         tried = [(stream, Variant(prompt)) for stream, prompt in zip(streams, prompts, strict=True) if prompt]
         rows, variants = [stream.row for stream, _ in tried], [variant for _, variant in tried]
         losses, replies = search.losses(rows, variants), search.replies(rows, variants)
@@ -129,7 +129,7 @@ class PAIR:
             )
 
     def _ask(
-        self, search: TextSearch, batch: AdversarialBatch, streams: list[_Stream], generator: torch.Generator
+        self, search: TextSearch, batch: AdversarialBatch, streams: list[_Stream], rng: torch.Generator
     ) -> list[str | None]:
         """The attacker's next prompt for every stream, None where it gave none."""
         prompts: list[str | None] = [None] * len(streams)
@@ -148,7 +148,7 @@ class PAIR:
                 for i in open_
             ]
             last = attempt == self.attempts - 1
-            for i, answer in zip(open_, self.attacker.replies(asked, seed=draw_seed(generator)), strict=True):
+            for i, answer in zip(open_, self.attacker.replies(asked, seed=draw_seed(rng)), strict=True):
                 search.queries[streams[i].row] += 1
                 prompts[i] = read_prompt(answer) or (
                     answer.strip() or None if self.accept_text and last else None

@@ -18,7 +18,7 @@ import torch
 from datamodules.batch import AdversarialBatch
 from datamodules.rows import HarmfulRow
 from datamodules.sources.base import HarmfulSource
-from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_rngs
 from lightning_modules.attacks.text.noise import augment, misspell
 from lightning_modules.attacks.text.search import TextSearch, Variant, Verdict
 from lightning_modules.attacks.text.templates import fill, read_templates
@@ -45,12 +45,12 @@ class RewriteAttack(ABC):
         """Ways to put one request, in the order in which they are tried."""
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts."""
         with model.frozen():
             search = TextSearch(model, batch, self.max_rows, self.max_new_tokens)
-            seeds = [draw_seed(own) for own in example_generators(batch, generator)]
+            seeds = [draw_seed(own) for own in example_rngs(batch, rng)]
             texts = zip(batch.prompts, batch.targets, seeds, strict=True)
             variants = [
                 list(self.variants(prompt, target, random.Random(seed))) for prompt, target, seed in texts

@@ -30,13 +30,13 @@ class Mixture:
         self.weights = weights
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
-        """Run the drawn attack; without a generator the first. Raises: what that attack raises."""
-        if generator is None:
+        """Run the drawn attack; without a rng the first. Raises: what that attack raises."""
+        if rng is None:
             return self.attacks[0](model, batch)
-        drawn = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
-        return self.attacks[drawn](model, batch, generator)
+        drawn = int(torch.multinomial(torch.tensor(self.weights), 1, generator=rng))
+        return self.attacks[drawn](model, batch, rng)
 
     def state_dict(self) -> dict[str, Any]:
         """What the attacks keep between batches."""

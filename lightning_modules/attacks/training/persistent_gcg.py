@@ -43,27 +43,23 @@ class PersistentGCG:
         self._visits = 0
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Go on from the pool and put the results back. Raises: as GCG."""
         examples = batch.example_id.tolist()
         if self._visits and self._visits % self.reset_every == 0:
-            self._reset(generator)
+            self._reset(rng)
         suffixes = [self._pool[example][1] if example in self._pool else None for example in examples]
-        attacked, found = self.gcg.go_on(model, batch, suffixes, generator)
+        attacked, found = self.gcg.go_on(model, batch, suffixes, rng)
         self._pool |= {
             example: (self._visits, list(suffix)) for example, suffix in zip(examples, found, strict=True)
         }
         self._visits += 1
         return attacked
 
-    def _reset(self, generator: torch.Generator | None) -> None:
+    def _reset(self, rng: torch.Generator | None) -> None:
         """Forget each suffix with the given chance, drawn for each example alone."""
-        seed = (
-            int(torch.randint(0, 2**62, (1,), generator=generator).item())
-            if generator is not None
-            else self._visits
-        )
+        seed = int(torch.randint(0, 2**62, (1,), generator=rng).item()) if rng is not None else self._visits
         for example in list(self._pool):
             own = torch.Generator().manual_seed((seed ^ example) & (2**63 - 1))
             if torch.rand((), generator=own).item() < self.reset_fraction:

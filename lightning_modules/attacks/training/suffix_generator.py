@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, pad
-from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators, require_counts
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_rngs, require_counts
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.models.language_model import LanguageModel, Reply
@@ -106,7 +106,7 @@ class SuffixGenerator:
         self._pending: dict[str, Any] | None = None
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch, then train the generator. Raises: ValueError without texts or with another
         vocabulary."""
@@ -115,13 +115,13 @@ class SuffixGenerator:
             search = SuffixSearch(model, batch, 1, " x", self.max_rows, lead=1)
             proposals = SuffixSearch(writer, batch, 1, " x", self.max_rows, lead=1)
             allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
-            generators = example_generators(batch, generator)
+            rngs = example_rngs(batch, rng)
             search.record_start()
             beams = {row: [_Beam([])] for row in range(len(batch))}
             for _ in range(self.num_tokens):
                 if not beams:
                     break
-                beams = self._grow(search, proposals, beams, allowed, generators)
+                beams = self._grow(search, proposals, beams, allowed, rngs)
             attacked = search.result()
             # The writer reads what it proposed after: everything before the suffix, template included.
             self._buffer += [
@@ -130,7 +130,7 @@ class SuffixGenerator:
             del self._buffer[: -self.buffer_size]
         self._learn(
             writer,
-            torch.Generator().manual_seed(draw_seed(generator or torch.Generator().manual_seed(self.seed))),
+            torch.Generator().manual_seed(draw_seed(rng or torch.Generator().manual_seed(self.seed))),
         )
         return attacked
 
@@ -140,7 +140,7 @@ class SuffixGenerator:
         proposals: SuffixSearch,
         beams: dict[int, list[_Beam]],
         allowed: Tensor,
-        generators: list[torch.Generator],
+        rngs: list[torch.Generator],
     ) -> dict[int, list[_Beam]]:
         """One more token for every beam of every row."""
         flat = [(row, beam) for row, own in beams.items() for beam in own]
@@ -152,7 +152,7 @@ class SuffixGenerator:
         for (row, beam), own in zip(flat, log_chances, strict=True):
             chances = own.exp()
             count = min(self.candidates, int((chances > 0).sum()))
-            for token in torch.multinomial(chances, count, generator=generators[row]).tolist():
+            for token in torch.multinomial(chances, count, generator=rngs[row]).tolist():
                 grown.append((row, _Beam([*beam.suffix, token], beam.nll - own[token].item())))
         texts = search.texts([row for row, _ in grown], [beam.suffix for _, beam in grown])
         grown = [entry for entry, text in zip(grown, texts, strict=True) if text is not None]
@@ -169,24 +169,24 @@ class SuffixGenerator:
         best = {row: min(own, key=lambda i: float(losses[i])) for row, own in places.items()}
         search.record(list(best), [grown[i][1].suffix for i in best.values()], losses[list(best.values())])
         return {
-            row: [grown[i][1] for i in self._chosen(own, scores, generators[row])]
+            row: [grown[i][1] for i in self._chosen(own, scores, rngs[row])]
             for row, own in sorted(places.items())
         }
 
-    def _chosen(self, places: list[int], scores: Tensor, generator: torch.Generator) -> list[int]:
+    def _chosen(self, places: list[int], scores: Tensor, rng: torch.Generator) -> list[int]:
         """The beams that go on: drawn without replacement in proportion to exp(-score / temperature), by
         Gumbel noise."""
         merits = -scores[places]
         if self.temperature > 0:
-            uniform = torch.rand(len(places), generator=generator).clamp_min(1e-20)
+            uniform = torch.rand(len(places), generator=rng).clamp_min(1e-20)
             merits = merits / self.temperature - (-uniform.log()).clamp_min(1e-20).log()
         return [places[i] for i in merits.topk(min(self.beams, len(places))).indices.tolist()]
 
-    def _learn(self, writer: LanguageModel, generator: torch.Generator) -> None:
+    def _learn(self, writer: LanguageModel, rng: torch.Generator) -> None:
         """Regress the generator on pairs of the buffer: CE of the suffix after its prompt."""
         assert self._optimizer is not None
         for _ in range(self.updates):
-            picked = torch.randperm(len(self._buffer), generator=generator)[: self.batch_size].tolist()
+            picked = torch.randperm(len(self._buffer), generator=rng)[: self.batch_size].tolist()
             prompts, prompt_mask = pad([self._buffer[i][0] for i in picked], "left")
             suffixes, suffix_mask = pad([self._buffer[i][1] for i in picked], "right")
             device = writer.device
