@@ -3,6 +3,7 @@ arXiv 2407.15549)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -108,9 +109,8 @@ class LatentPGD:
 
             found = self.descent.descend(loss, delta, allowed, radius, step)
         embedding, layers = self._split(found.delta)
-        return AttackedPrompt(
-            batch.prompt_ids, batch.prompt_mask, **(vars(found) | {"delta": embedding}), layers=layers
-        )
+        attacked = found.ledger.attacked(batch.prompt_ids, batch.prompt_mask, embedding, found.distance)
+        return replace(attacked, layers=layers)
 
     def _loss(self, model: LanguageModel, batch: AdversarialBatch, embeds: Tensor, active: Tensor) -> Tensor:
         """(A,) what the adversary minimises."""
