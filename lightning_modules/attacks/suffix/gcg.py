@@ -116,7 +116,7 @@ class GCG:
                 active = self._step(search, active, pools, rngs, allowed, first=step == 0)
                 if not active:
                     break
-            return search.result(), search.best
+            return search.result(), search.ledger.best
 
     def _step(
         self,

@@ -94,8 +94,10 @@ class RandomSearch:
         self, search: SuffixSearch, active: list[int], rngs: list[torch.Generator], tokens: torch.Tensor
     ) -> list[int]:
         def propose(row: int) -> list[list[int]]:
-            block = self._block(float(search.best_loss[row]))
-            return [replace_block(search.best[row], block, tokens, rngs[row]) for _ in range(self.width)]
+            block = self._block(float(search.ledger.best_loss[row]))
+            return [
+                replace_block(search.ledger.best[row], block, tokens, rngs[row]) for _ in range(self.width)
+            ]
 
         owners, candidates = search.typable(active, self.width, propose)
         if not owners:
@@ -111,7 +113,7 @@ class RandomSearch:
 
     def _open(self, search: SuffixSearch, rows: list[int]) -> list[int]:
         """Rows that are not done yet."""
-        unlikely = [row for row in rows if search.best_loss[row] > self.stop_loss]
+        unlikely = [row for row in rows if search.ledger.best_loss[row] > self.stop_loss]
         reached = set(search.reached(unlikely))
         return [row for row in unlikely if row not in reached]
 

@@ -125,7 +125,7 @@ class SuffixGenerator:
             attacked = search.result()
             # The writer reads what it proposed after: everything before the suffix, template included.
             self._buffer += [
-                (slot.before, suffix) for slot, suffix in zip(search.slots, search.best, strict=True)
+                (slot.before, suffix) for slot, suffix in zip(search.slots, search.ledger.best, strict=True)
             ]
             del self._buffer[: -self.buffer_size]
         self._learn(
