@@ -3,17 +3,24 @@ the result."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
 from datamodules.text.chat_format import Turn
 from lightning_modules.models.language_model import LanguageModel
+
+StopLoss = Annotated[float, Ge(0), Le(10)]
+"""Nats per token below which an example counts as attacked and leaves the batch. Guessing among a vocabulary
+of V tokens costs ln V (10 nats at V = 22,000), so with more every example would be done before the first
+step and every attack would fail."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +132,17 @@ class NoAttack:
     def __call__(
         self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
-        passes = torch.zeros(len(batch), dtype=torch.long)
+        device = batch.prompt_ids.device
+        passes = torch.zeros(len(batch), dtype=torch.long, device=device)
         return AttackedPrompt(
             prompt_ids=batch.prompt_ids,
             prompt_mask=batch.prompt_mask,
             delta=None,
-            loss_curve=torch.empty(0, len(batch)),
+            loss_curve=torch.empty(0, len(batch), device=device),
             forward_passes=passes,
             backward_passes=passes.clone(),
-            distance=torch.zeros(len(batch)),
-            zero_gradient=torch.zeros(len(batch), dtype=torch.bool),
+            distance=torch.zeros(len(batch), device=device),
+            zero_gradient=torch.zeros(len(batch), dtype=torch.bool, device=device),
         )
 
 
@@ -148,16 +156,15 @@ def require_gradients(attack: object) -> None:
         )
 
 
-def require_counts(owner: object, **counts: int) -> None:
-    """Raises: ValueError naming the first of an attack's settings that is below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{type(owner).__name__}.{name}: expected >= 1, got {count}")
-
-
 def draw_seed(rng: torch.Generator) -> int:
     """A seed for what cannot use the rng itself: Python's random, a model's sampling."""
     return int(torch.randint(0, 2**31, (1,), generator=rng).item())
+
+
+def derived_rng(seed: int, number: int) -> torch.Generator:
+    """The rng of one of several runs; runs of near seeds have nothing in common."""
+    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def require_texts(batch: AdversarialBatch) -> None:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
+from datamodules.fields import Count, Fraction, NonNegativeInt, Positive, checked
 from lightning_modules.attacks.base import AttackedPrompt, require_gradients
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, RadiusUnit, StepRule, StepUnit, target_loss
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
 
 
+@checked
 class LatentPGD:
     """PGD on the outputs of decoder layers (and the embeddings) at the attackable positions, each within its
     own ball.
@@ -37,26 +39,21 @@ class LatentPGD:
 
     def __init__(
         self,
-        layers: list[int],
+        layers: list[NonNegativeInt],
         embedding: bool = True,
-        epsilon: float | None = 6.0,
+        epsilon: Positive | None = 6.0,
         radius_unit: RadiusUnit = "absolute",
         ball: Literal["l2", "linf"] = "l2",
-        num_steps: int = 16,
-        step_size: float = 0.25,
+        num_steps: Count = 16,
+        step_size: Positive = 0.25,
         step_unit: StepUnit = "radius",
         step_rule: StepRule = "l2",
         keep: Literal["best", "last"] = "best",
-        weight_safe: float = 0.0,
+        weight_safe: Fraction = 0.0,
     ) -> None:
-        if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+        if not layers or len(set(layers)) != len(layers):
             raise ValueError(
                 f"LatentPGD.layers: expected distinct layer numbers counted from 0, got {layers}"
-            )
-        if not 0 <= weight_safe < 1:
-            raise ValueError(
-                f"LatentPGD.weight_safe: expected within [0, 1), got {weight_safe}; it is a share of "
-                "the adversary's loss"
             )
         self.layers = layers
         self.weight_safe = weight_safe

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_rngs, require_gradients
+from datamodules.fields import Count, Positive, checked
+from lightning_modules.attacks.base import AttackedPrompt, StopLoss, example_rngs, require_gradients
 from lightning_modules.attacks.embedding.balls import BALLS, Ball
 from lightning_modules.attacks.ledger import Ledger, PointLedger
 from lightning_modules.models.language_model import LanguageModel, Reply
@@ -40,6 +41,7 @@ class Descent:
     ledger: Ledger
 
 
+@checked
 class EmbeddingPGD:
     """PGD within a per-token ball around the embeddings of the attackable positions.
 
@@ -62,32 +64,18 @@ class EmbeddingPGD:
 
     def __init__(
         self,
-        epsilon: float | None = 0.05,
-        num_steps: int = 10,
-        step_size: float = 0.25,
+        epsilon: Positive | None = 0.05,
+        num_steps: Count = 10,
+        step_size: Positive = 0.25,
         step_unit: StepUnit = "radius",
         step_rule: StepRule = "l2",
         radius_unit: RadiusUnit = "embedding_norm",
         ball: Literal["l2", "linf"] = "l2",
         random_start: bool = False,
         keep: Literal["best", "last"] = "best",
-        stop_loss: float | None = None,
+        stop_loss: StopLoss | None = None,
     ) -> None:
         name = type(self).__name__
-        if epsilon is not None and not epsilon > 0:
-            raise ValueError(
-                f"{name}.epsilon: expected > 0, got {epsilon}; set a positive radius, or attack: "
-                "NoAttack for no attack"
-            )
-        if num_steps < 1:
-            raise ValueError(
-                f"{name}.num_steps: expected >= 1, got {num_steps}; set at least one step, or attack: "
-                "NoAttack for no attack"
-            )
-        if not step_size > 0:
-            raise ValueError(
-                f"{name}.step_size: expected > 0, got {step_size}; a step of zero never leaves the start"
-            )
         if epsilon is None and step_unit == "radius":
             raise ValueError(
                 f"{name}.step_unit: expected 'embedding_norm' or 'absolute' without a radius, got "

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_rngs, require_counts
+from datamodules.fields import Count, Positive, checked
+from lightning_modules.attacks.base import AttackedPrompt, example_rngs
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class BEAST:
     """Grows a fluent suffix token by token; needs no gradient.
 
@@ -29,17 +31,14 @@ class BEAST:
 
     def __init__(
         self,
-        num_tokens: int = 40,
-        beams: int = 15,
-        samples: int = 15,
-        temperature: float = 1.0,
+        num_tokens: Count = 40,
+        beams: Count = 15,
+        samples: Count = 15,
+        temperature: Positive = 1.0,
         stop_at_target: bool = True,
         ascii_only: bool = True,
-        max_rows: int | None = None,
+        max_rows: Count | None = None,
     ) -> None:
-        require_counts(self, num_tokens=num_tokens, beams=beams, samples=samples)
-        if not temperature > 0:
-            raise ValueError(f"BEAST.temperature: expected > 0, got {temperature}")
         self.num_tokens = num_tokens
         self.beams = beams
         self.samples = samples
@@ -94,7 +93,9 @@ class BEAST:
         for i in order:
             kept.setdefault(grown[i][0], []).append(i)
         best = {row: places[0] for row, places in kept.items()}
-        improved = search.record(list(best), [grown[i][1] for i in best.values()], means[list(best.values())])
+        improved = search.ledger.record(
+            list(best), [grown[i][1] for i in best.values()], means[list(best.values())]
+        )
         done = set(search.reached(improved)) if self.stop_at_target else set()
         return {
             row: [grown[i][1] for i in places[: self.beams]]

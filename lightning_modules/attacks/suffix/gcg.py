@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
+from datamodules.fields import Count, NonNegativeInt, Positive, checked
 from lightning_modules.attacks.base import (
     AttackedPrompt,
     example_rngs,
-    require_counts,
     require_gradients,
 )
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
@@ -28,6 +28,7 @@ from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy, mellowmax
 
 
+@checked
 class GCG:
     """GCG over all behaviours of a batch at once.
 
@@ -51,28 +52,21 @@ class GCG:
 
     def __init__(
         self,
-        num_tokens: int = 20,
+        num_tokens: Count = 20,
         init: str = " x",
-        num_steps: int = 500,
-        width: int = 512,
-        topk: int = 256,
-        n_replace: int = 1,
-        buffer_size: int = 0,
-        mellowmax_alpha: float | None = None,
-        target_tokens: int | None = None,
+        num_steps: Count = 500,
+        width: Count = 512,
+        topk: Count = 256,
+        n_replace: Count = 1,
+        buffer_size: NonNegativeInt = 0,
+        mellowmax_alpha: Positive | None = None,
+        target_tokens: Count | None = None,
         stop_at_target: bool = True,
         ascii_only: bool = True,
-        max_rows: int | None = None,
+        max_rows: Count | None = None,
     ) -> None:
-        require_counts(self, num_tokens=num_tokens, num_steps=num_steps, width=width, topk=topk)
-        if not 1 <= n_replace <= num_tokens:
-            raise ValueError(f"GCG.n_replace: expected within [1, num_tokens {num_tokens}], got {n_replace}")
-        if target_tokens is not None and target_tokens < 1:
-            raise ValueError(f"GCG.target_tokens: expected >= 1 or null, got {target_tokens}")
-        if buffer_size < 0:
-            raise ValueError(f"GCG.buffer_size: expected >= 0, got {buffer_size}; 0 keeps no buffer")
-        if mellowmax_alpha is not None and not mellowmax_alpha > 0:
-            raise ValueError(f"GCG.mellowmax_alpha: expected > 0 or null, got {mellowmax_alpha}")
+        if n_replace > num_tokens:
+            raise ValueError(f"GCG.n_replace: expected at most num_tokens {num_tokens}, got {n_replace}")
         self.num_tokens = num_tokens
         self.init = init
         self.num_steps = num_steps
@@ -139,7 +133,7 @@ class GCG:
             initial = self._objective(losses, search.target.mask[rows]).tolist()
             for row, suffix, value in zip(active, base.tolist(), initial, strict=True):
                 pools[row].add(suffix, value)
-            search.record(active, base.tolist(), search.mean(rows, losses))
+            search.ledger.record(active, base.tolist(), search.mean(rows, losses))
         top = self._promising(search.model, gradient, base, allowed)
         swaps = dict(zip(active, zip(base.cpu(), top.cpu(), strict=True), strict=True))
         owners, candidates = search.typable(
@@ -159,7 +153,7 @@ class GCG:
         chosen = {row: candidates[i].tolist() for row, i in best.items()}
         for row, i in best.items():
             pools[row].add(chosen[row], float(scores[i]))
-        improved = search.record(list(best), list(chosen.values()), means[list(best.values())])
+        improved = search.ledger.record(list(best), list(chosen.values()), means[list(best.values())])
         done = set(search.reached(improved)) if self.stop_at_target else set()
         return [row for row in active if row not in done]
 

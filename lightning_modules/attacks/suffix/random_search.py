@@ -9,13 +9,15 @@ from dataclasses import replace
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_rngs, require_counts, require_texts
+from datamodules.fields import Count, Share, checked
+from lightning_modules.attacks.base import AttackedPrompt, example_rngs, require_texts
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.attacks.text.templates import fill
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class RandomSearch:
     """Replaces a random block of suffix tokens and keeps the change if the target's first token became more
     likely.
@@ -40,23 +42,20 @@ class RandomSearch:
     def __init__(
         self,
         template: str = "{prompt}",
-        num_tokens: int = 25,
+        num_tokens: Count = 25,
         init: str = " !",
-        num_steps: int = 10_000,
-        block: int = 4,
-        width: int = 1,
-        target_tokens: int = 1,
-        stop_probability: float = 0.1,
+        num_steps: Count = 10_000,
+        block: Count = 4,
+        width: Count = 1,
+        target_tokens: Count = 1,
+        stop_probability: Share = 0.1,
         ascii_only: bool = True,
-        max_rows: int | None = None,
+        max_rows: Count | None = None,
     ) -> None:
         if "{prompt}" not in template:
             raise ValueError(f"RandomSearch.template: expected {{prompt}} in it, got {template[:60]!r}")
-        require_counts(self, num_steps=num_steps, width=width, target_tokens=target_tokens)
-        if not 1 <= block <= num_tokens:
-            raise ValueError(f"RandomSearch.block: expected within [1, num_tokens {num_tokens}], got {block}")
-        if not 0 < stop_probability <= 1:
-            raise ValueError(f"RandomSearch.stop_probability: expected within (0, 1], got {stop_probability}")
+        if block > num_tokens:
+            raise ValueError(f"RandomSearch.block: expected at most num_tokens {num_tokens}, got {block}")
         self.template = template
         self.num_tokens = num_tokens
         self.init = init
@@ -105,7 +104,7 @@ class RandomSearch:
         index = torch.tensor(owners, device=search.start.device)
         means = search.mean(index, search.losses(index, candidates.to(index.device))).cpu()
         best = best_by_owner(owners, means)
-        improved = search.record(
+        improved = search.ledger.record(
             list(best), [candidates[i].tolist() for i in best.values()], means[list(best.values())]
         )
         still_open = set(self._open(search, improved))

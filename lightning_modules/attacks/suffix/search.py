@@ -187,11 +187,9 @@ class SuffixSearch:
     def record_start(self) -> list[int]:
         """Score and enter the initial suffixes; returns all rows."""
         rows = torch.arange(len(self.slots), device=self.start.device)
-        return self.record(rows.tolist(), self.start.tolist(), self.mean(rows, self.losses(rows, self.start)))
-
-    def record(self, rows: Sequence[int], suffixes: Sequence[list[int]], losses: Tensor) -> list[int]:
-        """Enter one iterate's (N,) attacked losses; returns the rows that improved."""
-        return self.ledger.record(rows, suffixes, losses)
+        return self.ledger.record(
+            rows.tolist(), self.start.tolist(), self.mean(rows, self.losses(rows, self.start))
+        )
 
     def typed(self, suffixes: Sequence[list[int]]) -> list[str]:
         """What a user would type to replay a suffix of every behaviour."""

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from datamodules.batch import AdversarialBatch
+from datamodules.fields import NonNegative, checked
 from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class Mixture:
     """Draws one attack per batch.
 
@@ -19,9 +21,9 @@ class Mixture:
         weights: how often each is drawn, in proportion; null draws all alike.
     """
 
-    def __init__(self, attacks: list[Attack], weights: list[float] | None = None) -> None:
+    def __init__(self, attacks: list[Attack], weights: list[NonNegative] | None = None) -> None:
         weights = weights or [1.0] * len(attacks)
-        if not attacks or len(weights) != len(attacks) or min(weights) < 0 or not sum(weights) > 0:
+        if not attacks or len(weights) != len(attacks) or not sum(weights) > 0:
             raise ValueError(
                 f"Mixture.weights: expected one weight >= 0 for each of {len(attacks)} attacks, not "
                 f"all 0, got {weights}"

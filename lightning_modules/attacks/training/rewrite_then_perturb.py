@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from datamodules.batch import AdversarialBatch, pad
+from datamodules.fields import Share, checked
 from datamodules.text.chat_format import Attackable, ChatFormat
 from lightning_modules.attacks.base import (
     Attack,
@@ -22,6 +23,7 @@ from lightning_modules.attacks.base import (
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class RewriteThenPerturb:
     """Rewrites each prompt with a given probability and then perturbs the embeddings of all of them.
 
@@ -34,13 +36,8 @@ class RewriteThenPerturb:
     """
 
     def __init__(
-        self, rewrite: Attack, perturb: Attack, probability: float = 0.5, attackable: Attackable = "user"
+        self, rewrite: Attack, perturb: Attack, probability: Share = 0.5, attackable: Attackable = "user"
     ) -> None:
-        if not 0 < probability <= 1:
-            raise ValueError(
-                f"RewriteThenPerturb.probability: expected within (0, 1], got {probability}; use the "
-                "second attack alone for 0"
-            )
         self.rewrite = rewrite
         self.perturb = perturb
         self.probability = probability

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, pad
-from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_rngs, require_counts
+from datamodules.fields import Count, NonNegative, NonNegativeInt, Positive, checked
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_rngs
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.attacks.training.per_rank import gathered, own_states, process
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.loading import ModelConfig, load_seeded
@@ -31,13 +33,15 @@ class _Beam:
     nll: float = 0.0
 
 
+@checked
 class SuffixGenerator:
     """Writes a suffix per prompt by a beam search that the generator steers, then trains the generator on the
     suffixes.
 
     A candidate q is scored by weight_target * CE(harmful target | x, q) + mean NLL of q under the generator.
-    Passes are counted of the model, not of the generator. Every process has a generator of its own, and a
-    checkpoint holds the first one's.
+    Passes are counted of the model, not of the generator. Every process trains a generator of its own; a
+    checkpoint holds them all. Where the number of processes has changed, process r resumes with the generator
+    of process r modulo the old number.
 
     Args:
         generator: the language model that writes; it needs the model's tokenizer.
@@ -60,33 +64,19 @@ class SuffixGenerator:
     def __init__(
         self,
         generator: ModelConfig,
-        num_tokens: int = 30,
-        candidates: int = 48,
-        beams: int = 4,
-        weight_target: float = 100.0,
-        temperature: float = 0.6,
-        lr: float = 5e-4,
-        updates: int = 8,
-        buffer_size: int = 256,
-        batch_size: int = 8,
+        num_tokens: Count = 30,
+        candidates: Count = 48,
+        beams: Count = 4,
+        weight_target: Positive = 100.0,
+        temperature: NonNegative = 0.6,
+        lr: Positive = 5e-4,
+        updates: NonNegativeInt = 8,
+        buffer_size: Count = 256,
+        batch_size: Count = 8,
         ascii_only: bool = True,
-        max_rows: int | None = None,
+        max_rows: Count | None = None,
         seed: int = 0,
     ) -> None:
-        require_counts(
-            self,
-            num_tokens=num_tokens,
-            candidates=candidates,
-            beams=beams,
-            buffer_size=buffer_size,
-            batch_size=batch_size,
-        )
-        if updates < 0 or temperature < 0 or not weight_target > 0 or not lr > 0:
-            raise ValueError(
-                "SuffixGenerator.updates, temperature, weight_target and lr: expected >= 0, >= 0, > 0 "
-                "and > 0, "
-                f"got {updates}, {temperature}, {weight_target} and {lr}"
-            )
         self.generator = generator
         self.num_tokens = num_tokens
         self.candidates = candidates
@@ -167,7 +157,9 @@ class SuffixGenerator:
         for i, (row, _) in enumerate(grown):
             places.setdefault(row, []).append(i)
         best = {row: min(own, key=lambda i: float(losses[i])) for row, own in places.items()}
-        search.record(list(best), [grown[i][1].suffix for i in best.values()], losses[list(best.values())])
+        search.ledger.record(
+            list(best), [grown[i][1].suffix for i in best.values()], losses[list(best.values())]
+        )
         return {
             row: [grown[i][1] for i in self._chosen(own, scores, rngs[row])]
             for row, own in sorted(places.items())
@@ -225,15 +217,18 @@ class SuffixGenerator:
         return self._writer
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's weights, its optimiser and its buffer."""
+        """The generators' weights, their optimisers and their buffers, of all processes."""
         state: dict[str, Any] = {"buffer": [list(pair) for pair in self._buffer]}
         if self._pending is not None:
-            return {**self._pending, **state}
-        if self._writer is not None and self._optimizer is not None:
+            state |= self._pending
+        elif self._writer is not None and self._optimizer is not None:
             state |= {"weights": self._writer.module.state_dict(), "optimizer": self._optimizer.state_dict()}
-        return state
+        return gathered(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._buffer = [(list(prompt), list(suffix)) for prompt, suffix in state["buffer"]]
+        """Raises: ValueError for a state without generators."""
+        states = own_states(state, self)
+        own = states[process()[0] % len(states)]
+        self._buffer = [(list(prompt), list(suffix)) for prompt, suffix in own["buffer"]]
         self._writer = self._optimizer = None
-        self._pending = {key: state[key] for key in ("weights", "optimizer")} if "weights" in state else None
+        self._pending = {key: own[key] for key in ("weights", "optimizer")} if "weights" in own else None
