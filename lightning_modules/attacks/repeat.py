@@ -24,6 +24,7 @@ from lightning_modules.attacks.base import (
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.verdicts import Verdict, verdicts
 from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.requests import Decoding
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class Repeat:
         if self.judge is None:
             return attacked, [False] * len(batch)
         require_texts(batch)
-        replies = _replies(model, attacked, self.max_new_tokens)
+        replies = model.reply(attacked, Decoding(self.max_new_tokens))
         asked = torch.ones_like(attacked.forward_passes)
         attacked = replace(attacked, queries=asked + (0 if attacked.queries is None else attacked.queries))
         return attacked, verdicts(self.judge, batch.prompts, replies, batch.targets)
@@ -185,11 +186,3 @@ def _best_loss(attacked: AttackedPrompt) -> Tensor:
     if len(attacked.loss_curve) == 0:
         return torch.full((len(attacked.prompt_ids),), torch.inf, device=attacked.prompt_ids.device)
     return attacked.best_loss
-
-
-def _replies(model: LanguageModel, attacked: AttackedPrompt, max_new_tokens: int) -> list[str]:
-    """Greedy replies to attacked prompts, forced tokens included."""
-    with torch.no_grad(), attacked.applied(model) as embeds:
-        generated = model.generate(embeds, attacked.prompt_mask, max_new_tokens, model.chat.stop_ids)
-    forced = attacked.forced or ((),) * len(generated)
-    return [model.chat.decode([*own, *ids]) for own, ids in zip(forced, generated, strict=True)]

@@ -11,6 +11,7 @@ from datamodules.fields import Count, Positive, checked
 from lightning_modules.attacks.base import AttackedPrompt, example_rngs
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -53,7 +54,7 @@ class BEAST:
         """Attack the batch. Raises: ValueError without texts."""
         with model.frozen():
             search = SuffixSearch(model, batch, 1, " x", self.max_rows, lead=1)
-            allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
+            allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
             rngs = example_rngs(batch, rng)
             search.record_start()
             beams: dict[int, list[list[int]]] = {row: [[]] for row in range(len(batch))}

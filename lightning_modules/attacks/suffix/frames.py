@@ -13,6 +13,12 @@ from torch import Tensor
 
 from datamodules.batch import pad
 from lightning_modules.attacks.suffix.slots import SuffixSlot
+from lightning_modules.models.cached_scoring import (
+    continued_log_probs,
+    extend_cache,
+    next_token_logits,
+    prefix_cache,
+)
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.prefix_cache import PrefixCache
 
@@ -44,12 +50,12 @@ class Frames:
         frame_ids, frame_mask = pad([lead + after for lead, after in frames], "left")
         self.frame_ids, self.frame_mask = frame_ids.to(device), frame_mask.to(device)
         self.place = torch.tensor([end - len(after) for _, after in frames], device=device)
-        self.prefix = model.prefix_cache(ids, prefix_mask)
+        self.prefix = prefix_cache(model, ids, prefix_mask)
 
     def extended(self, rows: Tensor, suffixes: Tensor) -> PrefixCache:
         """The cache of these rows, held on over their (A, S) suffixes."""
-        return self.model.extend_cache(
-            self.prefix, rows, *self._frame(rows, suffixes, self.model.embed(suffixes))
+        return extend_cache(
+            self.model, self.prefix, rows, *self._frame(rows, suffixes, self.model.embed(suffixes))
         )
 
     def token_losses(
@@ -71,7 +77,7 @@ class Frames:
         reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest])
         prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)
         index = rows if cached_rows is None else cached_rows
-        losses = -self.model.continued_log_probs(prefix, index, whole[:, skip:], mask[:, skip:], reply)
+        losses = -continued_log_probs(self.model, prefix, index, whole[:, skip:], mask[:, skip:], reply)
         return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - longest))
 
     def next_token_logits(self, rows: Tensor, suffixes: Tensor) -> Tensor:
@@ -84,7 +90,8 @@ class Frames:
         column = torch.arange(lead, device=ids.device) - shift[:, None]
         kept = column.clamp_min(0)
         lead_ids, lead_mask = ids.gather(1, kept), mask.gather(1, kept) & (column >= 0)
-        return self.model.next_token_logits(
+        return next_token_logits(
+            self.model,
             self.prefix,
             rows,
             torch.cat([lead_ids, suffixes], 1),

@@ -19,6 +19,7 @@ from lightning_modules.attacks.suffix.frames import Frames
 from lightning_modules.attacks.suffix.slots import make_slot, replayable, without_end_of_turn
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.logits import replies_greedily
 
 GROUP = 6
 """Forward passes' worth of candidates whose order is by position alone."""
@@ -204,7 +205,7 @@ class SuffixSearch:
         prompt_ids, prompt_mask = self._prompts([self.slots[row].ids(self.ledger.best[row]) for row in rows])
         self.ledger.count_forward(index)
         target = Reply(self.target.ids[index], self.target.mask[index])
-        hits = self.model.replies_greedily(self.model.embed(prompt_ids), prompt_mask, target)
+        hits = replies_greedily(self.model, self.model.embed(prompt_ids), prompt_mask, target)
         return [row for row, hit in zip(rows, hits.tolist(), strict=True) if hit]
 
     def result(self) -> AttackedPrompt:

@@ -15,12 +15,14 @@ from lightning_modules.attacks.chunks import Chunked
 from lightning_modules.attacks.ledger import CandidateLedger
 from lightning_modules.attacks.suffix.slots import without_end_of_turn
 from lightning_modules.attacks.text.variants import Variant
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.decoder import text_config
+from lightning_modules.models.language_model import Encoded, LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.requests import Decoding
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Sendable:
     """A variant as ids: forced tokens are part of the prompt, `target` is what is left of the target after
     them."""
 
@@ -45,14 +47,14 @@ class TextSearch:
         self.model, self.batch, self.chat = model, batch, model.chat
         self.chunked = Chunked(max_rows)
         self.max_new_tokens = max_new_tokens
-        self.limit = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+        self.limit = getattr(text_config(model.module), "max_position_embeddings", None) or 1 << 20
         mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, self.chat.end_of_turn)
         self.targets = [ids[keep].tolist() for ids, keep in zip(batch.harmful_ids, mask, strict=True)]
         self.ledger = CandidateLedger(
             [Variant(prompt) for prompt in batch.prompts], lambda best: [variant.text for variant in best]
         )
 
-    def encode(self, row: int, variant: Variant) -> Encoded | None:
+    def encode(self, row: int, variant: Variant) -> Sendable | None:
         """The variant as ids, None where the template refuses its text or the model cannot take its
         length."""
         try:
@@ -61,7 +63,7 @@ class TextSearch:
             return None
         target, forced = self.targets[row], self._forced(row, variant)
         fits = len(prompt) + max(len(target), self.max_new_tokens) <= self.limit
-        return Encoded(prompt + forced, target[len(forced) :]) if fits else None
+        return Sendable(prompt + forced, target[len(forced) :]) if fits else None
 
     def _forced(self, row: int, variant: Variant) -> list[int]:
         """The target's first tokens that the variant forces; at least one is left to the model."""
@@ -87,15 +89,15 @@ class TextSearch:
         encoded = [self.encode(row, variant) for row, variant in zip(rows, variants, strict=True)]
         usable = [i for i, entry in enumerate(encoded) if entry is not None]
         replies = [""] * len(rows)
+        decoding = Decoding(self.max_new_tokens)
         for start in range(0, len(usable), self.chunked.max_rows):
             places = usable[start : start + self.chunked.max_rows]
-            ids, mask = self._padded([encoded[i].prompt for i in places])  # type: ignore[union-attr]
-            with torch.no_grad():
-                out = self.model.generate(
-                    self.model.embed(ids), mask, self.max_new_tokens, self.chat.stop_ids
-                )
-            for place, generated in zip(places, out, strict=True):
-                replies[place] = self.chat.decode(self._forced(rows[place], variants[place]) + generated)
+            prompts = self._padded([encoded[i].prompt for i in places])  # type: ignore[union-attr]
+            forced = tuple(tuple(self._forced(rows[i], variants[i])) for i in places)
+            for place, reply in zip(
+                places, self.model.reply(Encoded(*prompts, forced), decoding), strict=True
+            ):
+                replies[place] = reply
         self.ledger.count_queries([rows[i] for i in usable])
         return replies
 
@@ -123,7 +125,7 @@ class TextSearch:
         ids, mask = pad(prompts, "left")
         return ids.to(self.model.device), mask.to(self.model.device)
 
-    def _losses(self, encoded: list[Encoded]) -> Tensor:
+    def _losses(self, encoded: list[Sendable]) -> Tensor:
         ids, mask = self._padded([entry.prompt for entry in encoded])
         targets, target_mask = (t.to(ids.device) for t in pad([entry.target for entry in encoded], "right"))
         (log_probs,) = self.model.reply_log_probs(self.model.embed(ids), mask, Reply(targets, target_mask))
