@@ -11,8 +11,8 @@ from typing import Any
 import docstring_parser
 
 from experiments.cli import USAGE
-from experiments.config.check import import_class
-from experiments.config.compose import PROJECT_ROOT, ConfigError
+from experiments.config.classes import import_class, moved_to, project_classes
+from experiments.config.errors import ConfigError, suggest
 
 WIDTH = 110
 
@@ -82,11 +82,7 @@ def _documentation(cls: type) -> dict[str, str]:
 
 
 def _find_class(name: str) -> type:
-    if "." in name:
-        return import_class("--help", name)
-    for folder in ("datamodules", "lightning_modules", "callbacks"):
-        for file in sorted((PROJECT_ROOT / folder).rglob("*.py")):
-            if f"\nclass {name}" in file.read_text(encoding="utf-8"):
-                module = ".".join(file.relative_to(PROJECT_ROOT).with_suffix("").parts)
-                return import_class("--help", f"{module}.{name}")
-    raise ConfigError(f"--help.{name}: no such class in the project")
+    known = name if "." in name else moved_to(name)
+    if known is None:
+        raise ConfigError(f"--help.{name}: no such class in the project{suggest(name, project_classes())}")
+    return import_class("--help", known)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.config.errors import PROJECT_ROOT, ConfigError
+from experiments.config.classes import beside
+from experiments.config.errors import ConfigError
 
 CLASS_KEYS = {"class_path", "init_args"}
 
@@ -17,6 +18,8 @@ def set_dotted(config: dict[str, Any], key: str, value: Any) -> None:
     """
     node: Any = config
     *parents, last = key.split(".")
+    if not all(key.split(".")):
+        raise ConfigError(f"--{key}: expected names joined by dots, got an empty one")
     for part in parents:
         node = _step(node, part, key)
     if isinstance(node, list):
@@ -25,38 +28,26 @@ def set_dotted(config: dict[str, Any], key: str, value: Any) -> None:
     if "class_path" in node and last not in CLASS_KEYS:
         node = node.setdefault("init_args", {})
     if isinstance(value, str) and isinstance(node.get(last), dict) and "class_path" in node[last]:
-        value = {"class_path": _full_class_path(value, node[last]["class_path"])}
+        class_path = value if "." in value else beside(value, str(node[last]["class_path"]))
+        value = {"class_path": class_path}
     node[last] = value
 
 
 def _step(node: Any, part: str, key: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, part, key)]
-    if "class_path" in node and part not in CLASS_KEYS:
-        node = node.setdefault("init_args", {})
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
-        raise ConfigError(
-            f"--{key}: {part!r} is a plain value ({node[part]!r}), so nothing below it can be set"
-        )
-    return node[part]
+        found = node[_index(node, part, key)]
+    else:
+        if "class_path" in node and part not in CLASS_KEYS:
+            node = node.setdefault("init_args", {})
+        if node.get(part) is None:
+            node[part] = {}
+        found = node[part]
+    if not isinstance(found, dict | list):
+        raise ConfigError(f"--{key}: {part!r} is a plain value ({found!r}), so nothing below it can be set")
+    return found
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
         raise ConfigError(f"--{key}: expected a number below {len(node)} for a list element, got {part!r}")
     return int(part)
-
-
-def _full_class_path(name: str, current: str) -> str:
-    """A bare class name is looked for beside the class it replaces, then in the folders around it."""
-    if "." in name:
-        return name
-    package = current.split(".")[:-2]
-    while len(package) > 1 or package[:1] == current.split(".")[:1]:
-        for file in sorted(PROJECT_ROOT.joinpath(*package).rglob("*.py")):
-            if f"\nclass {name}" in file.read_text(encoding="utf-8"):
-                return ".".join([*file.relative_to(PROJECT_ROOT).with_suffix("").parts, name])
-        package = package[:-1]
-    raise ConfigError(f"class {name!r}: not found beside {current}; give the full class path")
