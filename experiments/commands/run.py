@@ -24,8 +24,6 @@ from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 
-QUICKSTART = "configs/quickstart.yaml"
-
 
 class ThundercatCLI(LightningCLI):
     """LightningCLI over one resolved configuration."""
@@ -50,12 +48,6 @@ def run(
 ) -> int:
     """Compose, check and run. Returns the exit status. Raises: ConfigError for a wrong configuration."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    help_flags = [flag for flag in flags if flag.startswith(("--help", "-h"))]
-    if help_flags:
-        from experiments.config.help import print_help
-
-        print_help(help_flags[0], compose(files or [QUICKSTART], overrides))
-        return 0
     if not files:
         raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
     config = compose(files, overrides)

@@ -84,7 +84,7 @@ def check_value(path: str, value: Any, hint: Any) -> None:
     elif isinstance(value, list):
         _check_list(path, value, hint)
     elif not any(_takes(option, value) for option in options(hint)):
-        raise ConfigError(f"{path}: expected {_expected(hint)}, got {_shown(value)}")
+        raise ConfigError(f"{path}: expected {expected(hint)}, got {_shown(value)}")
 
 
 def check_known(path: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -144,14 +144,14 @@ def _check_mapping(path: str, value: Mapping[str, Any], hint: Any) -> None:
         _check_arguments(path, value, record, {}, required=True)
         return
     if not any(_is_a(option, Mapping) for option in options(hint)):
-        raise ConfigError(f"{path}.{next(iter(value), '')}: expected {_expected(hint)} at {path}, got fields")
+        raise ConfigError(f"{path}.{next(iter(value), '')}: expected {expected(hint)} at {path}, got fields")
     for key, item in value.items():
         check_value(f"{path}.{key}", item, _item_hint(hint))
 
 
 def _check_list(path: str, value: list[Any], hint: Any) -> None:
     if not any(_is_a(option, list | tuple) for option in options(hint)):
-        raise ConfigError(f"{path}: expected {_expected(hint)}, got {_shown(value)}")
+        raise ConfigError(f"{path}: expected {expected(hint)}, got {_shown(value)}")
     for i, item in enumerate(value):
         check_value(f"{path}.{i}", item, _item_hint(hint))
     found = problem(value, hint)  # what relates the items: the length of a tuple
@@ -190,7 +190,8 @@ def _item_hint(hint: Any) -> Any:
     return Any
 
 
-def _expected(hint: Any) -> str:
+def expected(hint: Any) -> str:
+    """An annotation in words, for errors and help."""
     return " or ".join(_expected_one(option) for option in options(hint))
 
 
@@ -199,7 +200,7 @@ def _expected_one(option: Any) -> str:
         return f"fields of {option.__name__}"
     origin = typing.get_origin(option)
     if isinstance(origin, type) and issubclass(origin, list) and typing.get_args(option):
-        return f"a list of ({_expected(typing.get_args(option)[0])})"
+        return f"a list of ({expected(typing.get_args(option)[0])})"
     if isinstance(origin, type) and not is_plain(option):
         return "fields by name" if issubclass(origin, Mapping) else "a list"
     if isinstance(option, type) and not is_plain(option):
