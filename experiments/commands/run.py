@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from callbacks.report.report import RunReport
-from callbacks.run_folder.loggers import LastLogRow
+from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance, start_record
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
@@ -69,7 +69,7 @@ def run(
         # `validate`.
         cli.trainer.limit_val_batches = 0
     use_tqdm(cli.trainer)
-    cli.trainer.callbacks[:0] = [Provenance(config), LastLogRow()]  # type: ignore[attr-defined]
+    cli.trainer.callbacks[:0] = [Provenance(config), LastLogRow(), LogConfiguration(config)]  # type: ignore[attr-defined]
     return _execute(cli, command, config.get("ckpt_path"), "--traceback" in flags)
 
 

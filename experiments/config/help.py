@@ -81,7 +81,9 @@ def _print_class(cls: type) -> None:
     parsed = docstring_parser.parse(inspect.getdoc(cls) or "")
     about = f": {' '.join(parsed.short_description.split())}" if parsed.short_description else ""
     print(_filled("  ", f"{cls.__module__}.{cls.__qualname__}{about}", indent="    "))
-    for name, kind, default, text in fields(cls):
+    for name, kind, default, documentation in fields(cls):
+        # Lightning's texts refer to its web pages: :paramref:`~lightning.pytorch.trainer.Trainer.logger`.
+        text = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", documentation)
         print(
             _filled(
                 "    ", f"{name} ({kind}{default}): {' '.join(text.split())}".rstrip(": "), indent="      "
