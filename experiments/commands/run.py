@@ -18,13 +18,11 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from callbacks.report.report import RunReport
-from callbacks.run_folder.loggers import LastLogRow
+from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance, start_record
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
-
-QUICKSTART = "configs/quickstart.yaml"
 
 
 class ThundercatCLI(LightningCLI):
@@ -50,12 +48,6 @@ def run(
 ) -> int:
     """Compose, check and run. Returns the exit status. Raises: ConfigError for a wrong configuration."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    help_flags = [flag for flag in flags if flag.startswith(("--help", "-h"))]
-    if help_flags:
-        from experiments.config.help import print_help
-
-        print_help(help_flags[0], compose(files or [QUICKSTART], overrides))
-        return 0
     if not files:
         raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
     config = compose(files, overrides)
@@ -77,7 +69,7 @@ def run(
         # `validate`.
         cli.trainer.limit_val_batches = 0
     use_tqdm(cli.trainer)
-    cli.trainer.callbacks[:0] = [Provenance(config), LastLogRow()]  # type: ignore[attr-defined]
+    cli.trainer.callbacks[:0] = [Provenance(config), LastLogRow(), LogConfiguration(config)]  # type: ignore[attr-defined]
     return _execute(cli, command, config.get("ckpt_path"), "--traceback" in flags)
 
 
