@@ -19,12 +19,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.evaluations.base import Evaluation
 from callbacks.evaluations.measuring import Measuring
+from callbacks.progress import install_progress
 from callbacks.report.report import RunReport
 from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint, load_weights
 from callbacks.run_folder.decisive import decisive
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
-from callbacks.run_folder.loggers import LastLogRow
+from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
 from datamodules.adversarial import AdversarialData
@@ -34,7 +35,6 @@ from experiments.config.defaults import with_defaults
 from experiments.config.seeds import seeds_of, with_seeds
 from lightning_modules.pretrained import PretrainedModel
 
-QUICKSTART = "configs/quickstart.yaml"
 EXPECTED = (ValueError, OSError, FloatingPointError)
 """Errors whose message is for the user; any other kind is named, with the way to see where it came from."""
 
@@ -62,12 +62,6 @@ def run(
 ) -> int:
     """Compose, check and run. Returns the exit status. Raises: ConfigError for a wrong configuration."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    help_flags = [flag for flag in flags if flag.startswith(("--help", "-h"))]
-    if help_flags:
-        from experiments.config.help import print_help
-
-        print_help(help_flags[0], compose(files or [QUICKSTART], overrides))
-        return 0
     config = resolved(command, files, overrides)
     if "--print_config" in flags:
         print(yaml.safe_dump(config, sort_keys=False), end="")
@@ -135,7 +129,7 @@ def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
         # `validate`.
         trainer.limit_val_batches = 0
     install_progress(trainer)
-    own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow()]
+    own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow(), LogConfiguration(config)]
     trainer.callbacks[:0] = own  # type: ignore[attr-defined]
 
 
