@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from datamodules.batch import BehaviourBatch
+from datamodules.batch import EvaluationBatch
 
 SCHEMA = 1
 """Version of the rows' fields; rows of another version are refused."""
@@ -139,7 +139,7 @@ def _drop_torn_line(path: Path) -> None:
                 stream.truncate(whole)
 
 
-def contents(batch: BehaviourBatch) -> list[Any]:
+def contents(batch: EvaluationBatch) -> list[Any]:
     """What an attack sees of a batch, as JSON."""
     assert batch.adversarial is not None
     sent = batch.adversarial

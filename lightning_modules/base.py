@@ -14,7 +14,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
-from datamodules.batch import BehaviourBatch
+from datamodules.batch import EvaluationBatch
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
 
@@ -122,14 +122,14 @@ class FineTuning(LightningModule):
                 "use the configuration that the run folder's config.yaml holds"
             )
 
-    def validation_step(self, batch: BehaviourBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Nothing batch by batch: `validate` and `test` are the evaluation callbacks' work, which report n
         and an interval."""
 
     test_step = validation_step
 
     def predict_step(
-        self, batch: BehaviourBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, str]]:
         """Greedy replies to a batch of evaluation prompts, as text."""
         chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ import torch
 from callbacks.evaluations.base import EvaluationRun
 from callbacks.health import example_flags
 from callbacks.judges.base import Judge, judge_all, label
-from datamodules.batch import BehaviourBatch
+from datamodules.batch import EvaluationBatch
 from datamodules.results import AttackRow, ResultsStore
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 
@@ -37,7 +37,7 @@ class AttackRunner:
     seed: int
 
     def rows(
-        self, name: str, attack: Attack, settings: str, batch: BehaviourBatch, restart: int
+        self, name: str, attack: Attack, settings: str, batch: EvaluationBatch, restart: int
     ) -> list[AttackRow]:
         """The batch's rows with all verdicts; the attack runs only if a row is missing.
 
@@ -54,7 +54,7 @@ class AttackRunner:
         return judged
 
     def _attack(
-        self, name: str, attack: Attack, settings: str, batch: BehaviourBatch, restart: int
+        self, name: str, attack: Attack, settings: str, batch: EvaluationBatch, restart: int
     ) -> list[AttackRow]:
         assert batch.adversarial is not None
         began = time.perf_counter()
@@ -78,7 +78,7 @@ class AttackRunner:
                     restart=restart,
                     step=self.run.trainer.global_step,
                     prompt=batch.prompts[i],
-                    target=batch.references[i],
+                    target=batch.expected[i],
                     category=batch.categories[i],
                     functional=batch.functional[i],
                     attacked=attacked.texts[i] if attacked.texts else None,

@@ -55,7 +55,7 @@ class Summary:
         self.outcomes = {name: Outcomes().to(device) for name in attacks}
         self.other = {name: {label(judge): Rate().to(device) for judge in judges} for name in attacks}
         self.rows: dict[str, list[AttackRow]] = {name: [] for name in attacks}
-        examples = run.data.behaviours.examples["harmful"]
+        examples = run.data.examples["harmful"]
         self.categories = sorted({e.row.category for e in examples})
         self.functional = sorted({getattr(e.row, "functional", "") for e in examples})
         self.device = device

@@ -23,9 +23,8 @@ from callbacks.evaluations.undisturbed import undisturbed
 from callbacks.metrics.means import Mean
 from callbacks.metrics.rates import Rate
 from callbacks.run_folder.loggers import log_table
-from datamodules.adversarial import AdversarialData
-from datamodules.batch import BehaviourBatch
-from datamodules.evaluation import Subject
+from datamodules.batch import EvaluationBatch
+from datamodules.evaluation import EvaluationData, Subject
 from lightning_modules.base import FineTuning
 from lightning_modules.models.language_model import LanguageModel
 
@@ -88,8 +87,8 @@ class Evaluation(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises: ValueError where the datamodule has no evaluation rows or the trainer forbids gradients."""
-        if not isinstance(getattr(trainer, "datamodule", None), AdversarialData):
-            raise ValueError(f"{type(self).__name__} expects data: datamodules.adversarial.AdversarialData")
+        if not isinstance(getattr(trainer, "datamodule", None), EvaluationData):
+            raise ValueError(f"{type(self).__name__} expects data: datamodules.evaluation.EvaluationData")
         loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(stage)
         if loop is not None and loop.inference_mode:
             raise ValueError(
@@ -170,22 +169,20 @@ class EvaluationRun:
         return self.module.language_model
 
     @property
-    def data(self) -> AdversarialData:
-        data: AdversarialData = self.trainer.datamodule  # type: ignore[attr-defined]
+    def data(self) -> EvaluationData:
+        data: EvaluationData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
     def batches(
         self, subject: Subject, what: str | None = None, limit: int | None = None
-    ) -> Iterator[BehaviourBatch]:
+    ) -> Iterator[EvaluationBatch]:
         """This process's share of a subject's rows on the model's device; with a progress bar where it is
         given a name.
 
         `limit` lowers the evaluation's own.
         """
         least = min((n for n in (self.limit, limit) if n is not None), default=None)
-        loader = self.data.behaviours.loader(
-            subject, least, self.trainer.global_rank, self.trainer.world_size
-        )
+        loader = self.data.loader(subject, least, self.trainer.global_rank, self.trainer.world_size)
         with self.progress(len(loader), f"{what} ({subject})", silent=what is None) as bar:
             for batch in loader:
                 yield batch.to(self.module.device)
@@ -197,7 +194,7 @@ class EvaluationRun:
         return tqdm(total=total, desc=what, leave=False, disable=silent)
 
     def has(self, subject: Subject) -> bool:
-        return bool(self.data.behaviours.examples[subject])
+        return bool(self.data.examples[subject])
 
     def replies(
         self, embeds: torch.Tensor, mask: torch.Tensor, forced: Sequence[Sequence[int]] = ()
@@ -209,7 +206,7 @@ class EvaluationRun:
         starts = forced or [()] * len(generated)
         return [chat.decode([*start, *ids]) for start, ids in zip(starts, generated, strict=True)]
 
-    def clean_replies(self, batch: BehaviourBatch) -> list[str]:
+    def clean_replies(self, batch: EvaluationBatch) -> list[str]:
         """Greedy replies to the prompts as they are."""
         with torch.no_grad():
             return self.replies(self.model.embed(batch.prompt_ids), batch.prompt_mask)

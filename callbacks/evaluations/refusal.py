@@ -26,7 +26,7 @@ class RefusalEvaluation(Evaluation):
                 continue
             rate = Rate().to(run.module.device)
             by_category = rates_by_name(
-                (e.row.category for e in run.data.behaviours.examples[subject]), run.module.device
+                (e.row.category for e in run.data.examples[subject]), run.module.device
             )
             for batch in run.batches(subject, "refusals"):  # type: ignore[arg-type]
                 replies = run.clean_replies(batch)

@@ -18,14 +18,12 @@ class UtilityEvaluation(Evaluation):
         judge = ExactMatch()
         findings = Findings({}, details={"judge": f"{judge.name}@{judge.revision}"})
         rate = Rate().to(run.module.device)
-        by_category = rates_by_name(
-            (e.row.category for e in run.data.behaviours.examples["utility"]), run.module.device
-        )
+        by_category = rates_by_name((e.row.category for e in run.data.examples["utility"]), run.module.device)
         for batch in run.batches("utility", "utility"):
             replies = run.clean_replies(batch)
-            right = [judge(p, r, e) for p, r, e in zip(batch.prompts, replies, batch.references, strict=True)]
+            right = [judge(p, r, e) for p, r, e in zip(batch.prompts, replies, batch.expected, strict=True)]
             rate.update(torch.tensor(right, device=run.module.device))
-            rows = zip(batch.categories, batch.prompts, replies, batch.references, right, strict=True)
+            rows = zip(batch.categories, batch.prompts, replies, batch.expected, right, strict=True)
             for category, prompt, reply, expected, ok in rows:
                 by_category[category].update(torch.tensor([ok], device=run.module.device))
                 findings.samples.append(

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
-from datamodules.adversarial import AdversarialData
+from datamodules.evaluation import EvaluationData
 from lightning_modules.base import FineTuning
 
 
@@ -53,7 +53,7 @@ class ExportModel(Callback):
         model: PreTrainedModel = pl_module.model  # type: ignore[assignment]
         model.save_pretrained(partial)
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, AdversarialData):
+        if isinstance(data, EvaluationData):
             data.chat.tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

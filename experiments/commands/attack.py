@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from callbacks.run_folder.provenance import environment_facts
 from datamodules.adversarial import AdversarialData
-from datamodules.batch import BehaviourBatch
+from datamodules.batch import EvaluationBatch
 from datamodules.results import describe
 from datamodules.rows import HarmfulRow
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
-from datamodules.text.encoding import Encoder, behaviour_batch
+from datamodules.text.encoding import Encoder, evaluation_batch
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
@@ -57,12 +57,12 @@ def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Se
         module.load_state_dict(torch.load(_checkpoint(config), weights_only=True)["state_dict"], strict=False)
     module.model.eval()
     model = LanguageModel(module.model, chat=data.chat)
-    encoder = Encoder(data.chat, data.max_length, "error", data.system, data.attackable)
+    encoder = Encoder(data.chat, replace(data.encoding, on_bad_row="error"))
     row = HarmfulRow("command line", texts["prompt"], texts["target"], DEFAULT_SAFE_REPLY, "--prompt")
     record = show(
         model,
         module,
-        behaviour_batch(encoder.harmful([row]), data.attackable),
+        evaluation_batch(encoder.harmful([row]), data.encoding.attackable),
         int(config["seed_everything"]),
     )
     folder = Path(config["trainer"]["default_root_dir"]) / "attacks"
@@ -77,10 +77,10 @@ def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Se
 
 
 def show(
-    model: LanguageModel, module: AdversarialFineTuning, batch: BehaviourBatch, seed: int
+    model: LanguageModel, module: AdversarialFineTuning, batch: EvaluationBatch, seed: int
 ) -> dict[str, Any]:
     """Attack one behaviour, writing every improvement as it is found; returns what is saved."""
-    (prompt,), (target,) = batch.prompts, batch.references
+    (prompt,), (target,) = batch.prompts, batch.expected
     chat, found = model.chat, [torch.inf]
     with tqdm(desc=type(module.attack).__name__, unit=" iterates", leave=False) as bar:
 

@@ -188,7 +188,7 @@ def test_evaluation_needs_its_data_and_gradients() -> None:
         validate_loop = test_loop = Loop()
 
     with pytest.raises(
-        ValueError, match="RefusalEvaluation expects data: datamodules.adversarial.AdversarialData"
+        ValueError, match="RefusalEvaluation expects data: datamodules.evaluation.EvaluationData"
     ):
         RefusalEvaluation().setup(FakeTrainer(), None, "test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every_n_steps: expected >= 1 or null, got 0"):
