@@ -23,14 +23,17 @@ def gather(field: str, sources: Sequence[Source[R]]) -> list[R | RowProblem]:
         field: the field of the configuration, for messages.
         sources: the field's sources.
 
-    Raises: ValueError for a source that yields nothing, or for two rows with one key, naming both places.
+    Raises: ValueError for a source without a usable row, or for two rows with one key, naming both places.
     """
     rows: list[R | RowProblem] = []
     for number, source in enumerate(sources):
         found = list(source.rows())
-        if not found:
+        bad = [row for row in found if isinstance(row, RowProblem)]
+        if len(bad) == len(found):
+            # Even where bad rows are skipped: a wrong column name would leave out the whole source.
+            which = f"yields no usable row; {len(bad)} bad, the first: {bad[0]}" if bad else "yields no row"
             raise ValueError(
-                f"data.{field}.{number}: {describe(source)} yields no row; mend the file or the source's "
+                f"data.{field}.{number}: {describe(source)} {which}; mend the file or the source's "
                 "selection, or remove the source"
             )
         rows += found

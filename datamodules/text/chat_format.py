@@ -208,8 +208,8 @@ class ChatFormat:
                 text = self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=reply is None
                 )
-        except EndlessTemplateError as error:
-            raise ValueError(f"tokenizer.chat_template: {error}") from error
+        except EndlessTemplateError:
+            raise
         except Exception as error:  # the template language raises its own types
             hint = (
                 "; this template may take no system message: set system: null" if system is not None else ""

@@ -39,8 +39,8 @@ def limited(max_steps: int = MAX_STEPS) -> Iterator[None]:
         steps += 1
         if steps > max_steps:
             raise EndlessTemplateError(
-                f"it does not end within {max_steps} steps for a conversation of a few words; its loops run "
-                "on and on, set tokenizer.chat_template to another one"
+                f"tokenizer.chat_template: it does not end within {max_steps} steps for a conversation of a "
+                "few words; take out its endless loop, or set another template"
             )
         return count
 
@@ -69,4 +69,6 @@ def check_operators(template: str) -> None:
     except TemplateSyntaxError:
         return  # rendering says what is wrong with it
     if powers:
-        raise EndlessTemplateError("it uses the operator **, which may never end; no chat needs it")
+        raise EndlessTemplateError(
+            "tokenizer.chat_template: it uses the operator **, which may never end; write the number out"
+        )

@@ -327,7 +327,8 @@ def table(tmp_path: Path, *replies: str) -> ChatTable:
 def test_bad_rows_stop_the_run_or_are_listed(tmp_path: Path) -> None:
     utility = [table(tmp_path, "good", "", "word " * 200, "fine")]
     with pytest.raises(
-        BadRowError, match=r"rows.jsonl:2: empty reply .*; mend the row, or set data.encoding.on_bad_row: skip"
+        BadRowError,
+        match=r"rows.jsonl:2: empty reply .*; mend the row, or set data.encoding.on_bad_row: skip",
     ):
         prepared(tmp_path, utility=utility)
     data = prepared(tmp_path, utility=utility, encoding=EncodingConfig(128, on_bad_row="skip"))
