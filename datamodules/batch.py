@@ -2,8 +2,7 @@
 two strings.
 
 Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks
-are explicit
-boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row. The classes are
+are explicit boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row. The classes are
 not frozen, since Lightning rebuilds a batch field by field where it converts floats (trainer.precision:
 bf16-true); nobody else assigns to a batch.
 """
@@ -16,6 +15,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from datamodules.rows import Turn
 
 
 class _Movable:
@@ -126,7 +127,7 @@ class UtilityBatch(_Movable):
     attention_mask: Tensor
     """(B, T) bool."""
     labels: Tensor
-    """(B, T) int64, -100 on every token that is not part of the reply."""
+    """(B, T) int64, -100 on every token that is not part of a learned reply; a conversation has several."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -141,13 +142,13 @@ class TrainingBatch(_Movable):
 
 
 @dataclass(eq=False)
-class BehaviourBatch(_Movable):
+class EvaluationBatch(_Movable):
     """Evaluation prompts with their texts; `adversarial` holds the tensors where the rows have a harmful
     target."""
 
     keys: tuple[str, ...]
     prompts: tuple[str, ...]
-    references: tuple[str, ...]
+    expected: tuple[str, ...]
     """The harmful target (harmful rows) or the expected reply (benign rows), as text; '' where there is
     none."""
     categories: tuple[str, ...]
@@ -158,6 +159,10 @@ class BehaviourBatch(_Movable):
     """(B, P) int64, left-padded."""
     prompt_mask: Tensor
     adversarial: AdversarialBatch | None = None
+    systems: tuple[str | None, ...] = ()
+    """System message of every conversation, None where there is none."""
+    histories: tuple[tuple[Turn, ...], ...] = ()
+    """Earlier turns of every conversation; `prompt_ids` hold them already."""
 
     def __len__(self) -> int:
         return len(self.prompts)

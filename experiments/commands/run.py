@@ -28,12 +28,10 @@ from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
-from datamodules.adversarial import AdversarialData
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import seeds_of, with_seeds
-from lightning_modules.pretrained import PretrainedModel
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
 """Errors whose message is for the user; any other kind is named, with the way to see where it came from."""
