@@ -38,6 +38,7 @@ from lightning_modules.attacks.base import example_generators
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_model
 
@@ -96,7 +97,7 @@ def quality(behaviours: int, width: int, topk: int, steps: int) -> dict[str, Any
     ours = GCG(num_steps=steps, width=width, topk=topk, stop_at_target=False)(
         model, batch, torch.Generator().manual_seed(0)
     ).best_loss
-    allowed = typable_tokens(chat, model.embedding_weight.shape[0], True)
+    allowed = typable_tokens(chat, embedding_weight(model).shape[0], True)
     theirs = []
     generators = example_generators(batch, torch.Generator().manual_seed(1))
     for behaviour, generator in zip(_reference_behaviours(model, batch), generators, strict=True):

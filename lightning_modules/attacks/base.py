@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
 from datamodules.text.chat_format import Turn
+from lightning_modules.models.hidden_states import perturbed_layers
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -67,7 +68,7 @@ class AttackedPrompt:
     @contextmanager
     def applied(self, model: LanguageModel) -> Iterator[Tensor]:
         """(B, P, D) perturbed embeddings, with the perturbed layers in place while the context lasts."""
-        with model.perturbed_layers(self.layers):
+        with perturbed_layers(model, self.layers):
             yield self.embeds(model)
 
     @property

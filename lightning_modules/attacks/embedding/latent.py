@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import AttackedPrompt, require_gradients
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, RadiusUnit, StepRule, StepUnit, target_loss
+from lightning_modules.models.hidden_states import num_layers, perturbed_layers
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
 
@@ -78,7 +79,7 @@ class LatentPGD:
         """Attack the batch. Raises: RuntimeError in inference mode, ValueError for a layer that the model
         lacks."""
         require_gradients(self)
-        depth = len(model.causal_lm.get_decoder().layers)
+        depth = num_layers(model)
         if max(self.layers) >= depth:
             raise ValueError(
                 f"LatentPGD.layers: expected layers below {depth}, got {self.layers}; the model has "
@@ -98,7 +99,7 @@ class LatentPGD:
 
             def loss(point: Tensor, active: Tensor) -> Tensor:
                 embedding, layers = self._split(point)
-                with model.perturbed_layers(layers):
+                with perturbed_layers(model, layers):
                     return self._loss(
                         model,
                         batch,

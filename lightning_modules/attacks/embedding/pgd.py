@@ -19,6 +19,7 @@ from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_gradients
 from lightning_modules.attacks.embedding.balls import BALLS, Ball
 from lightning_modules.attacks.progress import notify
+from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 
@@ -184,7 +185,7 @@ class EmbeddingPGD:
 
     def lengths(self, model: LanguageModel) -> tuple[Tensor | None, Tensor]:
         """Absolute radius (None without a ball) and absolute step length."""
-        rho = model.mean_embedding_norm()
+        rho = mean_embedding_norm(model)
         units = {"embedding_norm": rho, "absolute": torch.ones_like(rho)}
         radius = None if self.epsilon is None else self.epsilon * units[self.radius_unit]
         if self.step_unit == "radius":

@@ -10,6 +10,7 @@ from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_counts
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -54,7 +55,7 @@ class BEAST:
         """Attack the batch. Raises: ValueError without texts."""
         with model.frozen():
             search = SuffixSearch(model, batch, 1, " x", self.max_rows, lead=1)
-            allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
+            allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
             generators = example_generators(batch, generator)
             search.record_start()
             beams: dict[int, list[list[int]]] = {row: [[]] for row in range(len(batch))}

@@ -24,6 +24,7 @@ from lightning_modules.attacks.base import (
 )
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.embeddings import embedding_table, embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy, mellowmax
 
@@ -107,7 +108,7 @@ class GCG:
             search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
             search.start_from(suffixes)
             generators = example_generators(batch, generator)
-            allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only).to(
+            allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only).to(
                 model.device
             )
             pools = [_Pool(self.buffer_size) for _ in search.slots]
@@ -174,7 +175,7 @@ class GCG:
         than the present."""
         k = min(self.topk, int(allowed.sum()) - 1)
         tops = []
-        table = model.embedding_table()
+        table = embedding_table(model)
         for slope, present in zip(gradient, base, strict=True):
             scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
             scores.scatter_(1, present[:, None], torch.inf)

@@ -13,6 +13,7 @@ from lightning_modules.attacks.base import AttackedPrompt, example_generators, r
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.attacks.text.templates import fill
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -79,7 +80,7 @@ class RandomSearch:
             search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
             generators = example_generators(batch, generator)
             tokens = (
-                typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
+                typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
                 .nonzero()
                 .squeeze(1)
             )

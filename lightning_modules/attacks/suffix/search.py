@@ -18,8 +18,15 @@ from lightning_modules.attacks.base import AttackedPrompt, require_texts
 from lightning_modules.attacks.chunks import Chunked
 from lightning_modules.attacks.progress import notify
 from lightning_modules.attacks.suffix.slots import make_slot, replayable, without_end_of_turn
+from lightning_modules.models.cached_scoring import (
+    continued_log_probs,
+    extend_cache,
+    next_token_logits,
+    prefix_cache,
+)
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.logits import replies_greedily
 from lightning_modules.models.prefix_cache import PrefixCache
 
 GROUP = 6
@@ -81,7 +88,7 @@ class SuffixSearch:
         frame_ids, frame_mask = pad([lead + after for lead, after in frames], "left")
         self.frame_ids, self.frame_mask = frame_ids.to(device), frame_mask.to(device)
         self.place = torch.tensor([end - len(after) for _, after in frames], device=device)
-        self.prefix = model.prefix_cache(ids, prefix_mask)
+        self.prefix = prefix_cache(model, ids, prefix_mask)
         self.start = torch.tensor([slot.suffix for slot in self.slots], device=device)
         size = len(batch)
         self.best: list[list[int]] = [slot.suffix for slot in self.slots]
@@ -144,7 +151,7 @@ class SuffixSearch:
         """
         self.passes[0] += torch.bincount(rows.cpu(), minlength=len(self.slots))
         own = torch.tensor(active, device=base.device)
-        extended = self.model.extend_cache(self.prefix, own, *self._frame(own, base, self.model.embed(base)))
+        extended = extend_cache(self.model, self.prefix, own, *self._frame(own, base, self.model.embed(base)))
         place = torch.zeros(len(self.slots), dtype=torch.long, device=base.device).scatter(
             0, own, torch.arange(len(own), device=base.device)
         )
@@ -177,7 +184,8 @@ class SuffixSearch:
         column = torch.arange(lead, device=ids.device) - shift[:, None]
         kept = column.clamp_min(0)
         lead_ids, lead_mask = ids.gather(1, kept), mask.gather(1, kept) & (column >= 0)
-        return self.model.next_token_logits(
+        return next_token_logits(
+            self.model,
             self.prefix,
             rows,
             torch.cat([lead_ids, suffixes], 1),
@@ -247,7 +255,7 @@ class SuffixSearch:
         prompt_ids, prompt_mask = self._prompts([self.slots[row].ids(self.best[row]) for row in rows])
         self.passes[0, index.cpu()] += 1
         target = Reply(self.target.ids[index], self.target.mask[index])
-        hits = self.model.replies_greedily(self.model.embed(prompt_ids), prompt_mask, target)
+        hits = replies_greedily(self.model, self.model.embed(prompt_ids), prompt_mask, target)
         return [row for row, hit in zip(rows, hits.tolist(), strict=True) if hit]
 
     def result(self) -> AttackedPrompt:
@@ -299,7 +307,7 @@ class SuffixSearch:
         reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest])
         prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)
         index = rows if cached_rows is None else cached_rows
-        losses = -self.model.continued_log_probs(prefix, index, whole[:, skip:], mask[:, skip:], reply)
+        losses = -continued_log_probs(self.model, prefix, index, whole[:, skip:], mask[:, skip:], reply)
         return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - longest))
 
     def _frame(self, rows: Tensor, suffixes: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators
 from lightning_modules.attacks.text.search import TextSearch, Variant
 from lightning_modules.attacks.text.templates import fill, read_templates
-from lightning_modules.models.chat import ChatModel, Conversation
+from lightning_modules.models.chat import ChatModel
 from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.requests import Request
 
 SYNONYMS = (
     ("answer", "reply", "respond"),
@@ -159,7 +160,7 @@ class AutoDAN:
     def _reworded(self, texts: list[str], rng: random.Random) -> list[str]:
         assert self.mutator is not None
         return self.mutator.replies(
-            [Conversation(REWRITE.format(text=text)) for text in texts], seed=rng.getrandbits(31)
+            [Request(REWRITE.format(text=text)) for text in texts], seed=rng.getrandbits(31)
         )
 
     def _mutate(

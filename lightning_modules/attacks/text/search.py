@@ -16,6 +16,7 @@ from lightning_modules.attacks.base import AttackedPrompt, require_texts
 from lightning_modules.attacks.chunks import Chunked
 from lightning_modules.attacks.progress import notify
 from lightning_modules.attacks.suffix.slots import without_end_of_turn
+from lightning_modules.models.decoder import text_config
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 
@@ -62,7 +63,7 @@ class TextSearch:
         self.model, self.batch, self.chat = model, batch, model.chat
         self.chunked = Chunked(max_rows)
         self.max_new_tokens = max_new_tokens
-        self.limit = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+        self.limit = getattr(text_config(model.module), "max_position_embeddings", None) or 1 << 20
         mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, self.chat.end_of_turn)
         self.targets = [ids[keep].tolist() for ids, keep in zip(batch.harmful_ids, mask, strict=True)]
         size = len(batch)

@@ -18,6 +18,7 @@ from datamodules.batch import AdversarialBatch, pad
 from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators, require_counts
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.loading import ModelConfig, load_seeded
@@ -114,7 +115,7 @@ class SuffixGenerator:
         with model.frozen(), writer.frozen():
             search = SuffixSearch(model, batch, 1, " x", self.max_rows, lead=1)
             proposals = SuffixSearch(writer, batch, 1, " x", self.max_rows, lead=1)
-            allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
+            allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
             generators = example_generators(batch, generator)
             search.record_start()
             beams = {row: [_Beam([])] for row in range(len(batch))}
@@ -216,7 +217,7 @@ class SuffixGenerator:
                 weights.load_state_dict(self._pending["weights"])
                 self._optimizer.load_state_dict(self._pending["optimizer"])
                 self._pending = None
-        rows = self._writer.embedding_weight.shape[0], model.embedding_weight.shape[0]
+        rows = embedding_weight(self._writer).shape[0], embedding_weight(model).shape[0]
         if rows[0] != rows[1]:
             raise ValueError(
                 f"SuffixGenerator.generator: expected the model's vocabulary of {rows[1]} tokens, got "
