@@ -178,6 +178,8 @@ def _is_a(option: Any, kind: Any) -> bool:
     origin = typing.get_origin(option) or option
     if option is Any or isinstance(option, typing.TypeVar):
         return True
+    if getattr(origin, "_is_protocol", False) and origin.__module__ != "collections.abc":
+        return False
     return isinstance(origin, type) and any(
         issubclass(concrete, origin) for concrete in ((dict,) if kind is Mapping else (list, tuple))
     )
