@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -105,7 +106,8 @@ def make_room(folder: RunFolder) -> None:
 
 def instantiate(config: dict[str, Any]) -> ThundercatCLI:
     """Parse types and build trainer, module and datamodule; no model is loaded yet."""
-    settings = {key: value for key, value in config.items() if key != "ckpt_path"}
+    # The parser turns the lists of what it is given into its own kind of mapping, in place.
+    settings = copy.deepcopy({key: value for key, value in config.items() if key != "ckpt_path"})
     try:
         with warnings.catch_warnings():
             # Lightning's own use of an older jsonargparse interface.

@@ -64,7 +64,7 @@ def fields(cls: type) -> Iterator[tuple[str, str, str, str]]:
     name."""
     hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
     hints |= TRAINER_FIELDS if cls is Trainer else {}
-    texts = _documentation(cls)
+    texts = documentation(cls)
     for name, parameter in parameters_of(cls).items():
         hint, default = hints.get(name, Any), parameter.default
         if default is parameter.empty:
@@ -106,7 +106,7 @@ def _shown(default: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(repr(default), repr(default))
 
 
-def _documentation(cls: type) -> dict[str, str]:
+def documentation(cls: type) -> dict[str, str]:
     """Field texts from `Args:`, from strings below dataclass fields, and from the base class where a field is
     inherited."""
     texts: dict[str, str] = {}
