@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,7 +18,7 @@ import lightning_modules.attacks
 from callbacks.judges.exact import TargetPrefix
 from datamodules.batch import AdversarialBatch
 from datamodules.sources.tinychat import TinyChatHarmful
-from lightning_modules.attacks.base import Attack, NoAttack
+from lightning_modules.attacks.base import Attack, AttackedPrompt, NoAttack
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
@@ -70,6 +71,19 @@ class Scripted:
 
     def escape(self, text: str) -> str:
         return text
+
+
+class Recording(NoAttack):
+    """No attack; keeps what the rng would have drawn next."""
+
+    noise: ClassVar[list[torch.Tensor]] = []
+
+    def __call__(
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
+    ) -> AttackedPrompt:
+        assert rng is not None
+        self.noise.append(torch.rand(4, generator=rng))
+        return super().__call__(model, batch, rng)
 
 
 def pair(
