@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.evaluations.base import Evaluation
 from callbacks.evaluations.measuring import Measuring
+from callbacks.progress import install_progress
 from callbacks.report.report import RunReport
 from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint, load_weights
 from callbacks.run_folder.decisive import decisive
@@ -136,13 +137,15 @@ def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
         trainer.limit_val_batches = 0
     install_progress(trainer)
     own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow()]
-    trainer.callbacks[:0] = own  # type: ignore[attr-defined]
+    callbacks_of(trainer)[:0] = own
 
 
 def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     """Run the command. Returns the exit status."""
     if command in ("validate", "test"):
-        measure(cli, command, checkpoint)
+        # Where a report prints its table, Lightning's own of every logged number would bury it.
+        reported = any(isinstance(callback, RunReport) for callback in callbacks_of(cli.trainer))
+        getattr(cli.trainer, command)(measuring(cli, checkpoint), verbose=not reported)
         return 0
     path = None if checkpoint is None else str(checkpoint)
     result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=path)
@@ -153,17 +156,20 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     return 0
 
 
-def measure(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> None:
-    """Run the configuration's evaluations in Lightning's loop of that name."""
-    cli.model.attach(cli.datamodule.chat)
-    cli.model.configure_model()
-    step = 0 if checkpoint is None else load_weights(cli.model, checkpoint)
-    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    evaluations = [callback for callback in callbacks if isinstance(callback, Evaluation)]
-    # Where a report prints its table, Lightning's own of every logged number would bury it.
-    verbose = not any(isinstance(callback, RunReport) for callback in callbacks)
-    measuring = Measuring(cli.model, cli.datamodule, evaluations, step)
-    getattr(cli.trainer, command)(measuring, verbose=verbose)
+def measuring(cli: ThundercatCLI, checkpoint: Path | None) -> Measuring:
+    """The run's evaluations as the steps of Lightning's loop, on a checkpoint's weights."""
+    module, data = cli.model, cli.datamodule
+    if not isinstance(module, PretrainedModel) or not isinstance(data, AdversarialData):
+        raise ConfigError("model: expected PretrainedModel or one that trains it, and data: AdversarialData")
+    module.attach(data.chat)
+    module.configure_model()
+    step = 0 if checkpoint is None else load_weights(module, checkpoint)
+    evaluations = [own for own in callbacks_of(cli.trainer) if isinstance(own, Evaluation)]
+    return Measuring(module, data, evaluations, step)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) -> int:
