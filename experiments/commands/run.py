@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint, l
 from callbacks.run_folder.decisive import decisive
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
-from callbacks.run_folder.loggers import LastLogRow
+from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
 from datamodules.adversarial import AdversarialData
@@ -35,7 +36,6 @@ from experiments.config.defaults import with_defaults
 from experiments.config.seeds import seeds_of, with_seeds
 from lightning_modules.pretrained import PretrainedModel
 
-QUICKSTART = "configs/quickstart.yaml"
 EXPECTED = (ValueError, OSError, FloatingPointError)
 """Errors whose message is for the user; any other kind is named, with the way to see where it came from."""
 
@@ -63,12 +63,6 @@ def run(
 ) -> int:
     """Compose, check and run. Returns the exit status. Raises: ConfigError for a wrong configuration."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    help_flags = [flag for flag in flags if flag.startswith(("--help", "-h"))]
-    if help_flags:
-        from experiments.config.help import print_help
-
-        print_help(help_flags[0], compose(files or [QUICKSTART], overrides))
-        return 0
     config = resolved(command, files, overrides)
     if "--print_config" in flags:
         print(yaml.safe_dump(config, sort_keys=False), end="")
@@ -114,7 +108,8 @@ def make_room(folder: RunFolder) -> None:
 
 def instantiate(config: dict[str, Any]) -> ThundercatCLI:
     """Parse types and build trainer, module and datamodule; no model is loaded yet."""
-    settings = {key: value for key, value in config.items() if key != "ckpt_path"}
+    # The parser turns the lists of what it is given into its own kind of mapping, in place.
+    settings = copy.deepcopy({key: value for key, value in config.items() if key != "ckpt_path"})
     try:
         with warnings.catch_warnings():
             # Lightning's own use of an older jsonargparse interface.
@@ -136,7 +131,7 @@ def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
         # `validate`.
         trainer.limit_val_batches = 0
     install_progress(trainer)
-    own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow()]
+    own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow(), LogConfiguration(config)]
     callbacks_of(trainer)[:0] = own
 
 
