@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from datamodules.batch import BehaviourBatch
+from datamodules.batch import EvaluationBatch
 from datamodules.fields import NonNegativeInt, problem
 
 SCHEMA = 2
@@ -257,7 +257,7 @@ def _drop_torn_line(path: Path) -> None:
             os.truncate(path, whole)
 
 
-def contents(batch: BehaviourBatch) -> list[Any]:
+def contents(batch: EvaluationBatch) -> list[Any]:
     """What a model or an attack sees of a batch, as JSON."""
     tensors = [batch.prompt_ids, batch.prompt_mask]
     if batch.adversarial is not None:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datamodules.fields import checked
 from datamodules.rows import HarmfulRow, RowProblem
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
 from datamodules.sources.files import parse_json
 
 
+@checked
 class RedTeamReplay:
     """Successful prompts of an earlier evaluation as training data: red-team replay.
 

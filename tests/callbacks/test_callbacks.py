@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from callbacks.metrics.means import Mean
+from callbacks.metrics.rates import Rate, wilson_interval
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +21,6 @@ from callbacks.evaluations.undisturbed import undisturbed
 from callbacks.health import health_flags
 from callbacks.judges.exact import ExactMatch, TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
-from callbacks.metrics.means import Mean
-from callbacks.metrics.rates import Rate, wilson_interval
 from callbacks.report.report import markdown_table, read_training_log, summarise, write_report
 from callbacks.run_folder.loggers import (
     ResilientWandbLogger,
@@ -188,7 +188,7 @@ def test_evaluation_needs_its_data_and_gradients() -> None:
         validate_loop = test_loop = Loop()
 
     with pytest.raises(
-        ValueError, match="RefusalEvaluation expects data: datamodules.adversarial.AdversarialData"
+        ValueError, match="RefusalEvaluation expects data: datamodules.evaluation.EvaluationData"
     ):
         RefusalEvaluation().setup(FakeTrainer(), None, "test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every_n_steps: expected >= 1 or null, got 0"):

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from callbacks.evaluations.attack_summary import cross_flags
+
 from callbacks.evaluations.robustness import GCGEvaluation, RobustnessEvaluation
 from callbacks.metrics.outcomes import (
     FIELDS,
@@ -259,7 +259,7 @@ def test_another_system_message_is_another_row(tmp_path: Path, thundercat: Run) 
     quiet = "--trainer.enable_progress_bar=false"
     assert thundercat(*attack_arguments(tmp_path, quiet))[0] == 0
     before = list(ResultsStore(tmp_path))
-    assert thundercat(*attack_arguments(tmp_path, quiet, "--data.system=Be brief."))[0] == 0
+    assert thundercat(*attack_arguments(tmp_path, quiet, "--data.encoding.system=Be brief."))[0] == 0
     assert len(list(ResultsStore(tmp_path))) == 2 * len(before)
 
 

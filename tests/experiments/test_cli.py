@@ -140,10 +140,13 @@ def test_every_recipe_has_a_header(recipe: str, in_root: Path) -> None:
         ("--ckpt_path=nowhere.ckpt", "ckpt_path: no file 'nowhere.ckpt'"),
         ("--data.seed.x=1", "data.seed.x: expected int at data.seed, got fields"),
         ("--model.base.quantization=nf4", "base.quantization: expected base.lora to be set"),
-        ("--data.attackable=everything", "data.attackable: expected 'user' | 'prompt', got 'everything'"),
+        (
+            "--data.encoding.attackable=everything",
+            "data.encoding.attackable: expected 'user' | 'prompt', got 'everything'",
+        ),
         ("--trainer.callbacks.4.limit=ten", "trainer.callbacks.4.limit: expected int or null, got 'ten'"),
         ("--trainer.callbacks.99.limit=1", "expected a number below"),
-        ("--data.max_length=${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("--data.encoding.max_length=${nowhere}", "Interpolation key 'nowhere' not found"),
         (
             "--vars.gcg_limits=1",
             "vars.gcg_limits: unknown variable, did you mean 'gcg_limit'?; these files use: ",

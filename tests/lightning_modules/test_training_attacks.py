@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from datamodules.batch import AdversarialBatch
-from datamodules.evaluation import EvaluationSets, find_overlap
+from datamodules.overlap import find_overlap
 from datamodules.rows import HarmfulRow
 from datamodules.sources.replay import RedTeamReplay
 from datamodules.sources.tinychat import TinyChatHarmful
@@ -282,7 +282,7 @@ def test_replaying_an_evaluation_request_is_an_overlap(tmp_path: Path) -> None:
         row(prompt=held_out.prompt, attacked=held_out.prompt + " x x", verdicts=verdict(True)),
     )
     rows = [r for r in RedTeamReplay(run).rows() if isinstance(r, HarmfulRow)]
-    assert len(find_overlap(rows, EvaluationSets(harmful=[TinyChatHarmful("heldout")]), [])) == 1
+    assert len(find_overlap(rows, {"harmful": [held_out]}, [])) == 1
 
 
 def test_noise_without_a_search_is_an_attack_like_the_others() -> None:
