@@ -2,8 +2,8 @@
 two strings.
 
 Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks
-are explicit boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row. The classes are
-not frozen, since Lightning rebuilds a batch field by field where it converts floats (trainer.precision:
+are explicit boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row.
+The classes are not frozen, since Lightning rebuilds a batch field by field where it converts floats (trainer.precision:
 bf16-true); nobody else assigns to a batch.
 """
 
@@ -143,8 +143,10 @@ class TrainingBatch(_Movable):
 
 @dataclass(eq=False)
 class EvaluationBatch(_Movable):
-    """Evaluation prompts with their texts; `adversarial` holds the tensors where the rows have a harmful
-    target."""
+    """Evaluation prompts with their texts.
+
+    `adversarial` holds the tensors where the rows have a harmful target.
+    """
 
     keys: tuple[str, ...]
     prompts: tuple[str, ...]

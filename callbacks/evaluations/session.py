@@ -21,8 +21,8 @@ from callbacks.health import example_flags
 from callbacks.judges.base import Judge, judge_all, label
 from callbacks.report.measured import select, snapshot
 from callbacks.report.results import Snapshot
-from datamodules.adversarial import AdversarialData
 from datamodules.batch import EvaluationBatch
+from datamodules.evaluation import EvaluationData
 from datamodules.results import Identity, Measurement, ResultsStore, Row, Stage, contents, settings_digest
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.models.fingerprint import fingerprint
@@ -81,7 +81,7 @@ class Session:
     Raises: ValueError where an evaluation finds no row of any of its subjects.
     """
 
-    def __init__(self, place: Place, data: AdversarialData, evaluations: Sequence[Measures]) -> None:
+    def __init__(self, place: Place, data: EvaluationData, evaluations: Sequence[Measures]) -> None:
         self.place = place
         self.data = data
         self.store = ResultsStore(place.folder, place.rank)

@@ -29,6 +29,7 @@ from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
+from datamodules.evaluation import EvaluationData
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
@@ -130,13 +131,15 @@ def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
         trainer.limit_val_batches = 0
     install_progress(trainer)
     own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow(), LogConfiguration(config)]
-    trainer.callbacks[:0] = own  # type: ignore[attr-defined]
+    callbacks_of(trainer)[:0] = own
 
 
 def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     """Run the command. Returns the exit status."""
     if command in ("validate", "test"):
-        measure(cli, command, checkpoint)
+        # Where a report prints its table, Lightning's own of every logged number would bury it.
+        reported = any(isinstance(callback, RunReport) for callback in callbacks_of(cli.trainer))
+        getattr(cli.trainer, command)(measuring(cli, checkpoint), verbose=not reported)
         return 0
     path = None if checkpoint is None else str(checkpoint)
     result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=path)
@@ -147,17 +150,22 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     return 0
 
 
-def measure(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> None:
-    """Run the configuration's evaluations in Lightning's loop of that name."""
-    cli.model.attach(cli.datamodule.chat)
-    cli.model.configure_model()
-    step = 0 if checkpoint is None else load_weights(cli.model, checkpoint)
-    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    evaluations = [callback for callback in callbacks if isinstance(callback, Evaluation)]
-    # Where a report prints its table, Lightning's own of every logged number would bury it.
-    verbose = not any(isinstance(callback, RunReport) for callback in callbacks)
-    measuring = Measuring(cli.model, cli.datamodule, evaluations, step)
-    getattr(cli.trainer, command)(measuring, verbose=verbose)
+def measuring(cli: ThundercatCLI, checkpoint: Path | None) -> Measuring:
+    """The run's evaluations as the steps of Lightning's loop, on a checkpoint's weights."""
+    module, data = cli.model, cli.datamodule
+    if not isinstance(module, PretrainedModel) or not isinstance(data, EvaluationData):
+        raise ConfigError(
+            "model and data: expected a PretrainedModel or one that trains it, and EvaluationData"
+        )
+    module.attach(data.chat)
+    module.configure_model()
+    step = 0 if checkpoint is None else load_weights(module, checkpoint)
+    evaluations = [own for own in callbacks_of(cli.trainer) if isinstance(own, Evaluation)]
+    return Measuring(module, data, evaluations, step)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) -> int:

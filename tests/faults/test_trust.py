@@ -7,11 +7,9 @@ import io
 import json
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ from experiments.config.seeds import seeds_of, with_seeds
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.models.loading import LoraSettings, ModelConfig
 from lightning_modules.pretrained import PretrainedModel, check_strategy
-from tests.support.small_run import equal, small_config, start, trained
+from tests.support.small_run import equal, small_config, trained
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -374,26 +372,3 @@ def test_a14_who_owns_a_lock(tmp_path: Path, owner: Any, message: str | None) ->
     else:
         with pytest.raises(RunError, match=message), RunLock(tmp_path):
             pass
-
-
-# kill, SIGTERM, Ctrl-C
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_b_a_signal_ends_a_run_at_once_and_it_resumes_bit_for_bit(
-    fit: Run, tmp_path: Path, number: signal.Signals
-) -> None:
-    config, whole = small_config(tmp_path), tmp_path / "whole"
-    assert fit(f"--trainer.default_root_dir={whole}")[0] == 0
-    running = start("fit", config, "--model.attack.num_steps=2")
-    first = tmp_path / "run" / "checkpoints" / "step_000001.ckpt"
-    while running.poll() is None and not first.exists():
-        time.sleep(0.01)
-    running.send_signal(number)
-    out, _ = running.communicate(timeout=60)
-    assert running.returncode in (0, 128 + number)
-    if running.returncode:
-        assert out.count("thundercat: stopped by") == 1
-        assert "Traceback" not in out
-    assert fit("--ckpt_path=last")[0] == 0
-    assert equal(trained(tmp_path / "run"), trained(whole))

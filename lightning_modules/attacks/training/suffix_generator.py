@@ -76,7 +76,7 @@ class SuffixGenerator:
         batch_size: Count = 8,
         ascii_only: bool = True,
         max_rows: Count | None = None,
-        seed: int = 0,
+        seed: NonNegativeInt | None = None,
     ) -> None:
         self.generator = generator
         self.num_tokens = num_tokens
@@ -90,7 +90,7 @@ class SuffixGenerator:
         self.batch_size = batch_size
         self.ascii_only = ascii_only
         self.max_rows = max_rows
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self._writer: LanguageModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._buffer: list[tuple[list[int], list[int]]] = []
