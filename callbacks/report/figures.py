@@ -149,7 +149,7 @@ def scatter(
         axes.set(xlabel=x_label, ylabel=y_label)
         if y_limits is not None:
             axes.set_ylim(*y_limits)
-        axes.margins(x=0.35)
+        axes.margins(x=0.6)
         axes.grid(alpha=0.2, color=INK)
         _name(axes, points)
     return figure
@@ -245,26 +245,32 @@ def _mark(axes: Axes, point: Point) -> None:
 
 
 def _name(axes: Axes, points: Sequence[Point]) -> None:
-    """Labels in a column beside each x, apart from each other, each with a line to its point."""
-    columns: dict[float, dict[float, list[str]]] = {}
+    """Labels in a column beside each x, clear of the intervals and of each other, each with a line to its
+    point."""
+    columns: dict[float, list[Point]] = {}
     for point in points:
-        names = columns.setdefault(round(point.x, 6), {}).setdefault(round(point.y, 6), [])
-        if (label := _label(point.label)) not in names:
-            names.append(label)
-    low, high = axes.get_ylim()
-    for number, (x, places) in enumerate(sorted(columns.items())):
+        columns.setdefault(round(point.x, 6), []).append(point)
+    for number, (x, own) in enumerate(sorted(columns.items())):
         left = number == 0 and len(columns) > 1
-        shift = offset_copy(axes.transData, axes.figure, -26 if left else 26, 0, "points")
-        texts = ["\n".join(textwrap.wrap(", ".join(names), 26)) for _, names in sorted(places.items())]
-        lines = [text.count("\n") + 1 for text in texts]
-        for text, y, height in zip(
-            texts, sorted(places), spread(sorted(places), lines, LINE * (high - low)), strict=True
-        ):
-            axes.annotate(
-                text, xy=(x, y), xytext=(x, height), textcoords=shift, fontsize=8.5, va="center",
-                ha="right" if left else "left", annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.7},
-            )  # fmt: skip
+        # Of two columns (before and after) each has a side of the figure to itself.
+        across = [end for p in (points if len(columns) <= 2 else own) for end in p.x_interval or (p.x,)]
+        _column(axes, x, own, min(across) if left else max(across), left)
+
+
+def _column(axes: Axes, x: float, points: Sequence[Point], edge: float, left: bool) -> None:
+    names: dict[float, list[str]] = {}
+    for point in sorted(points, key=lambda point: point.y):
+        names.setdefault(round(point.y, 6), []).append(_label(point.label))
+    texts = ["\n".join(textwrap.wrap(", ".join(dict.fromkeys(own)), 20)) for own in names.values()]
+    low, high = axes.get_ylim()
+    heights = spread(list(names), [text.count("\n") + 1 for text in texts], LINE * (high - low))
+    shift = offset_copy(axes.transData, axes.figure, -14 if left else 14, 0, "points")
+    for y, text, height in zip(names, texts, heights, strict=True):
+        axes.annotate(
+            text, xy=(x, y), xytext=(edge, height), textcoords=shift, fontsize=9, va="center",
+            ha="right" if left else "left", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.7},
+        )  # fmt: skip
 
 
 def spread(centres: Sequence[float], lines: Sequence[int], line: float) -> list[float]:

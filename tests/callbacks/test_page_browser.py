@@ -42,7 +42,7 @@ def test_nothing_is_wider_than_the_window(browser: Page, report: Path, width: in
     paper, ink = browser.js(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     )
-    assert ("rgb(13, 17, 23)" == paper) == dark and paper != ink
+    assert (paper == "rgb(13, 17, 23)") == dark and paper != ink
     # Figures take their ink from the page.
     text = "document.querySelector('figure svg text')"
     assert browser.js(f"getComputedStyle({text}).fill") == ink

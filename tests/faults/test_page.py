@@ -58,7 +58,7 @@ def test_a16_trade_off_points_in_the_svg_are_where_the_axes_say() -> None:
         for axis in ("x", "y"):
             if re.fullmatch(rf"t-{axis}tick_\d+", group.get("id", "")):
                 label = next(group.iter(f"{SVG}text")).text or ""
-                place = [use for use in group.iter(f"{SVG}use")][-1].get(axis) or ""
+                place = list(group.iter(f"{SVG}use"))[-1].get(axis) or ""
                 ticks[axis].append((float(place), float(label)))
 
     def value(axis: str, place: float) -> float:
