@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from callbacks.report.figures import Point, drawings, save, scatter, spread, svg
+from callbacks.report.drawing import Point, save, scatter, spread, svg
+from callbacks.report.figures import drawings
 from tests.support.results import run_results, snapshot
 
 

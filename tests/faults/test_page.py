@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from callbacks.report.figures import drawings, svg
+from callbacks.report.drawing import svg
+from callbacks.report.figures import drawings
 from callbacks.report.markdown import document, terminal
 from callbacks.report.page import page
 from callbacks.report.results import RunResults
