@@ -54,7 +54,7 @@ class AdversarialData(LightningDataModule):
         allow_overlap: evaluation sets (e.g. evaluation.harmful) that may overlap the training data.
         bucket_window: micro-batches that are sorted by length together; 1 switches bucketing off.
         eval_batch_size: rows per evaluation batch.
-        seed: seed of the order of rows.
+        seed: seed of the order of rows; null takes seed_everything's.
         num_workers: worker processes of the training loader; rows are tokenised once up front, so 0 is
             usually best.
     """
@@ -76,7 +76,7 @@ class AdversarialData(LightningDataModule):
         allow_overlap: list[str] | None = None,
         bucket_window: int = 8,
         eval_batch_size: int = 32,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class AdversarialData(LightningDataModule):
         self.allow_overlap = allow_overlap or []
         self.bucket_window = bucket_window
         self.eval_batch_size = eval_batch_size
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self.num_workers = num_workers
         self._chat: ChatFormat | None = None
         self._behaviours: BehaviourData | None = None

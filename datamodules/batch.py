@@ -3,7 +3,9 @@ two strings.
 
 Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks
 are explicit
-boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row.
+boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row. The classes are
+not frozen, since Lightning rebuilds a batch field by field where it converts floats (trainer.precision:
+bf16-true); nobody else assigns to a batch.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class _Movable:
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AdversarialBatch(_Movable):
     """B prompts, each with a harmful target and a safe reply (both end with the template's end-of-turn
     token)."""
@@ -115,7 +117,7 @@ class AdversarialBatch(_Movable):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class UtilityBatch(_Movable):
     """B conversations to keep the model useful on, right-padded to the batch's own longest row."""
 
@@ -130,7 +132,7 @@ class UtilityBatch(_Movable):
         return self.input_ids.shape[0]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TrainingBatch(_Movable):
     """One micro-batch: a fixed number of adversarial and of utility rows; either stream may be absent."""
 
@@ -138,7 +140,7 @@ class TrainingBatch(_Movable):
     utility: UtilityBatch | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BehaviourBatch(_Movable):
     """Evaluation prompts with their texts; `adversarial` holds the tensors where the rows have a harmful
     target."""

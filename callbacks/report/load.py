@@ -47,7 +47,7 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
         stage=stage,
         snapshots=[snapshot(own, stage, step) for step, own in measured.items()],
         differences=_differences(measured[0], measured[steps[-1]])
-        if training and 0 < steps[-1] and 0 in steps
+        if training and steps[-1] > 0 and 0 in steps
         else [],
         cost=_read(RunFolder.of(folder).cost) if training else {},
         training=[

@@ -20,7 +20,7 @@ import yaml
 from callbacks.report.report import read_training_log
 from experiments.commands.run import instantiate
 from experiments.config.check import check, check_precision
-from experiments.config.compose import ConfigError, compose, merge
+from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from tests.conftest import ROOT
 
@@ -54,48 +54,6 @@ def test_every_attack_file_can_be_put_into_a_recipe(file: str, in_root: Path) ->
 
 
 # --- composition
-
-
-def test_later_files_win_lists_are_replaced_or_extended_and_a_new_class_drops_old_arguments() -> None:
-    base = {"a": {"class_path": "x.A", "init_args": {"p": 1}}, "l": [1], "k": 1}
-    over = {"a": {"class_path": "x.B"}, "l+": [2], "k": 2}
-    assert merge(base, over) == {"a": {"class_path": "x.B"}, "l": [1, 2], "k": 2}
-    assert merge(base, {"a": {"class_path": "x.A", "init_args": {"q": 2}}})["a"]["init_args"] == {
-        "p": 1,
-        "q": 2,
-    }
-    assert merge(merge({"l+": [2]}, {"l+": [3]}), {"l": [0]}) == {"l": [0]}
-    assert base["l"] == [1]
-
-
-def test_interpolation_is_resolved_after_overrides(in_root: Path) -> None:
-    # LightningCLI's own omegaconf mode keeps the stale value here.
-    config = compose(
-        [TINYCHAT], [("model.base.name_or_path", "tinychat:helpful"), ("data.micro_batches", "2")]
-    )
-    assert config["data"]["init_args"]["tokenizer"]["name_or_path"] == "tinychat:helpful"
-    assert config["trainer"]["accumulate_grad_batches"] == 2
-    assert "vars" not in config
-
-
-def test_overrides_step_through_init_args_and_lists(in_root: Path) -> None:
-    overrides = [
-        ("model.attack.epsilon", "2e-1"),
-        ("model.attack.init_args.num_steps", "3"),
-        ("data.evaluation.utility.0.num_rows", "7"),
-        ("model.objective.cutoff_away", "null"),
-    ]
-    config = compose([TINYCHAT], overrides)
-    attack = config["model"]["init_args"]["attack"]["init_args"]
-    assert (attack["epsilon"], attack["num_steps"]) == (0.2, 3)
-    assert config["data"]["init_args"]["evaluation"]["utility"][0]["init_args"]["num_rows"] == 7
-    assert config["model"]["init_args"]["objective"]["init_args"]["cutoff_away"] is None
-
-
-def test_a_short_class_name_replaces_the_class(in_root: Path) -> None:
-    config = compose([TINYCHAT], [("model.attack", "NoAttack")])
-    assert config["model"]["init_args"]["attack"] == {"class_path": "lightning_modules.attacks.base.NoAttack"}
-    check(config, "fit")
 
 
 def test_several_files_compose(thundercat: Run, tmp_path: Path) -> None:

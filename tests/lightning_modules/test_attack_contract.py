@@ -16,6 +16,9 @@ from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt, append_slots
 from lightning_modules.attacks.repeat import Restarts
 from lightning_modules.attacks.training.mixture import Mixture
+from lightning_modules.models.decoder import causal_lm
+from lightning_modules.models.embeddings import mean_embedding_norm
+from lightning_modules.models.hidden_states import perturbed_layers
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 from tests.conftest import FAMILIES, ragged_batch, tiny_model
@@ -128,7 +131,7 @@ def test_stays_in_the_ball_and_in_the_span(name: str, family: str) -> None:
     pgd = attack.attack if isinstance(attack, Restarts) else attack
     assert isinstance(pgd, EmbeddingPGD)
     assert attacked.delta is not None
-    rho = model.mean_embedding_norm().item() if pgd.radius_unit == "embedding_norm" else 1.0
+    rho = mean_embedding_norm(model).item() if pgd.radius_unit == "embedding_norm" else 1.0
     assert pgd.epsilon is not None
     assert pgd.ball.size(attacked.delta).max() <= pgd.epsilon * rho * (1 + 1e-6)
     assert (attacked.delta[~batch.attackable_mask] == 0).all()
@@ -166,7 +169,7 @@ def test_one_sign_step_is_fgsm() -> None:
     reply = Reply(batch.harmful_ids, batch.harmful_mask)
     loss = mean_cross_entropy(model.reply_log_probs(embeds, batch.prompt_mask, reply)[0], reply.mask).sum()
     (gradient,) = torch.autograd.grad(loss, embeds)
-    expected = -0.1 * model.mean_embedding_norm() * gradient.sign() * batch.attackable_mask[..., None]
+    expected = -0.1 * mean_embedding_norm(model) * gradient.sign() * batch.attackable_mask[..., None]
     torch.testing.assert_close(attacked.delta, expected.double())
 
 
@@ -274,7 +277,7 @@ def test_restarts_need_randomness() -> None:
 def test_latent_perturbation_stays_in_its_balls_and_in_the_span() -> None:
     model, batch = LanguageModel(tiny_model()), ragged_batch()
     attacked = LatentPGD(layers=[0], epsilon=0.5, radius_unit="embedding_norm", num_steps=4)(model, batch)
-    radius = 0.5 * model.mean_embedding_norm() * (1 + 1e-6)
+    radius = 0.5 * mean_embedding_norm(model) * (1 + 1e-6)
     assert attacked.delta is not None
     for delta in (attacked.delta, attacked.layers[0]):
         assert delta.norm(dim=-1).max() <= radius
@@ -287,12 +290,14 @@ def test_a_perturbed_layer_is_its_output_plus_delta() -> None:
     model, batch = LanguageModel(tiny_model()), ragged_batch(size=1)
     embeds, mask = model.embed(batch.prompt_ids), batch.prompt_mask
     seen: list[torch.Tensor] = []
-    handle = model.causal_lm.get_decoder().norm.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0].detach().clone())
+    handle = (
+        causal_lm(model.module)
+        .get_decoder()
+        .norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
     )
     delta = torch.randn(embeds.shape, generator=generator())
     model.reply_log_probs(embeds, mask, Reply(batch.harmful_ids, batch.harmful_mask))
-    with model.perturbed_layers({1: delta}):
+    with perturbed_layers(model, {1: delta}):
         model.reply_log_probs(embeds, mask, Reply(batch.harmful_ids, batch.harmful_mask))
     handle.remove()
     torch.testing.assert_close(seen[1][:, : delta.shape[1]], seen[0][:, : delta.shape[1]] + delta)

@@ -32,10 +32,11 @@ from lightning_modules.attacks.text.rewrites import (
     Templates,
 )
 from lightning_modules.attacks.text.templates import fill, read_templates
-from lightning_modules.models.chat import Conversation, LocalChat
+from lightning_modules.models.chat import LocalChat
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.loading import ModelConfig, load_model
+from lightning_modules.models.requests import Request
 from tests.conftest import chat_model, text_batch, tinychat_format
 
 
@@ -46,9 +47,9 @@ class Scripted:
 
     def __init__(self, answers: Sequence[str]) -> None:
         self.answers = answers
-        self.asked: list[Conversation] = []
+        self.asked: list[Request] = []
 
-    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
+    def replies(self, conversations: Sequence[Request], seed: int = 0) -> list[str]:
         out = []
         for conversation in conversations:
             out.append(self.answers[len(self.asked) % len(self.answers)])
@@ -359,7 +360,7 @@ def test_a_loaded_model_attacks() -> None:
     )
     state = torch.get_rng_state()
     first = local.replies(
-        [Conversation("How do I paint a car?"), Conversation("Hello!", history=(("Hi there!", "Hello!"),))]
+        [Request("How do I paint a car?"), Request("Hello!", history=(("Hi there!", "Hello!"),))]
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert len(first) == 2
