@@ -37,7 +37,8 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
     steps = sorted({item.step for item in measurements if item.stage == stage})
     if not steps:
         raise FileNotFoundError(
-            f"{folder / ROWS}: no results of `{stage}`; run `thundercat {stage}` with evaluation callbacks first"
+            f"{folder / ROWS}: no results of `{stage}`; run `thundercat {stage}` with evaluation callbacks "
+            "first"
         )
     rows = read_rows(folder)
     measured = {step: select(measurements, rows, stage, step) for step in steps}
@@ -47,7 +48,7 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
         stage=stage,
         snapshots=[snapshot(own, stage, step) for step, own in measured.items()],
         differences=_differences(measured[0], measured[steps[-1]])
-        if training and 0 < steps[-1] and 0 in steps
+        if training and steps[-1] > 0 and 0 in steps
         else [],
         cost=_read(RunFolder.of(folder).cost) if training else {},
         training=[
