@@ -10,7 +10,7 @@ from typing import cast
 
 from callbacks.metrics.estimates import Estimate, mean, rate
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric, Quantity
-from callbacks.metrics.outcomes import BUDGETS, cross_flags, spent, success_by_budget, worst_case
+from callbacks.metrics.outcomes import BUDGETS, BudgetCurve, cross_flags, spent, success_by_budget, worst_case
 from callbacks.report.results import AttackFacts, Measure, SampleRow, Snapshot, Stage
 from datamodules.results import Measurement, Row
 
@@ -71,7 +71,7 @@ class Measured:
             for sign, raised in row.flags.items():
                 flags[sign] += raised
         success = self.outcome(self.measurement.judge)
-        budgets = {
+        budgets: dict[str, BudgetCurve] = {
             unit: success_by_budget(success, {key: spent(own, unit) for key, own in self.rows.items()})
             for unit in BUDGETS
         }
