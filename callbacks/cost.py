@@ -17,30 +17,42 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from callbacks.run_folder.folder import RunFolder
+from callbacks.run_folder.provenance import write_whole
 from datamodules.batch import TrainingBatch
 
-COST_FILE = "cost.json"
+COUNTED = (
+    "adversarial_examples",
+    "utility_examples",
+    "attack_forward",
+    "attack_backward",
+    "passes",
+    "tokens",
+)
+"""Totals over all processes; steps and seconds are the same on every one."""
 
 
 class CostMonitor(Callback):
-    """Counts passes and tokens, times the steps, and writes `cost.json` in the run folder; counts survive a
-    resume."""
+    """Counts passes and tokens, times the steps, and writes `cost.json` in the run folder; counts are of all
+    processes and survive a resume."""
 
     def __init__(self) -> None:
-        self.totals: dict[str, float] = dict.fromkeys(
-            (
-                "steps",
-                "adversarial_examples",
-                "utility_examples",
-                "attack_forward",
-                "attack_backward",
-                "passes",
-                "tokens",
-                "seconds",
-            ),
-            0.0,
-        )
+        self._before = dict.fromkeys((*COUNTED, "steps", "seconds"), 0.0)
+        """What the checkpoint that this process began from had counted, over all processes."""
+        self._own = dict.fromkeys((*COUNTED, "steps", "seconds"), 0.0)
+        """What this process has counted since."""
         self._began = 0.0
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Over all processes; every process must ask together."""
+        own = [self._own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            own = [{} for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(own, self._own)
+        counted = {name: self._before[name] + sum(counts[name] for counts in own) for name in COUNTED}
+        seconds = self._before["seconds"] + max(counts["seconds"] for counts in own)
+        return {"steps": self._own["steps"], **counted, "seconds": seconds}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
@@ -50,50 +62,40 @@ class CostMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int
     ) -> None:
-        totals = self.totals
-        tokens = 0
-        totals["passes"] += outputs["passes"]
+        own = self._own
+        own["passes"] += outputs["passes"]
         if batch.adversarial is not None:
-            attacked, size = outputs["attacked"], len(batch.adversarial)
+            attacked = outputs["attacked"]
             forward, backward = int(attacked.forward_passes.sum()), int(attacked.backward_passes.sum())
-            totals["adversarial_examples"] += size
-            totals["attack_forward"] += forward
-            totals["attack_backward"] += backward
-            totals["passes"] += forward + backward
-            tokens += sum(
-                int(m.sum())
-                for m in (
-                    batch.adversarial.prompt_mask,
-                    batch.adversarial.harmful_mask,
-                    batch.adversarial.safe_mask,
-                )
-            )
+            own["adversarial_examples"] += len(batch.adversarial)
+            own["attack_forward"] += forward
+            own["attack_backward"] += backward
+            own["passes"] += forward + backward
         if batch.utility is not None:
-            totals["utility_examples"] += len(batch.utility)
-            tokens += int(batch.utility.attention_mask.sum())
-        seconds = time.perf_counter() - self._began
-        totals["tokens"] += tokens
-        totals["seconds"] += seconds
-        totals["steps"] = trainer.global_step
-        pl_module.log_dict(
-            {
-                "cost/tokens_per_second": tokens / seconds,
-                "cost/passes": totals["passes"],
-                "cost/peak_memory_mib": peak_memory_mib(),
-            },
-            on_step=True,
-            batch_size=1,
+            own["utility_examples"] += len(batch.utility)
+        tokens, seconds = num_tokens(batch), time.perf_counter() - self._began
+        own["tokens"] += tokens
+        own["seconds"] += seconds
+        own["steps"] = trainer.global_step
+        # Logged as a sum over processes, of which each has the same count from before.
+        passes = own["passes"] + self._before["passes"] / trainer.world_size
+        counts = {"cost/tokens_per_second": tokens / seconds, "cost/passes": passes}
+        pl_module.log_dict(counts, on_step=True, batch_size=1, sync_dist=True, reduce_fx="sum")
+        memory = peak_memory_mib()
+        pl_module.log(
+            "cost/peak_memory_mib", memory, on_step=True, batch_size=1, sync_dist=True, reduce_fx="max"
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        summary = self.summary()
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / COST_FILE).write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(summary, indent=2) + "\n"
+            write_whole(RunFolder.of(trainer.default_root_dir).cost, text)
 
     def summary(self) -> dict[str, float]:
-        """Totals and what they mean per example and per second (this process)."""
-        totals, attacked = self.totals, max(1.0, self.totals["adversarial_examples"])
+        """Totals and what they mean per example and per second, over all processes."""
+        totals = self.totals
+        attacked = max(1.0, totals["adversarial_examples"])
         return {
             **totals,
             "attack_forward_per_example": totals["attack_forward"] / attacked,
@@ -103,10 +105,18 @@ class CostMonitor(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.totals)
+        return self.totals
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.totals.update(state_dict)
+        self._before.update(state_dict)
+        self._own["steps"] = state_dict["steps"]
+
+
+def num_tokens(batch: TrainingBatch) -> int:
+    """Tokens of prompts and replies, padding left out."""
+    rows, utility = batch.adversarial, batch.utility
+    masks = [] if rows is None else [rows.prompt_mask, rows.harmful_mask, rows.safe_mask]
+    return sum(int(mask.sum()) for mask in [*masks, *([] if utility is None else [utility.attention_mask])])
 
 
 def peak_memory_mib() -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from datamodules.fields import Probability, checked
 from lightning_modules.attacks.base import AttackedPrompt
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def health_flags(attacked: AttackedPrompt) -> dict[str, int]:
     return {name: int(raised.sum()) for name, raised in example_flags(attacked).items()}
 
 
+@checked
 class AttackHealth(Callback):
     """Logs the training attack's losses, distance and warning signs; warns once per sign that most examples
     show.
@@ -48,9 +50,7 @@ class AttackHealth(Callback):
         warn_above: share of a step's examples above which a sign is reported as a warning.
     """
 
-    def __init__(self, warn_above: float = 0.5) -> None:
-        if not 0 <= warn_above <= 1:
-            raise ValueError(f"AttackHealth.warn_above: expected a share within [0, 1], got {warn_above}")
+    def __init__(self, warn_above: Probability = 0.5) -> None:
         self.warn_above = warn_above
         self._warned: set[str] = set()
 
@@ -67,10 +67,13 @@ class AttackHealth(Callback):
             "train/attack/distance": attacked.distance.mean(),
         }
         pl_module.log_dict(
-            {k: v for k, v in values.items() if not torch.isnan(v)}, on_step=True, batch_size=1
+            {k: v for k, v in values.items() if not torch.isnan(v)},
+            on_step=True,
+            batch_size=1,
+            sync_dist=True,
         )
         for flag, count in health_flags(attacked).items():
-            pl_module.log(f"train/attack/{flag}", count / size, on_step=True, batch_size=1)
+            pl_module.log(f"train/attack/{flag}", count / size, on_step=True, batch_size=1, sync_dist=True)
             if count / size > self.warn_above and flag not in self._warned:
                 self._warned.add(flag)
                 log.warning(

@@ -103,13 +103,6 @@ class EvaluationData(LightningDataModule):
         collate = partial(evaluation_batch, attackable=self.encoding.attackable)
         return DataLoader(rows, batch_size=self.evaluation.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[EvaluationBatch]:
-        """The harmful behaviours, or else the utility tasks; the evaluation callbacks draw what they need
-        from `loader`."""
-        return self.loader("harmful" if self.examples["harmful"] else "utility")
-
-    test_dataloader = val_dataloader
-
     def predict_dataloader(self) -> list[DataLoader[EvaluationBatch]]:
         """All evaluation prompts, harmful ones first."""
         return [self.loader(subject) for subject in SUBJECTS if self.examples[subject]]

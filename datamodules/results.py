@@ -1,9 +1,9 @@
-"""The results store: one JSON row per (model, attack, example, restart), written as it goes and read back
-after a kill.
+"""Results on disk: one JSON line per judged reply, written as it comes; every number is computed from them.
 
-Rows are appended to `attacks/rows_rank<r>.jsonl` in the run folder; a later row replaces an earlier one with
-the same identity, so that verdicts of another judge are added without attacking again. A line that a kill cut
-short is dropped when the file is opened.
+`RUN/rows/rows_rank<r>.jsonl` holds the rows that a process judged, `RUN/rows/measurements.jsonl` what was to
+be measured, so that an evaluation that was cut short is known as such. A later line replaces an earlier one
+of the same identity: verdicts of another judge are added without generating again. A last line without its
+newline is a write that a kill interrupted and counts as not written.
 """
 
 from __future__ import annotations
@@ -13,120 +13,240 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from datamodules.batch import EvaluationBatch
+from datamodules.fields import NonNegativeInt, problem
 
-SCHEMA = 1
-"""Version of the rows' fields; rows of another version are refused."""
-FOLDER = "attacks"
+SCHEMA = 2
+"""Version of the lines' fields; lines of another version are refused."""
+ROWS = "rows"
+"""Folder of the results within a run folder."""
+MEASUREMENTS = "measurements.jsonl"
+
+Stage = Literal["fit", "validate", "test", "attack"]
+Identity = tuple[str, str, str, int, str, str, str, int]
+Slot = tuple[str, int, str, str]
 
 
 @dataclass
-class AttackRow:
-    """One attack on one example."""
+class Row:
+    """One reply and what judges say of it."""
 
-    model: str
-    """Fingerprint of the attacked weights."""
-    attack: str
     settings: str
-    """Digest of the attack's settings, the generation's length and the seed."""
+    """Digest of what decides the reply besides the weights: attack, length, seed and the encoded batch."""
+    model: str
+    """Fingerprint of the weights."""
+    stage: Stage
+    step: NonNegativeInt
+    """Optimiser step of the model."""
+    subject: Literal["harmful", "harmless", "utility"]
+    attack: str
+    """Name of the attack in its suite; '' without one."""
     example: str
     """Key of the example."""
-    restart: int
-    step: int
-    """Optimiser step of the attacked model."""
+    repetition: NonNegativeInt
+    """Number of the reply where one example is replied to several times."""
     prompt: str
-    target: str
+    system: str | None
+    expected: str
+    """The harmful target, or the one right reply; '' where there is none."""
     category: str
     functional: str
     attacked: str | None
-    """What a user types to replay the attack; null for attacks on embeddings."""
+    """What a user types to replay the attack; null for none and for attacks on embeddings."""
     history: list[list[str]]
+    """Earlier turns, [user, assistant] each, that were sent before the prompt."""
     prefill: str
-    completion: str
-    loss_curve: list[float | None]
+    """What the reply was forced to begin with; `reply` contains it."""
+    reply: str
+    loss_curve: list[float | None] = field(default_factory=list)
     """Attacked loss at every iterate, in nats per token; null once the example was done."""
-    steps: int
-    forward_passes: int
-    backward_passes: int
-    queries: int
-    seconds: float
+    steps: NonNegativeInt = 0
+    forward_passes: NonNegativeInt = 0
+    backward_passes: NonNegativeInt = 0
+    queries: NonNegativeInt = 0
+    seconds: float = 0.0
     """Wall time of the example's batch divided by its size."""
-    flags: dict[str, bool]
-    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+    """Warning sign -> whether the attack on this example shows it."""
+    verdicts: dict[str, dict[str, bool | float | None]] = field(default_factory=dict)
     """`name@revision` of a judge -> {"verdict": bool, "score": float or null}."""
     schema: int = SCHEMA
+    where: str = field(default="", compare=False)
+    """file:line it was read from; not stored."""
 
     @property
-    def identity(self) -> tuple[str, str, str, str, int]:
-        return self.model, self.attack, self.settings, self.example, self.restart
+    def identity(self) -> Identity:
+        return (
+            self.settings,
+            self.model,
+            self.stage,
+            self.step,
+            self.subject,
+            self.attack,
+            self.example,
+            self.repetition,
+        )
+
+    def verdict(self, judge: str) -> bool:
+        """What a judge (`name@revision`) said. Raises: KeyError where it was not asked."""
+        return bool(self.verdicts[judge]["verdict"])
+
+
+@dataclass
+class Measurement:
+    """What an evaluation set out to measure, written when it begins."""
+
+    evaluation: str
+    stage: Stage
+    step: NonNegativeInt
+    model: str
+    settings: str
+    subject: Literal["harmful", "harmless", "utility"]
+    attack: str
+    quantity: str
+    """What the judge's verdict is called (callbacks/metrics/names.py)."""
+    judge: str
+    """`name@revision` of the judge that decides."""
+    refusal: str
+    """The judge of refusals beside it; '' where there is none."""
+    judges: list[str]
+    """Further judges that are asked."""
+    n: NonNegativeInt
+    """Number of examples, over all processes."""
+    schema: int = SCHEMA
+    where: str = field(default="", compare=False)
+
+    @property
+    def slot(self) -> Slot:
+        """What it replaces an earlier measurement of."""
+        return self.stage, self.step, self.subject, self.attack
 
 
 class ResultsStore:
-    """The rows of a run folder; every process writes its own file and reads all.
+    """The results of a run folder; every process appends to its own file and has read those of all.
 
     Args:
         folder: the run folder.
         rank: number of this process.
 
-    Raises: ValueError for rows of another schema version or a damaged line, naming file and line.
+    Raises: ValueError `file:line: found ...; remedy` for a line that is none of ours.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0) -> None:
-        self.path = Path(folder) / FOLDER / f"rows_rank{rank}.jsonl"
+        self.path = Path(folder) / ROWS / f"rows_rank{rank}.jsonl"
+        self.rank = rank
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(self.path)
-        self._rows = {
-            row.identity: row
-            for path in sorted(self.path.parent.glob("rows_rank*.jsonl"))
-            for row in _read(path)
-        }
+        for path in (self.path, self.path.with_name(MEASUREMENTS)):
+            if rank == 0 or path == self.path:
+                _drop_torn_line(path)
+        self._rows = {row.identity: row for row in read_rows(folder)}
+        self._measurements = {item.slot: item for item in read_measurements(folder)}
 
-    def get(self, identity: tuple[str, str, str, str, int]) -> AttackRow | None:
+    def get(self, identity: Identity) -> Row | None:
         return self._rows.get(identity)
 
-    def __iter__(self) -> Iterator[AttackRow]:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())
 
-    def add(self, rows: Iterable[AttackRow]) -> None:
-        """Append rows; they are on disk when this returns."""
-        rows = list(rows)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
-            stream.flush()
-            os.fsync(stream.fileno())
+    @property
+    def measurements(self) -> list[Measurement]:
+        """The latest of every slot, in the order of their first appearance."""
+        return list(self._measurements.values())
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows that are new or have changed; they are on disk when this returns."""
+        new = [row for row in rows if self._rows.get(row.identity) != row]
+        _append(self.path, new)
+        self.learn(new)
+
+    def learn(self, rows: Iterable[Row]) -> None:
+        """Take rows into account that other processes have written."""
         self._rows.update({row.identity: row for row in rows})
 
+    def announce(self, measurements: Iterable[Measurement]) -> None:
+        """Say what is about to be measured; the first process writes it down, once."""
+        latest = {item.slot: item for item in measurements}
+        new = [item for slot, item in latest.items() if self._measurements.get(slot) != item]
+        if self.rank == 0:
+            _append(self.path.with_name(MEASUREMENTS), new)
+        self._measurements.update({item.slot: item for item in new})
 
-def clear_store(folder: str | Path) -> None:
-    """Remove the rows of an earlier run."""
-    for path in (Path(folder) / FOLDER).glob("rows_rank*.jsonl"):
-        path.unlink()
+
+def read_rows(folder: str | Path) -> list[Row]:
+    """The rows of all processes, the latest of every identity. Raises: ValueError naming file and line."""
+    paths = sorted((Path(folder) / ROWS).glob("rows_rank*.jsonl"))
+    return list({row.identity: row for path in paths for row in _read(path, Row)}.values())
 
 
-def _read(path: Path) -> Iterator[AttackRow]:
-    known = {f.name for f in fields(AttackRow)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line:
-            continue
+def read_measurements(folder: str | Path) -> list[Measurement]:
+    """What was to be measured, the latest of every slot, in the order of their first appearance."""
+    path = Path(folder) / ROWS / MEASUREMENTS
+    items = _read(path, Measurement) if path.is_file() else ()
+    return list({item.slot: item for item in items}.values())
+
+
+Line = TypeVar("Line", Row, Measurement)
+
+
+def _append(path: Path, lines: Iterable[Row | Measurement]) -> None:
+    content = "".join(_dumped(line) + "\n" for line in lines).encode("ascii")
+    if not content:
+        return
+    with path.open("ab") as stream:
+        whole = stream.tell()
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            # Another process may be writing its last line right now; this one's own torn line is gone
-            # already.
-            if number == 1 + path.read_bytes().count(b"\n"):
-                return
-            raise ValueError(
-                f"{path}:{number}: not JSON ({error}); remove the line to attack its example again"
-            ) from error
-        if record.get("schema") != SCHEMA or set(record) != known:
-            raise ValueError(
-                f"{path}:{number}: expected a row of schema {SCHEMA}, got {record.get('schema')!r}; "
-                "move the file away"
-            )
-        yield AttackRow(**record)
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError:
+            # A full disk takes part of a write: what follows must not be glued to it.
+            os.truncate(path, whole)
+            raise
+
+
+def _dumped(line: Row | Measurement) -> str:
+    # ASCII: a reply may hold half a surrogate pair, which no UTF-8 file can.
+    return json.dumps({key: value for key, value in asdict(line).items() if key != "where"})
+
+
+def _read(path: Path, kind: type[Line]) -> Iterator[Line]:
+    *whole, _torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, start=1):
+        yield _parsed(line, f"{path}:{number}", kind)
+
+
+def _parsed(line: bytes, where: str, kind: type[Line]) -> Line:
+    remedy = "remove the line (its example is evaluated again), or move the folder away"
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}); {remedy}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {record!r:.60}; {remedy}")
+    if record.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{where}: expected a {kind.__name__} of schema {SCHEMA}, got {record.get('schema')!r:.60}; "
+            f"{remedy}"
+        )
+    hints = _hints(kind)
+    for name, hint in hints.items():
+        found = "expected a value, got none" if name not in record else problem(record[name], hint)
+        if found is not None:
+            raise ValueError(f"{where}: {name}: {found:.120}; {remedy}")
+    unknown = sorted(set(record) - set(hints))
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0]!r:.60}; {remedy}")
+    return kind(**record, where=where)
+
+
+@cache
+def _hints(kind: type[Row] | type[Measurement]) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(kind) if f.name != "where"}
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -135,28 +255,20 @@ def _drop_torn_line(path: Path) -> None:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            with path.open("r+b") as stream:
-                stream.truncate(whole)
+            os.truncate(path, whole)
 
 
 def contents(batch: EvaluationBatch) -> list[Any]:
-    """What an attack sees of a batch, as JSON."""
-    assert batch.adversarial is not None
-    sent = batch.adversarial
-    return [
-        t.tolist()
-        for t in (
-            sent.prompt_ids,
-            sent.prompt_mask,
-            sent.attackable_mask,
-            sent.harmful_ids,
-            sent.harmful_mask,
-        )
-    ]
+    """What a model or an attack sees of a batch, as JSON."""
+    tensors = [batch.prompt_ids, batch.prompt_mask]
+    if batch.adversarial is not None:
+        sent = batch.adversarial
+        tensors += [sent.attackable_mask, sent.harmful_ids, sent.harmful_mask]
+    return [tensor.tolist() for tensor in tensors]
 
 
 def settings_digest(*things: object) -> str:
-    """Digest of everything that decides an attack's outcome, from the public attributes of its objects."""
+    """Digest of everything that decides a reply, from the public attributes of its objects."""
     return hashlib.blake2b(
         json.dumps([describe(thing) for thing in things], sort_keys=True).encode(), digest_size=6
     ).hexdigest()

@@ -30,6 +30,7 @@ options of fit, validate, test, predict and attack:
   --config FILE, -c FILE   a YAML file; give several to merge them in order
   --KEY=VALUE              override one field, e.g. --model.attack.epsilon=0.1 or --model.attack=NoAttack
   --ckpt_path PATH|last    continue from (fit) or evaluate (others) a checkpoint; `last` is the run's newest
+  --overwrite              fit in a folder that holds a run: the old one is renamed NAME.1, NAME.2, ...
   --print_config           print the resolved configuration and stop
   --help                   this text and every field of the configuration (the quickstart's if none is given)
   --help.CLASS             the fields of one class, e.g. --help.EmbeddingPGD
@@ -93,7 +94,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
         name, equals, value = word.partition("=")
         if not word.startswith("-"):
             raise ConfigError(f"expected an option, got {word!r}; files are given with --config {word}")
-        if name in ("--print_config", "--help", "-h", "--traceback") or name.startswith("--help."):
+        if name in ("--print_config", "--help", "-h", "--traceback", "--overwrite") or name.startswith(
+            "--help."
+        ):
             flags.append(word)
             continue
         if not equals:

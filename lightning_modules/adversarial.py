@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from datamodules.adversarial import AdversarialData
 from datamodules.batch import TrainingBatch
+from datamodules.fields import NonNegativeInt, checked
 from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
-from lightning_modules.base import FineTuning, OptimizerConfig, step_seed
+from lightning_modules.base import FineTuning, OptimizerConfig
 from lightning_modules.losses.base import LossTerms, Objective, Step, Term
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.loading import ModelConfig
@@ -26,6 +26,7 @@ from lightning_modules.reference_scores import ReferenceTable
 from lightning_modules.scoring import score_replies, score_utility
 
 
+@checked
 class AdversarialFineTuning(FineTuning):
     """Fine-tuning under attack: any attack, any objective, any further terms.
 
@@ -35,7 +36,7 @@ class AdversarialFineTuning(FineTuning):
         objective: the outer loss on the replies' likelihoods; null where the terms say it all.
         terms: further terms of the loss: regularisers, retain terms, distillation, losses on hidden states.
         optimizer: learning rate and schedule.
-        seed: base of every step's own seed.
+        seed: base of every step's own seed; null takes seed_everything's.
         reference_cache: folder of the reference log-probabilities that preference objectives need; runs may
             share one. Null keeps them in the run folder.
     """
@@ -49,7 +50,7 @@ class AdversarialFineTuning(FineTuning):
         objective: Objective | None,
         terms: list[Term] | None = None,
         optimizer: OptimizerConfig | None = None,
-        seed: int = 0,
+        seed: NonNegativeInt | None = None,
         reference_cache: str | None = None,
     ) -> None:
         super().__init__(base, optimizer, seed)
@@ -73,21 +74,21 @@ class AdversarialFineTuning(FineTuning):
         this model's."""
         if self.objective is None or not self.objective.needs_reference:
             return
-        data: AdversarialData = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert self._harmful_batches is not None, "attach() has not been called"
         folder = Path(self.reference_cache or Path(self.trainer.default_root_dir) / "reference")
         self._reference_table = ReferenceTable(folder, self.reference)
         silent = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
         batches = tqdm(
-            data.harmful_batches(),
+            self._harmful_batches(),
             desc="reference log-probabilities",
             unit=" batches",
             leave=False,
-            disable=silent,
+            disable=True if silent else None,
         )
         self._reference_table.fill(batches, self.device, write=self.trainer.is_global_zero)
         if self.global_step == 0:
             self._reference_table.check_start(
-                self.language_model, next(data.harmful_batches()).to(self.device)
+                self.language_model, next(self._harmful_batches()).to(self.device)
             )
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class AdversarialFineTuning(FineTuning):
         attacked = (
             None
             if batch.adversarial is None
-            else self.attack(self.language_model, batch.adversarial, self._generator())
+            else self.attack(self.language_model, batch.adversarial, self._rng())
         )
         terms = self._losses(batch, attacked)
         loss = torch.stack([term.loss.mean() for term in terms]).sum()
@@ -105,8 +106,9 @@ class AdversarialFineTuning(FineTuning):
                 "cutoff_away"
             )
         parts = {f"train/{name}": value.mean() for term in terms for name, value in term.parts.items()}
-        self.log_dict(parts, on_step=True, batch_size=1)
-        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1)
+        # Of all processes: one process's mean is another number (every process has the same parts).
+        self.log_dict(parts, on_step=True, batch_size=1, sync_dist=True)
+        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1, sync_dist=True)
         return {"loss": loss, "attacked": attacked, "passes": sum(term.passes for term in terms)}
 
     def _losses(self, batch: TrainingBatch, attacked: AttackedPrompt | None) -> list[LossTerms]:
@@ -146,6 +148,5 @@ class AdversarialFineTuning(FineTuning):
         super().on_load_checkpoint(checkpoint)
         load_attack_state(self.attack, checkpoint.get("attack"))
 
-    def _generator(self) -> torch.Generator:
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        return torch.Generator().manual_seed(step_seed(self.seed, number, self.global_rank))
+    def _rng(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.step_seed())

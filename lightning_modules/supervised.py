@@ -19,5 +19,5 @@ class SupervisedFineTuning(FineTuning):
         if batch.adversarial is not None or batch.utility is None:
             raise ValueError("SupervisedFineTuning expects utility rows only; set data.harmful_per_step: 0")
         loss = mean_cross_entropy(*score_utility(self.language_model, batch.utility)).mean()
-        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1)
+        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1, sync_dist=True)
         return {"loss": loss, "passes": 2 * len(batch.utility)}

@@ -1,17 +1,15 @@
-"""When an evaluation runs and where its numbers go; subclasses say what is measured.
+"""An evaluation as a callback: its schedule inside `fit`, and where its numbers go.
 
-Inside `fit` an evaluation runs at the start, every N optimiser steps and at the end; under `validate` and
-`test` once. Numbers go to the loggers, the trainer's results table and `evaluations.jsonl` in the run folder;
-sample rows to `samples/` and to W&B.
+Inside `fit` an evaluation runs before the first step, every N optimiser steps and after the last one. Its
+values stand in `trainer.callback_metrics` as `eval/<Metric.key>` before any checkpoint callback looks, so
+that Lightning's EarlyStopping and ModelCheckpoint can monitor them, and go to the loggers; n and intervals
+are in the rows and the report. `validate` and `test` run evaluations through Lightning's loop
+(callbacks/evaluations/measuring.py).
 """
 
 from __future__ import annotations
 
-import json
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +17,50 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
+from callbacks.evaluations.probe import Probe
+from callbacks.evaluations.schedule import Schedule
+from callbacks.evaluations.session import Job, Place, Session
 from callbacks.evaluations.undisturbed import undisturbed
-from callbacks.metrics.means import Mean
-from callbacks.metrics.rates import Rate
+from callbacks.report.results import Snapshot
 from callbacks.run_folder.loggers import log_table
-from datamodules.batch import EvaluationBatch
-from datamodules.evaluation import EvaluationData, Subject
-from lightning_modules.base import FineTuning
-from lightning_modules.models.language_model import LanguageModel
+from datamodules.evaluation import EvaluationData
+from datamodules.results import Row
+from lightning_modules.attacks.progress import observed
+from lightning_modules.pretrained import PretrainedModel
 
-log = logging.getLogger(__name__)
-EVALUATIONS_FILE = "evaluations.jsonl"
-
-
-@dataclass
-class Findings:
-    """What one evaluation found: scalar metrics, JSON-able details (curves) and sample rows."""
-
-    metrics: dict[str, float]
-    details: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
+PREFIX = "eval/"
+"""In front of every metric's key in loggers and monitors."""
 
 
 class Evaluation(Callback, ABC):
-    """Base of the evaluation callbacks.
+    """Base of the evaluation callbacks: a schedule, and what is measured.
 
     Args:
-        every_n_steps: evaluate after every so many optimiser steps; null for no periodic evaluation.
-        at_start: evaluate before the first training step.
-        at_end: evaluate after the last training step.
-        limit: use at most so many rows per subject, evenly spaced, inside `fit`.
+        schedule: when it runs and on how many rows; null takes the defaults.
         max_new_tokens: longest generated reply.
-        test_limit: the same for `validate` and `test`; null uses all rows.
+        seed: seed of what is random about it.
     """
 
     name = "evaluation"
 
-    def __init__(
-        self,
-        every_n_steps: int | None = None,
-        at_start: bool = False,
-        at_end: bool = True,
-        limit: int | None = None,
-        max_new_tokens: int = 64,
-        test_limit: int | None = None,
-    ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(
-                f"{type(self).__name__}.every_n_steps: expected >= 1 or null, got {every_n_steps}"
-            )
-        if max_new_tokens < 1:
-            raise ValueError(f"{type(self).__name__}.max_new_tokens: expected >= 1, got {max_new_tokens}")
-        self.every_n_steps = every_n_steps
-        self.at_start = at_start
-        self.at_end = at_end
-        for name, rows in (("limit", limit), ("test_limit", test_limit)):
-            if rows is not None and rows < 1:
-                raise ValueError(f"{type(self).__name__}.{name}: expected >= 1 or null, got {rows}")
-        self.limit = limit
-        self.test_limit = test_limit
+    def __init__(self, schedule: Schedule | None = None, max_new_tokens: int = 64, seed: int = 0) -> None:
+        self.schedule = schedule or Schedule()
         self.max_new_tokens = max_new_tokens
+        self.seed = seed
         self._last_step = -1
 
     @abstractmethod
-    def evaluate(self, run: EvaluationRun) -> Findings:
-        """Measure the model; called in evaluation mode with gradients as the caller had them."""
+    def probes(self) -> list[Probe]:
+        """What is measured, in the order in which it is reported."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises: ValueError where the datamodule has no evaluation rows or the trainer forbids gradients."""
-        if not isinstance(getattr(trainer, "datamodule", None), EvaluationData):
+        """Raises: ValueError where the datamodule has no evaluation rows."""
+        if stage == "fit" and not isinstance(getattr(trainer, "datamodule", None), EvaluationData):
             raise ValueError(f"{type(self).__name__} expects data: datamodules.evaluation.EvaluationData")
-        loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(stage)
-        if loop is not None and loop.inference_mode:
-            raise ValueError(
-                f"{type(self).__name__} needs gradients in {stage}; set trainer.inference_mode: false"
-            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.at_start and trainer.global_step == 0:
-            self._run(trainer, pl_module, "fit")
+        if self.schedule.at_start and trainer.global_step == 0:
+            self._run(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -105,114 +68,83 @@ class Evaluation(Callback, ABC):
         step = trainer.global_step
         if step == self._last_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        periodic = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if periodic or (self.at_end and step == int(trainer.estimated_stepping_batches)):
-            self._run(trainer, pl_module, "fit")
+        if self.schedule.due(step, int(trainer.estimated_stepping_batches)):
+            self._run(trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._run(trainer, pl_module, "validate")
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Stopped early: by EarlyStopping, or by time.
+        if self.schedule.at_end and trainer.global_step != self._last_step:
+            self._run(trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run(trainer, pl_module, "test")
-
-    def _run(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, FineTuning)
+    def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PretrainedModel)
         self._last_step = trainer.global_step
+        data: EvaluationData = trainer.datamodule  # type: ignore[attr-defined]
+        place = Place(
+            pl_module.language_model,
+            Path(trainer.default_root_dir),
+            "fit",
+            trainer.global_step,
+            trainer.global_rank,
+            trainer.world_size,
+        )
         with undisturbed(pl_module):
-            findings = self.evaluate(
-                EvaluationRun(
-                    trainer, pl_module, self.limit if stage == "fit" else self.test_limit, self.max_new_tokens
-                )
-            )
-        metrics = {f"eval/{key}": value for key, value in findings.metrics.items()}
-        if stage == "fit":
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
-        else:
-            pl_module.log_dict(metrics)
-        if trainer.is_global_zero:
-            self._write(Path(trainer.default_root_dir), trainer, stage, findings)
+            session = Session(place, data, [self])
+            with progress(trainer, sum(len(job.batch) for job in session.jobs), self.name) as bar:
+                for job in session.jobs:
+                    do(session, job, bar)
+                    bar.update(len(job.batch))
+        values = monitored(session.finish())
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        show_rows(trainer, f"fit/{self.name}", session.rows)
 
-    def _write(self, folder: Path, trainer: Trainer, stage: str, findings: Findings) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        entry = {
-            "name": self.name,
-            "stage": stage,
-            "step": trainer.global_step,
-            "metrics": findings.metrics,
-            "details": findings.details,
+
+def do(session: Session, job: Job, bar: tqdm[Any]) -> None:
+    """One job, with the attack's iterate and loss behind the progress bar."""
+    bar.set_description(job.title)
+    with observed(_Postfix(bar)):
+        session.do(job)
+
+
+def monitored(own: Snapshot) -> dict[str, float]:
+    """One value per metric, under the name that loggers and monitors know."""
+    return {PREFIX + metric.key: measure.estimate.value for metric, measure in own.measures.items()}
+
+
+def progress(trainer: Trainer, total: int | None, what: str) -> tqdm[Any]:
+    """A progress bar on the first process, unless the run has none."""
+    silent = not trainer.is_global_zero or trainer.progress_bar_callback is None
+    return tqdm(total=total, desc=what, leave=False, disable=True if silent else None)
+
+
+def show_rows(trainer: Trainer, title: str, rows: list[Row]) -> None:
+    """Sample rows in the loggers that can show tables."""
+    shown = [
+        {
+            "subject": row.subject,
+            "attack": row.attack,
+            "example": row.example,
+            "prompt": row.prompt,
+            "attacked": row.attacked or "",
+            "reply": row.reply,
+            "verdicts": ", ".join(judge for judge in row.verdicts if row.verdict(judge)),
         }
-        with (folder / EVALUATIONS_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-        if findings.samples:
-            samples = folder / "samples" / f"{self.name}_{stage}_{trainer.global_step:06d}.jsonl"
-            samples.parent.mkdir(exist_ok=True)
-            samples.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in findings.samples),
-                encoding="utf-8",
-            )
-            log_table(trainer, f"{stage}/{self.name}", findings.samples)
+        for row in rows
+    ]
+    if shown and trainer.is_global_zero:
+        log_table(trainer, title, shown)
 
 
-@dataclass
-class EvaluationRun:
-    """One evaluation's access to the model, its data and text generation."""
+class _Postfix:
+    """Shows an attack's iterate and mean loss behind the progress bar."""
 
-    trainer: Trainer
-    module: FineTuning
-    limit: int | None
-    max_new_tokens: int
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self.bar = bar
+        self.iterate = 0
 
-    @property
-    def model(self) -> LanguageModel:
-        return self.module.language_model
-
-    @property
-    def data(self) -> EvaluationData:
-        data: EvaluationData = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data
-
-    def batches(
-        self, subject: Subject, what: str | None = None, limit: int | None = None
-    ) -> Iterator[EvaluationBatch]:
-        """This process's share of a subject's rows on the model's device; with a progress bar where it is
-        given a name.
-
-        `limit` lowers the evaluation's own.
-        """
-        least = min((n for n in (self.limit, limit) if n is not None), default=None)
-        loader = self.data.loader(subject, least, self.trainer.global_rank, self.trainer.world_size)
-        with self.progress(len(loader), f"{what} ({subject})", silent=what is None) as bar:
-            for batch in loader:
-                yield batch.to(self.module.device)
-                bar.update()
-
-    def progress(self, total: int, what: str, silent: bool = False) -> tqdm[Any]:
-        """A progress bar on the first process, unless the run has none."""
-        silent = silent or not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        return tqdm(total=total, desc=what, leave=False, disable=silent)
-
-    def has(self, subject: Subject) -> bool:
-        return bool(self.data.examples[subject])
-
-    def replies(
-        self, embeds: torch.Tensor, mask: torch.Tensor, forced: Sequence[Sequence[int]] = ()
-    ) -> list[str]:
-        """Greedy replies to prompts given as embeddings; `forced` ids, which end the prompts already, are
-        part of the replies."""
-        chat = self.data.chat
-        generated = self.model.generate(embeds, mask, self.max_new_tokens, chat.stop_ids)
-        starts = forced or [()] * len(generated)
-        return [chat.decode([*start, *ids]) for start, ids in zip(starts, generated, strict=True)]
-
-    def clean_replies(self, batch: EvaluationBatch) -> list[str]:
-        """Greedy replies to the prompts as they are."""
-        with torch.no_grad():
-            return self.replies(self.model.embed(batch.prompt_ids), batch.prompt_mask)
-
-
-def flatten(name: str, metric: Rate | Mean) -> dict[str, float]:
-    """{name, name/low, name/high, name/n} of a rate or a mean."""
-    value = metric.compute()
-    return {name: value["rate"], **{f"{name}/{key}": value[key] for key in ("low", "high", "n")}}
+    def __call__(self, losses: torch.Tensor, texts: object) -> None:
+        self.iterate += 1
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"iterate {self.iterate}, loss {losses.nanmean().item():.3f}")

@@ -13,7 +13,7 @@ class Judge(Protocol):
     judge's name tells.
 
     A judge that is faster on many completions at once may also have `judge_batch(prompts, completions,
-    references)`, which returns a list of `Judgement`.
+    expected)`, which returns a list of `Judgement`.
     """
 
     @property
@@ -22,8 +22,8 @@ class Judge(Protocol):
     @property
     def revision(self) -> str: ...
 
-    def __call__(self, prompt: str, completion: str, reference: str) -> bool:
-        """`reference` is the harmful target or the expected reply; judges that need none ignore it."""
+    def __call__(self, prompt: str, completion: str, expected: str) -> bool:
+        """`expected` is the harmful target or the expected reply; judges that need none ignore it."""
         ...
 
 
@@ -36,14 +36,14 @@ class Judgement:
 
 
 def judge_all(
-    judge: Judge, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]
+    judge: Judge, prompts: Sequence[str], completions: Sequence[str], expected: Sequence[str]
 ) -> list[Judgement]:
     """Judge several completions, in one call where the judge can."""
     batch = getattr(judge, "judge_batch", None)
     if batch is not None:
-        judgements: list[Judgement] = batch(prompts, completions, references)
+        judgements: list[Judgement] = batch(prompts, completions, expected)
         return judgements
-    return [Judgement(judge(p, c, r)) for p, c, r in zip(prompts, completions, references, strict=True)]
+    return [Judgement(judge(p, c, r)) for p, c, r in zip(prompts, completions, expected, strict=True)]
 
 
 def label(judge: Judge) -> str:

@@ -13,8 +13,8 @@ class TargetPrefix:
     name = "target_prefix"
     revision = "1"
 
-    def __call__(self, prompt: str, completion: str, reference: str) -> bool:
-        sentence = re.split(r"(?<=[.!?:\n])", reference.strip(), maxsplit=1)[0]
+    def __call__(self, prompt: str, completion: str, expected: str) -> bool:
+        sentence = re.split(r"(?<=[.!?:\n])", expected.strip(), maxsplit=1)[0]
         return bool(sentence.strip()) and _plain(completion).startswith(_plain(sentence))
 
 
@@ -24,8 +24,8 @@ class ExactMatch:
     name = "exact_match"
     revision = "1"
 
-    def __call__(self, prompt: str, completion: str, reference: str) -> bool:
-        return completion.strip() == reference.strip()
+    def __call__(self, prompt: str, completion: str, expected: str) -> bool:
+        return completion.strip() == expected.strip()
 
 
 def _plain(text: str) -> str:

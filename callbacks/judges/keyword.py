@@ -24,6 +24,6 @@ class KeywordRefusal:
     name = "keyword_refusal"
     revision = "1"
 
-    def __call__(self, prompt: str, completion: str, reference: str = "") -> bool:
+    def __call__(self, prompt: str, completion: str, expected: str = "") -> bool:
         opening = completion.strip()[:OPENING_CHARACTERS].replace("\u2019", "'")
         return _REFUSAL.search(opening) is not None

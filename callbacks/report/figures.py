@@ -1,190 +1,364 @@
-"""The pictures of a report: robustness against utility, attack loss against steps, training curves; and the
-HTML around them."""
+"""The pictures of a report as SVG: what changed, robustness against utility, what attacks needed, training curves.
+
+Points are drawn where they are: where several would hide each other, their labels give way, never they.
+Text stays text (it can be searched, and read aloud), is never parsed as mathematics, and takes the colour of
+the page around it.
+"""
 
 from __future__ import annotations
 
-import base64
-import html
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter, NullFormatter
+from matplotlib.transforms import offset_copy
 
-BEFORE, AFTER = "#c44e52", "#4c72b0"
+from callbacks.metrics.names import Metric
+from callbacks.report.escape import printable
+from callbacks.report.results import AttackFacts, Estimate, RunResults, Snapshot
+
+INK = "#010203"
+"""Stands for the page's own text colour, which matplotlib has no name for."""
+BEFORE, AFTER = "#d1605e", "#4c86c6"
 CURVES = ("train/loss", "train/loss_toward", "train/loss_away", "train/loss_utility")
+SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 11,
+    "font.family": "sans-serif",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+LINE = 0.052
+"""Height of a label's line as a share of a scatter's axis."""
 
 
-def draw_figures(target: Path, results: dict[str, Any], log: list[dict[str, str]]) -> dict[str, Path]:
-    """Draw what the data allows into the folder `target`; returns {title: path}."""
-    target.mkdir(exist_ok=True)
-    figures = {}
-    after = results["after"] or {}
-    if "utility_exact_match" in after and any(key.endswith("_attack_success_rate") for key in after):
-        figures["Robustness against utility"] = _save(
-            target / "trade_off.png", lambda axes: _trade_off(axes, results)
+@dataclass(frozen=True)
+class Drawing:
+    """A picture and what it says to those who do not see it."""
+
+    title: str
+    description: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a scatter, in the axes' units."""
+
+    x: float
+    y: float
+    label: str
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+    hollow: bool = False
+    color: str = AFTER
+
+
+def drawings(results: RunResults) -> dict[str, Drawing]:
+    """What the results allow to be drawn; the key is a file's stem."""
+    every = {
+        "changes": changes(results),
+        "trade_off": trade_off(results),
+        "attack_loss": attack_loss(results),
+        "budget": budget(results),
+        "training": training(results),
+    }
+    return {stem: drawing for stem, drawing in every.items() if drawing is not None}
+
+
+def changes(results: RunResults) -> Drawing | None:
+    """Every share as a row of its own: hollow before, filled after, bars for the intervals."""
+    after = results.after
+    names = [m for m, measure in after.measures.items() if measure.estimate.kind == "rate"] if after else []
+    if not names:
+        return None
+    with _figure(height=1.2 + 0.32 * len(names)) as (figure, axes):
+        for snapshot, color, hollow in _snapshots(results):
+            for row, metric in enumerate(names):
+                if (measure := snapshot.measures.get(metric)) is not None:
+                    value, interval = _percent(measure.estimate)
+                    _mark(axes, Point(value, row, "", interval, None, hollow, color))
+        axes.set_yticks(range(len(names)), [_label(metric.title) for metric in names])
+        axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(-3, 103), xlabel="% of the examples")
+        axes.grid(alpha=0.2, color=INK)
+    seen = "hollow before training, filled after" if results.before else "the model as it is"
+    return Drawing("Every rate with its 95 % interval", f"A row a metric; {seen}.", figure)
+
+
+def trade_off(results: RunResults) -> Drawing | None:
+    """Robustness (100 % - success) of every attack against utility."""
+    utility = Metric("exact_match", subject="utility")
+    points, arrows = [], []
+    first: dict[Metric, Point] = {}
+    for snapshot, color, hollow in _snapshots(results):
+        if utility not in snapshot.measures:
+            continue
+        x, across = _percent(snapshot.measures[utility].estimate)
+        for metric, measure in snapshot.measures.items():
+            if metric.quantity != "success_rate":
+                continue
+            success, (low, high) = _percent(measure.estimate)
+            own = Point(x, 100 - success, metric.attack, across, (100 - high, 100 - low), hollow, color)
+            points.append(own)
+            if metric in first:
+                arrows.append((first[metric], own))
+            first[metric] = own
+    if not points:
+        return None
+    axes_names = "utility: exact match on benign tasks, %", "robustness: 100 % - attack success, %"
+    figure = scatter(points, *axes_names, arrows=arrows, y_limits=(-5, 105))
+    seen = "Hollow before training, filled after." if results.before else ""
+    return Drawing("Robustness against utility", f"A point an attack, with 95 % intervals. {seen}", figure)
+
+
+def scatter(
+    points: Sequence[Point],
+    x_label: str,
+    y_label: str,
+    arrows: Iterable[tuple[Point, Point]] = (),
+    y_limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Points with intervals and their names beside them; points at one place share one label."""
+    with _figure(height=4.6) as (figure, axes):
+        for start, end in arrows:
+            style = {"arrowstyle": "->", "color": INK, "alpha": 0.25}
+            axes.annotate("", (end.x, end.y), (start.x, start.y), arrowprops=style)
+        for point in points:
+            _mark(axes, point)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if y_limits is not None:
+            axes.set_ylim(*y_limits)
+        axes.margins(x=0.35)
+        axes.grid(alpha=0.2, color=INK)
+        _name(axes, points)
+    return figure
+
+
+def attack_loss(results: RunResults) -> Drawing | None:
+    """The attacked loss at every iterate."""
+
+    def curve(attack: AttackFacts) -> tuple[Sequence[float], Sequence[float]] | None:
+        losses = attack.loss_curve
+        return (range(len(losses)), losses) if len(losses) > 1 else None
+
+    with _figure() as (figure, axes):
+        if not _curves(axes, results, curve):
+            return None
+        axes.set(xlabel="iterate of the attack", ylabel="loss of the target, nats per token", yscale="log")
+        _plain_ticks(axes)
+    return Drawing("Attack loss against iterates", "Lower: the attack wins. Dashed before training.", figure)
+
+
+def budget(results: RunResults) -> Drawing | None:
+    """Share of examples broken within so many passes."""
+
+    def curve(attack: AttackFacts) -> tuple[Sequence[float], Sequence[float]] | None:
+        found = attack.budgets.get("passes")
+        return (found.budget, [100 * s for s in found.share]) if found and len(found.budget) else None
+
+    with _figure() as (figure, axes):
+        if not _curves(axes, results, curve, drawstyle="steps-post", marker="o", markersize=3):
+            return None
+        axes.set(
+            xlabel="forward and backward passes per example", ylabel="attack success, %", xscale="symlog"
         )
-    if any(len(curve) > 1 for curve in after.get("loss_curves", {}).values()):
-        figures["Attack loss against steps"] = _save(
-            target / "attack_loss.png", lambda axes: _attack_loss(axes, results)
-        )
-    if any(curves.get("passes", {}).get("budget") for curves in after.get("budgets", {}).values()):
-        figures["Success against budget"] = _save(target / "budget.png", lambda axes: _budget(axes, results))
-    if log:
-        figures["Training curves"] = _save(target / "training.png", lambda axes: _training(axes, log))
-    return figures
+        axes.set_ylim(-3, 103)
+        _plain_ticks(axes)
+    return Drawing("Success against budget", "Share of the examples broken. Dashed before training.", figure)
 
 
-def html_page(name: str, results: dict[str, Any], table: str, notes: str, figures: dict[str, Path]) -> str:
-    """One self-contained page: the tables (blank lines between them), the notes and the figures as embedded
-    images."""
-    tables = "".join(_html_table(part) for part in table.split("\n\n"))
-    paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in notes.split("\n\n"))
-    images = "".join(
-        f'<figure><img alt="{html.escape(title)}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(title)}</figcaption></figure>"
-        for title, path in figures.items()
-    )
-    style = (
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.4rem "
-        ".6rem;text-align:left}"
-        "img{max-width:100%}figure{margin:2rem 0}figcaption{color:#555}"
-    )
-    title = f"Report of {html.escape(name)}"
-    return (
-        '<!doctype html><html lang="en"><meta '
-        f'charset="utf-8"><title>{title}</title><style>{style}</style><h1>{title}</h1>'
-        f"{tables}{paragraphs}{images}</html>\n"
-    )
+def training(results: RunResults) -> Drawing | None:
+    """The losses of training at every optimiser step."""
+    with _figure() as (figure, axes):
+        drawn = []
+        for name in CURVES:
+            points = [(row["step"], row[name]) for row in results.training if name in row]
+            if points:
+                drawn += axes.plot(*zip(*points, strict=True), linewidth=1.3)
+                drawn[-1].set_label(name.removeprefix("train/").replace("_", " "))
+        if not drawn:
+            return None
+        axes.set(xlabel="optimiser step", ylabel="nats per token")
+        _legend(axes, drawn, [str(line.get_label()) for line in drawn])
+    return Drawing("Training losses", "Every loss that training logged, by optimiser step.", figure)
 
 
-def _html_table(table: str) -> str:
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in table.splitlines()
-        if not line.startswith("| ---")
-    ]
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def svg(drawing: Drawing, prefix: str) -> str:
+    """An `<svg>` to put into a page: titled, its ids beginning with `prefix`, its ink the page's."""
+    stream = io.StringIO()
+    no_date: Mapping[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with _quiet(), mpl.rc_context(SETTINGS | {"svg.hashsalt": prefix}):
+        FigureCanvasSVG(drawing.figure).print_svg(stream, metadata=dict(no_date))
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    title, description = escape(printable(drawing.title)), escape(printable(drawing.description))
+    named = f'<svg role="img" aria-label="{title}. {description}"'
+    head, rest = text.replace("<svg", named, 1).split(">", 1)
+    return f"{head}><title>{title}</title><desc>{description}</desc>{rest}"
 
 
-def _save(path: Path, draw: Any) -> Path:
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def save(drawing: Drawing, path: Path) -> Path:
+    """Write the picture as a file of its own, dark on white."""
+    text = svg(drawing, path.stem)
+    text = text.replace("<svg", '<svg style="color: #222; background: #fff"', 1)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def _trade_off(axes: Axes, results: dict[str, Any]) -> None:
-    """One colour per attack, hollow before and filled after; robustness = 1 - attack success. Points are set
-    apart sideways."""
-    suffix = "_attack_success_rate"
-    attacks = sorted(key for key in results["after"] if key.endswith(suffix))
-    lowest = 100.0
-    for number, key in enumerate(attacks):
-        color, points = f"C{number}", []
-        for snapshot, fill in (("before", "none"), ("after", color)):
-            values = results[snapshot] or {}
-            utility, success = values.get("utility_exact_match"), values.get(key)
-            if utility is None or success is None:
-                continue
-            (low, high), (left, right) = values["interval"][key], values["interval"]["utility_exact_match"]
-            x, y = 100 * utility + 0.6 * (number - (len(attacks) - 1) / 2), 100 * (1 - success)
-            points.append((x, y))
-            lowest = min(lowest, 100 * left)
-            axes.errorbar(
-                x, y, xerr=[[100 * max(0, utility - left)], [100 * max(0, right - utility)]],
-                yerr=[[100 * max(0, high - success)], [100 * max(0, success - low)]],
-                fmt="o", color=color, markerfacecolor=fill, markersize=8, capsize=3,
-                label=f"{key.removesuffix(suffix).replace('_', ' ')}, {snapshot}",
-            )  # fmt: skip
-        if len(points) == 2:
+def _mark(axes: Axes, point: Point) -> None:
+    """One point with its intervals; hollow ones are larger, so that a filled one at the same place shows both."""
+
+    def arms(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
+        return (
+            None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+        )
+
+    axes.errorbar(
+        point.x, point.y, xerr=arms(point.x, point.x_interval), yerr=arms(point.y, point.y_interval),
+        fmt="o", color=point.color, markerfacecolor="none" if point.hollow else point.color,
+        markersize=10 if point.hollow else 6, capsize=3, elinewidth=1, alpha=0.9,
+    )  # fmt: skip
+
+
+def _name(axes: Axes, points: Sequence[Point]) -> None:
+    """Labels in a column beside each x, apart from each other, each with a line to its point."""
+    columns: dict[float, dict[float, list[str]]] = {}
+    for point in points:
+        names = columns.setdefault(round(point.x, 6), {}).setdefault(round(point.y, 6), [])
+        if (label := _label(point.label)) not in names:
+            names.append(label)
+    low, high = axes.get_ylim()
+    for number, (x, places) in enumerate(sorted(columns.items())):
+        left = number == 0 and len(columns) > 1
+        shift = offset_copy(axes.transData, axes.figure, -26 if left else 26, 0, "points")
+        texts = ["\n".join(textwrap.wrap(", ".join(names), 26)) for _, names in sorted(places.items())]
+        lines = [text.count("\n") + 1 for text in texts]
+        for text, y, height in zip(
+            texts, sorted(places), spread(sorted(places), lines, LINE * (high - low)), strict=True
+        ):
             axes.annotate(
-                "", points[1], points[0], arrowprops={"arrowstyle": "->", "color": color, "alpha": 0.5}
-            )
-    axes.set(
-        xlabel="utility: exact match on benign tasks, %",
-        ylabel="robustness: 100 % - attack success, %",
-        ylim=(-5, 105),
-    )
-    axes.set_xlim(max(-2.0, lowest - 12), 102)
-    axes.set_title("Robustness against utility (95 % intervals)")
-    axes.legend(fontsize="small", loc="center left")
+                text, xy=(x, y), xytext=(x, height), textcoords=shift, fontsize=8.5, va="center",
+                ha="right" if left else "left", annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.7},
+            )  # fmt: skip
 
 
-def _attack_loss(axes: Axes, results: dict[str, Any]) -> None:
-    styles = ("-", "--", ":", "-.")
-    for snapshot, color in (("before", BEFORE), ("after", AFTER)):
-        curves = (results[snapshot] or {}).get("loss_curves", {})
-        searched = {attack: curve for attack, curve in curves.items() if len(curve) > 1}
-        for number, (attack, curve) in enumerate(searched.items()):
-            own = color if results["before"] else f"C{number % 10}"
-            axes.plot(
-                range(len(curve)),
-                curve,
-                styles[number % 4],
-                color=own,
-                label=f"{attack.replace('_', ' ')}, {snapshot}",
-            )
-    axes.set_yscale("log")
-    axes.set(
-        xlabel="attack step",
-        ylabel="CE of the harmful target, nats per token",
-        title="Attack loss against steps (lower: attack wins)",
-    )
-    axes.legend(fontsize="small")
+def spread(centres: Sequence[float], lines: Sequence[int], line: float) -> list[float]:
+    """Centres (ascending) of texts of so many `lines`, moved apart as little as needed so that none overlap.
+
+    Each block of texts that touch stands where its members' wishes average out.
+    """
+    blocks: list[list[int]] = []
+    placed: list[list[float]] = []
+    for number in range(len(centres)):
+        blocks.append([number])
+        placed.append(_stack(centres, lines, line, blocks[-1]))
+        while len(blocks) > 1 and _touch(placed[-2][-1], placed[-1][0], lines, blocks, line):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+            placed[-2:] = [_stack(centres, lines, line, blocks[-1])]
+    return [height for block in placed for height in block]
 
 
-def _budget(axes: Axes, results: dict[str, Any]) -> None:
-    """Share of examples broken within so many passes, one colour per attack, dashed before and solid
-    after."""
-    for snapshot, style in (("before", "--"), ("after", "-")):
-        for number, (attack, curves) in enumerate((results[snapshot] or {}).get("budgets", {}).items()):
-            curve = curves.get("passes", {})
-            if curve.get("budget"):
-                label = (
-                    f"{attack.replace('_', ' ')}, {snapshot}"
-                    if results["before"]
-                    else attack.replace("_", " ")
-                )
-                shares = [100 * share for share in curve["share"]]
-                axes.step(
-                    curve["budget"],
-                    shares,
-                    style,
-                    where="post",
-                    color=f"C{number % 10}",
-                    marker="o",
-                    markersize=3,
-                    label=label,
-                )
-    axes.set_xscale("symlog")
-    axes.set(
-        xlabel="forward and backward passes per example",
-        ylabel="attack success, %",
-        ylim=(-3, 103),
-        title="Success against budget",
-    )
-    axes.legend(fontsize="small")
+def _touch(
+    lower: float, upper: float, lines: Sequence[int], blocks: Sequence[Sequence[int]], line: float
+) -> bool:
+    return upper - lower < line * (lines[blocks[-2][-1]] + lines[blocks[-1][0]]) / 2 - 1e-9
 
 
-def _training(axes: Axes, log: list[dict[str, str]]) -> None:
-    for name in CURVES:
-        points = [(int(row["step"]), float(row[name])) for row in log if row.get(name)]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), label=name.removeprefix("train/").replace("_", " "), linewidth=1.2
-            )
-    axes.set(xlabel="optimiser step", ylabel="nats per token", title="Training losses")
-    axes.legend(fontsize="small")
+def _stack(centres: Sequence[float], lines: Sequence[int], line: float, block: Sequence[int]) -> list[float]:
+    heights = [0.0]
+    for below, above in pairwise(block):
+        heights.append(heights[-1] + line * (lines[below] + lines[above]) / 2)
+    shift = fmean(centres[i] - height for i, height in zip(block, heights, strict=True))
+    return [height + shift for height in heights]
+
+
+def _curves(
+    axes: Axes,
+    results: RunResults,
+    curve: Callable[[AttackFacts], tuple[Sequence[float], Sequence[float]] | None],
+    **style: Any,
+) -> bool:
+    """A line an attack and snapshot, dashed before and solid after; whether there was any."""
+    colors: dict[str, str] = {}
+    lines, labels = [], []
+    for snapshot, _, hollow in _snapshots(results):
+        for name, attack in snapshot.attacks.items():
+            if (points := curve(attack)) is None:
+                continue
+            color = colors.setdefault(name, f"C{len(colors) % 10}")
+            lines += axes.plot(*points, "--" if hollow else "-", color=color, linewidth=1.3, **style)
+            labels.append(f"{_label(name)}{', before' if hollow else ''}")
+    if lines:
+        _legend(axes, lines, labels)
+    return bool(lines)
+
+
+def _snapshots(results: RunResults) -> list[tuple[Snapshot, str, bool]]:
+    """(snapshot, colour, hollow): the untrained model and the latest one, as far as there are."""
+    found = [(results.before, BEFORE, True)] if results.before is not None else []
+    # Evaluated at the first step only: there is one model, and it is not trained.
+    if results.after is not None and results.after is not results.before:
+        found.append((results.after, AFTER, False))
+    return found
+
+
+def _percent(value: Estimate) -> tuple[float, tuple[float, float]]:
+    return 100 * value.value, (100 * value.low, 100 * value.high)
+
+
+def _label(text: str) -> str:
+    return textwrap.shorten(printable(text.replace("_", " "), one_line=True), 60, placeholder="…") or "?"
+
+
+def _legend(axes: Axes, lines: Sequence[Line2D], labels: Sequence[str]) -> None:
+    columns = 2 if len(lines) > 3 else len(lines)
+    axes.legend(lines, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+    axes.grid(alpha=0.2, color=INK)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Plain numbers: matplotlib writes those of logarithmic axes as mathematics."""
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() != "linear":
+            axis.set_major_formatter("{x:g}")
+            few = LogFormatter(minor_thresholds=(2, 0.5))
+            axis.set_minor_formatter(few if axis.get_scale() == "log" else NullFormatter())
+
+
+@contextmanager
+def _figure(height: float = 3.8) -> Iterator[tuple[Figure, Axes]]:
+    with _quiet(), mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(6, height), layout="constrained", facecolor="none")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot(facecolor="none")
+        yield figure, axes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The page's fonts draw the text; what matplotlib's own lack is no reason to warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield

@@ -10,20 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from callbacks.metrics.estimates import Estimate as Estimate
 from callbacks.metrics.names import Metric
+from callbacks.metrics.outcomes import BudgetCurve as BudgetCurve
 
 Stage = Literal["fit", "validate", "test"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A share (Wilson interval) or a mean (normal interval) over n examples, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    kind: Literal["rate", "mean"] = "rate"
 
 
 @dataclass(frozen=True)
@@ -36,14 +27,6 @@ class Measure:
     """`name@revision` of the judge behind it; '' where none is."""
     groups: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     """Kind of grouping (`category`, `functional`) -> group -> the same metric within it."""
-
-
-@dataclass(frozen=True)
-class BudgetCurve:
-    """Share of examples that an attack had broken within a budget."""
-
-    budget: Sequence[float]
-    share: Sequence[float]
 
 
 @dataclass(frozen=True)

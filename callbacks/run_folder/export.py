@@ -9,10 +9,12 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
-from datamodules.evaluation import EvaluationData
-from lightning_modules.base import FineTuning
+from callbacks.run_folder.folder import RunError, RunFolder
+from datamodules.fields import Count, checked
+from lightning_modules.pretrained import PretrainedModel
 
 
+@checked
 class ExportModel(Callback):
     """Writes `model/` in the run folder (weights and tokenizer), loadable by PeftModel or
     AutoModelForCausalLM.from_pretrained.
@@ -23,9 +25,7 @@ class ExportModel(Callback):
         folder: folder to write to instead of the run folder's `model/`.
     """
 
-    def __init__(self, every_n_steps: int | None = None, folder: str | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"ExportModel.every_n_steps: expected >= 1 or null, got {every_n_steps}")
+    def __init__(self, every_n_steps: Count | None = None, folder: str | None = None) -> None:
         self.every_n_steps = every_n_steps
         self.folder = folder
         self._last_step = 0
@@ -39,21 +39,25 @@ class ExportModel(Callback):
             self._save(trainer, pl_module, Path(trainer.default_root_dir) / f"model_step_{step:06d}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(
-            trainer, pl_module, Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "model"
-        )
+        own = RunFolder.of(trainer.default_root_dir).model
+        self._save(trainer, pl_module, Path(self.folder) if self.folder else own)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
-        assert isinstance(pl_module, FineTuning)
+        assert isinstance(pl_module, PretrainedModel)
         if not trainer.is_global_zero:
             return
         # A kill while writing must not leave half a model under the final name.
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         model: PreTrainedModel = pl_module.model  # type: ignore[assignment]
-        model.save_pretrained(partial)
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, EvaluationData):
-            data.chat.tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        try:
+            model.save_pretrained(partial)
+            pl_module.language_model.chat.tokenizer.save_pretrained(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except Exception as error:  # each library has its own kind for a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(
+                f"{folder}: cannot write the trained model ({type(error).__name__}: {str(error)[:120]}); its "
+                "checkpoint is kept: make room, then run again with --ckpt_path last"
+            ) from error

@@ -1,5 +1,5 @@
-"""What produced a run: the resolved configuration, git revision, package versions, seed and hardware, in the
-run folder."""
+"""What produced a run: the resolved configuration, git revision, package versions, seeds and hardware, in its
+folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ from typing import Any
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.evaluations.base import EVALUATIONS_FILE
-from callbacks.run_folder.loggers import csv_logs
-from datamodules.results import clear_store
+from callbacks.run_folder.folder import RunFolder
 
 PACKAGES = (
     "thundercat",
@@ -34,7 +31,6 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
-CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 
 
 class Provenance(Callback):
@@ -42,37 +38,32 @@ class Provenance(Callback):
 
     Args:
         config: the resolved configuration of the run.
+        seeds: the seed of each part, by its place in the configuration.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], seeds: dict[str, int] | None = None) -> None:
         self.config = config
+        self.seeds = seeds or {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:
-            return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        stage = str(
-            getattr(stage, "value", stage)
-        )  # Lightning passes an enum whose format depends on the Python version
-        prefix = "" if stage == "fit" else f"{stage}_"
-        (folder / f"{prefix}{CONFIG_FILE}").write_text(
-            yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8"
-        )
-        environment = {"seed": self.config.get("seed_everything"), "stage": stage, **environment_facts()}
-        (folder / f"{prefix}{ENVIRONMENT_FILE}").write_text(
-            json.dumps(environment, indent=2) + "\n", encoding="utf-8"
-        )
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            # Lightning passes an enum whose format depends on the Python version.
+            self.write(RunFolder.of(trainer.default_root_dir), str(getattr(stage, "value", stage)))
+
+    def write(self, folder: RunFolder, stage: str) -> None:
+        """Both files of a stage, each whole or not there."""
+        write_whole(folder.config(stage), yaml.safe_dump(self.config, sort_keys=False))
+        seed = self.config.get("seed_everything")
+        environment = {"seed_everything": seed, "seeds": self.seeds, "stage": stage, **environment_facts()}
+        write_whole(folder.environment(stage), json.dumps(environment, indent=2) + "\n")
 
 
-@rank_zero_only
-def start_record(folder: str | Path) -> None:
-    """Drop the evaluations, attacks and CSV log of an earlier run in this folder; a resumed run goes on with
-    its own instead."""
-    folder = Path(folder)
-    for old in (folder / EVALUATIONS_FILE, *csv_logs(folder)):
-        old.unlink(missing_ok=True)
-    clear_store(folder)
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file beside its place and rename it, so that a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def environment_facts() -> dict[str, Any]:

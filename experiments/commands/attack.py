@@ -1,144 +1,196 @@
-"""`thundercat attack`: one attack on one request, live on the terminal, saved to the run folder."""
+"""`thundercat attack`: one attack on one request, live on the terminal, kept as rows of the run folder.
+
+Of the configuration it needs a model, its chat format and an attack: what a training recipe says of
+objectives and training data is left aside, and a recipe without training takes one from configs/attack.
+"""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
+from lightning import LightningDataModule
 from tqdm.auto import tqdm
 
-from callbacks.health import example_flags
+from callbacks.evaluations.probe import Probe
+from callbacks.evaluations.session import Job, judged, measure
 from callbacks.judges.base import label
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
-from callbacks.run_folder.provenance import environment_facts
-from datamodules.adversarial import AdversarialData
+from callbacks.report.escape import printable
+from callbacks.run_folder.checkpoints import find_checkpoint, load_weights
+from callbacks.run_folder.folder import RunFolder
+from callbacks.run_folder.lock import RunLock
+from callbacks.run_folder.provenance import Provenance
 from datamodules.batch import EvaluationBatch
-from datamodules.results import describe
+from datamodules.evaluation import EvaluationData
+from datamodules.fields import NonNegativeInt, checked
+from datamodules.results import Measurement, ResultsStore, Row, contents, settings_digest
 from datamodules.rows import HarmfulRow
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
 from datamodules.text.encoding import Encoder, evaluation_batch
+from experiments.commands.run import guarded, innermost
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
-from lightning_modules.adversarial import AdversarialFineTuning
+from experiments.config.seeds import seeds_of, with_seeds
+from lightning_modules.attacks.base import Attack
 from lightning_modules.attacks.progress import observed
-from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.fingerprint import fingerprint
+from lightning_modules.models.loading import ModelConfig
+from lightning_modules.pretrained import PretrainedModel
 
 MAX_NEW_TOKENS = 128
+KEY = "command line"
+NO_ATTACK = "model.attack: expected an attack, got none; add one, e.g. --config configs/attack/gcg.yaml"
+
+
+@checked
+class AttackedModel(PretrainedModel):
+    """What this command needs of any recipe's model.
+
+    Args:
+        base: the model.
+        attack: the attack on it.
+        seed: seed of both; null takes seed_everything's.
+    """
+
+    def __init__(self, base: ModelConfig, attack: Attack, seed: NonNegativeInt | None = None) -> None:
+        super().__init__(base, seed)
+        self.attack = attack
 
 
 def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Sequence[str]) -> int:
     """Compose, load the model, attack, show, save. Returns the exit status. Raises: ConfigError for a wrong
     call."""
-    from experiments.commands.run import instantiate
-
     texts = {key: value for key, value in overrides if key in ("prompt", "target")}
-    rest = [(key, value) for key, value in overrides if key not in texts]
     for name in ("prompt", "target"):
         if not texts.get(name, "").strip():
             raise ConfigError(f'--{name}: expected a text, got none; write --{name} "..."')
-    config = compose(files, rest)
+    config = compose(files, [(key, value) for key, value in overrides if key not in texts])
+    config = {**config, "model": _model_node(config.get("model"))}
     check(config, "attack")
-    config = with_defaults(config)
-    cli = instantiate(config)
-    module, data = cli.model, cli.datamodule
-    if not isinstance(module, AdversarialFineTuning) or not isinstance(data, AdversarialData):
+    config = with_seeds(with_defaults(config))
+    folder = RunFolder.of(config["trainer"]["default_root_dir"])
+    row = HarmfulRow(KEY, texts["prompt"], texts["target"], DEFAULT_SAFE_REPLY, "--prompt")
+    return guarded(lambda: _attack(config, folder, row), folder, "--traceback" in flags)
+
+
+def _model_node(node: Any) -> dict[str, Any]:
+    """The recipe's model as this command's: its base and its attack."""
+    arguments = node.get("init_args") if isinstance(node, Mapping) else None
+    if not isinstance(arguments, Mapping) or "base" not in arguments:
         raise ConfigError(
-            "attack: expected model: AdversarialFineTuning with an attack, and data: AdversarialData"
+            "model: expected a model with a base; add one, e.g. --config configs/model/tinychat.yaml"
         )
-    module.configure_model()
-    if config.get("ckpt_path"):
-        module.load_state_dict(torch.load(_checkpoint(config), weights_only=True)["state_dict"], strict=False)
-    module.model.eval()
-    model = LanguageModel(module.model, chat=data.chat)
-    encoder = Encoder(data.chat, replace(data.encoding, on_bad_row="error"))
-    row = HarmfulRow("command line", texts["prompt"], texts["target"], DEFAULT_SAFE_REPLY, "--prompt")
-    record = show(
-        model,
-        module,
-        evaluation_batch(encoder.harmful([row]), data.encoding.attackable),
-        int(config["seed_everything"]),
-    )
-    folder = Path(config["trainer"]["default_root_dir"]) / "attacks"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"single_{time.strftime('%Y%m%d_%H%M%S')}.json"
-    path.write_text(
-        json.dumps(record | {"environment": environment_facts()}, indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
-    print(f"saved: {path}")
+    if not isinstance(arguments.get("attack"), Mapping):
+        raise ConfigError(NO_ATTACK)
+    own = {key: arguments[key] for key in ("base", "attack", "seed") if key in arguments}
+    return {"class_path": f"{AttackedModel.__module__}.{AttackedModel.__name__}", "init_args": own}
+
+
+def _attack(config: dict[str, Any], folder: RunFolder, row: HarmfulRow) -> int:
+    module, data = _built(config)
+    with RunLock(folder.path):
+        checkpoint = find_checkpoint(folder.path, config.get("ckpt_path"), "attack", config)
+        module.attach(data.chat)
+        module.configure_model()
+        step = load_weights(module, checkpoint) if checkpoint is not None else 0
+        module.to(_device(config))
+        module.eval()
+        encoder = Encoder(data.chat, replace(data.encoding, on_bad_row="error"))
+        batch = evaluation_batch(encoder.harmful([row]), data.encoding.attackable)
+        plain, attacked = measured(module, batch, step)
+        Provenance(config, seeds_of(config)).write(folder, "attack")
+        store = ResultsStore(folder.path)
+        store.add([plain, attacked])
+    show(plain, attacked, label(TargetPrefix()))
+    print(f"saved: {store.path}")
     return 0
 
 
-def show(
-    model: LanguageModel, module: AdversarialFineTuning, batch: EvaluationBatch, seed: int
-) -> dict[str, Any]:
-    """Attack one behaviour, writing every improvement as it is found; returns what is saved."""
-    (prompt,), (target,) = batch.prompts, batch.expected
-    chat, found = model.chat, [torch.inf]
-    with tqdm(desc=type(module.attack).__name__, unit=" iterates", leave=False) as bar:
+def _built(config: Mapping[str, Any]) -> tuple[AttackedModel, EvaluationData]:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=AttackedModel)
+    parser.add_argument("--data", type=LightningDataModule)
+    try:
+        parsed = parser.parse_object({name: config[name] for name in ("model", "data")})
+        built = parser.instantiate_classes(parsed)
+    except Exception as error:  # jsonargparse wraps every constructor's error in its own
+        raise ConfigError(innermost(error)) from error
+    return built.model, built.data
 
-        def watch(losses: torch.Tensor, texts: Callable[[], list[str]]) -> None:
-            bar.update()
-            loss = losses[0].item()
-            if loss < found[0]:
-                found[0] = loss
-                own = texts()
-                tqdm.write(f"{bar.n:5d}  loss {loss:7.4f}" + (f"  {own[0]!r}" if own else ""))
 
-        began = time.perf_counter()
-        with observed(watch):
-            assert batch.adversarial is not None
-            attacked = module.attack(model, batch.adversarial, torch.Generator().manual_seed(seed))
-        seconds = time.perf_counter() - began
-    with torch.no_grad(), attacked.applied(model) as embeds:
-        (ids,) = model.generate(embeds, attacked.prompt_mask, MAX_NEW_TOKENS, chat.stop_ids)
-        (plain,) = model.generate(
-            model.embed(batch.prompt_ids), batch.prompt_mask, MAX_NEW_TOKENS, chat.stop_ids
-        )
-    reply = chat.decode([*(attacked.forced[0] if attacked.forced else ()), *ids])
-    judges = TargetPrefix(), KeywordRefusal()
-    verdicts = {label(judge): judge(prompt, reply, target) for judge in judges}
-    typed = attacked.texts[0] if attacked.texts else None
-    shown = typed or "(embeddings, nobody can type them)"
-    tqdm.write(f"\nrequest   {prompt}\nreply     {chat.decode(plain)}\nattacked  {shown}\nreply     {reply}")
-    tqdm.write(
-        f"success   {verdicts[label(judges[0])]} ({label(judges[0])}), {int(attacked.forward_passes)} "
-        "forward and "
-        f"{int(attacked.backward_passes)} backward passes, {seconds:.1f} s"
+def _device(config: Mapping[str, Any]) -> torch.device:
+    wants = config["trainer"].get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
+
+
+def measured(module: AttackedModel, batch: EvaluationBatch, step: int) -> tuple[Row, Row]:
+    """The reply to the request as it is, and to the attacked one; every improvement is shown as it is
+    found."""
+    plan = Measurement(
+        evaluation=KEY,
+        stage="attack",
+        step=step,
+        model=fingerprint(module.model),
+        settings=settings_digest(module.attack, MAX_NEW_TOKENS, module.seed, contents(batch)),
+        subject="harmful",
+        attack=type(module.attack).__name__,
+        quantity="success_rate",
+        judge=label(TargetPrefix()),
+        refusal=label(KeywordRefusal()),
+        judges=[],
+        n=1,
     )
-    return {
-        "attack": describe(module.attack),
-        "model": asdict(module.base),
-        "prompt": prompt,
-        "target": target,
-        "attacked": typed,
-        "completion": reply,
-        "plain_completion": chat.decode(plain),
-        "verdicts": verdicts,
-        "seconds": seconds,
-        "loss_curve": attacked.loss_curve[:, 0].tolist(),
-        "forward_passes": int(attacked.forward_passes),
-        "backward_passes": int(attacked.backward_passes),
-        "flags": {k: bool(v[0]) for k, v in example_flags(attacked).items()},
-    }
+    rows = []
+    for name, attack in (("", None), (plan.attack, module.attack)):
+        probe = Probe("harmful", "success_rate", TargetPrefix(), name, attack, KeywordRefusal())
+        job = Job(replace(plan, attack=name), probe, batch, MAX_NEW_TOKENS, module.seed)
+        with tqdm(desc=name, unit=" iterates", leave=False, disable=None) as bar, observed(_watch(bar)):
+            rows += judged(measure(module.language_model, job), probe.asked)
+    plain, attacked = rows
+    return plain, attacked
 
 
-def _checkpoint(config: dict[str, Any]) -> Path:
-    path = config["ckpt_path"]
-    found = (
-        Path(config["trainer"]["default_root_dir"]) / "checkpoints" / "last.ckpt"
-        if path == "last"
-        else Path(path)
+def _watch(bar: tqdm[Any]) -> Callable[[torch.Tensor, Callable[[], list[str]]], None]:
+    """Writes every improvement of the first example."""
+    found = [torch.inf]
+    iterate = 0
+
+    def watch(losses: torch.Tensor, texts: Callable[[], list[str]]) -> None:
+        nonlocal iterate
+        iterate += 1
+        bar.update()
+        loss = losses[0].item()
+        if loss < found[0]:
+            found[0] = loss
+            own = texts()
+            text = f"  {printable(repr(own[0]), one_line=True)}" if own else ""
+            tqdm.write(f"{iterate:5d}  loss {loss:7.4f}{text}")
+
+    return watch
+
+
+def show(plain: Row, attacked: Row, judge: str) -> None:
+    """What was sent, all of it, and what came back."""
+    sent = attacked.attacked if attacked.attacked is not None else "(embeddings, nobody can type them)"
+    earlier = [line for user, reply in attacked.history for line in (("user", user), ("assistant", reply))]
+    lines = [
+        ("request", plain.prompt),
+        ("reply", plain.reply),
+        *((f"turn: {who}", text) for who, text in earlier),
+        ("attacked", sent),
+        *([("forced", attacked.prefill)] if attacked.prefill else []),
+        ("reply", attacked.reply),
+    ]
+    print()
+    for name, text in lines:
+        print(f"{name:<9} {printable(text)}")
+    print(
+        f"success   {attacked.verdict(judge)} ({judge}), {attacked.forward_passes} forward and "
+        f"{attacked.backward_passes} backward passes, {attacked.seconds:.1f} s"
     )
-    if not found.is_file():
-        raise ConfigError(
-            f"ckpt_path: no file {str(found)!r}; give a checkpoint of this run, or leave it out"
-        )
-    return found

@@ -1,5 +1,4 @@
-"""From a resolved configuration to a running Trainer: strict checks first, then LightningCLI, then the
-command."""
+"""fit, validate, test, predict: compose, check, seeds, build, lock, execute."""
 
 from __future__ import annotations
 
@@ -9,22 +8,36 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.evaluations.base import Evaluation
+from callbacks.evaluations.measuring import Measuring
 from callbacks.report.report import RunReport
+from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint, load_weights
+from callbacks.run_folder.decisive import decisive
+from callbacks.run_folder.folder import RunFolder
+from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.loggers import LastLogRow
-from callbacks.run_folder.provenance import Provenance, start_record
+from callbacks.run_folder.provenance import Provenance
+from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
+from datamodules.evaluation import EvaluationData
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
+from experiments.config.seeds import seeds_of, with_seeds
+from lightning_modules.pretrained import PretrainedModel
 
 QUICKSTART = "configs/quickstart.yaml"
+EXPECTED = (ValueError, OSError, FloatingPointError)
+"""Errors whose message is for the user; any other kind is named, with the way to see where it came from."""
 
 
 class ThundercatCLI(LightningCLI):
@@ -56,29 +69,47 @@ def run(
 
         print_help(help_flags[0], compose(files or [QUICKSTART], overrides))
         return 0
+    config = resolved(command, files, overrides)
+    if "--print_config" in flags:
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return 0
+    folder = RunFolder.of(config["trainer"]["default_root_dir"])
+    show_traceback = "--traceback" in flags
+    return guarded(lambda: _begin(command, config, folder, "--overwrite" in flags), folder, show_traceback)
+
+
+def resolved(command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The checked configuration with defaults and seeds. Raises: ConfigError."""
     if not files:
         raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
     config = compose(files, overrides)
     check(config, command)
-    config = with_defaults(config)
-    if "--print_config" in flags:
-        print(yaml.safe_dump(config, sort_keys=False), end="")
-        return 0
-    if command == "fit" and config.get("ckpt_path") is None:
-        start_record(config["trainer"]["default_root_dir"])
-    try:
-        cli = instantiate(config)
-    except ConfigError:
-        if "--traceback" in flags:
-            traceback.print_exc()
-        raise
-    if command == "fit":
-        # The evaluation callbacks keep their own clock inside `fit`; Lightning's validation loop is for
-        # `validate`.
-        cli.trainer.limit_val_batches = 0
-    use_tqdm(cli.trainer)
-    cli.trainer.callbacks[:0] = [Provenance(config), LastLogRow()]  # type: ignore[attr-defined]
-    return _execute(cli, command, config.get("ckpt_path"), "--traceback" in flags)
+    return with_seeds(with_defaults(config))
+
+
+def _begin(command: str, config: dict[str, Any], folder: RunFolder, overwrite: bool) -> int:
+    begins = command == "fit" and config.get("ckpt_path") is None and not rank_zero_only.rank
+    if begins and not overwrite:
+        folder.refuse_used()
+    cli = instantiate(config)
+    if begins and overwrite:
+        # Only now: a configuration that a constructor refuses must leave the old run where it is.
+        make_room(folder)
+    with RunLock(folder.path):
+        if begins:
+            folder.refuse_used()
+        checkpoint = find_checkpoint(folder.path, config.get("ckpt_path"), command, config)
+        prepare(cli.trainer, command, config)
+        return execute(cli, command, checkpoint)
+
+
+def make_room(folder: RunFolder) -> None:
+    """Move a used folder aside, unless another process writes in it. Raises: RunError."""
+    with RunLock(folder.path):
+        aside = folder.move_aside()
+        if aside is not None:
+            RunFolder(aside).lock.unlink(missing_ok=True)
+            logging.getLogger(__name__).info("the run in %s is now in %s", folder.path, aside)
 
 
 def instantiate(config: dict[str, Any]) -> ThundercatCLI:
@@ -97,24 +128,82 @@ def instantiate(config: dict[str, Any]) -> ThundercatCLI:
         raise ConfigError(innermost(error)) from error
 
 
-def _execute(cli: ThundercatCLI, command: str, ckpt_path: str | None, show_traceback: bool) -> int:
-    try:
-        # Where a report prints its table, Lightning's own of every logged number would bury it.
-        reported = any(isinstance(callback, RunReport) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
-        quiet = {"verbose": False} if command in ("validate", "test") and reported else {}
-        result = getattr(cli.trainer, command)(
-            cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, **quiet
-        )
-    except (ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
-        if show_traceback:
-            traceback.print_exc()
-        print(f"thundercat: {error}", file=sys.stderr)
-        return 1
+def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
+    """What every run has: its record, its signals, and checkpoints that are whole."""
+    trainer.strategy.checkpoint_io = RunCheckpointIO(decisive(config))
+    if command == "fit":
+        # The evaluation callbacks keep their own clock inside `fit`; Lightning's validation loop is for
+        # `validate`.
+        trainer.limit_val_batches = 0
+    use_tqdm(trainer)
+    own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow()]
+    trainer.callbacks[:0] = own  # type: ignore[attr-defined]
+
+
+def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
+    """Run the command. Returns the exit status."""
+    # Where a report prints its table, Lightning's own of every logged number would bury it.
+    reported = any(isinstance(callback, RunReport) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
+    quiet = {"verbose": False} if command in ("validate", "test") and reported else {}
+    if command in ("validate", "test"):
+        getattr(cli.trainer, command)(measuring(cli, checkpoint), **quiet)
+        return 0
+    path = None if checkpoint is None else str(checkpoint)
+    result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=path)
     if command == "predict":
         from experiments.commands.predictions import write_predictions
 
         print(write_predictions(cli.trainer.default_root_dir, result))
-    return 1 if cli.trainer.interrupted else 0
+    return 0
+
+
+def measuring(cli: ThundercatCLI, checkpoint: Path | None) -> Measuring:
+    """The run's evaluations as the steps of Lightning's loop, on a checkpoint's weights."""
+    module, data = cli.model, cli.datamodule
+    if not isinstance(module, PretrainedModel) or not isinstance(data, EvaluationData):
+        raise ConfigError("model: expected PretrainedModel or one that trains it, and data: EvaluationData")
+    step = 0
+    if checkpoint is not None:
+        module.attach(data.chat)
+        module.configure_model()
+        step = load_weights(module, checkpoint)
+    own: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return Measuring(module, data, [callback for callback in own if isinstance(callback, Evaluation)], step)
+
+
+def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) -> int:
+    """Do it; whatever ends it is one line on the terminal. Returns the exit status. Raises: ConfigError."""
+    try:
+        with stoppable():
+            return action()
+    except Stopped as stop:
+        _say(
+            f"{stop}; {folder.path} is whole: go on with --ckpt_path last (fit) or the same command (others)"
+        )
+        return stop.exit_status
+    except ConfigError:
+        if show_traceback:
+            traceback.print_exc()
+        raise
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        _say(one_line(error))
+        return 1
+
+
+def one_line(error: Exception) -> str:
+    """What happened, in one line: the error's own words where they are for the user."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    words = " ".join(str(error).split())
+    if isinstance(error, EXPECTED):
+        return words
+    return f"unexpected {type(error).__name__}: {words[:300]}; run again with --traceback to see where"
+
+
+def _say(text: str) -> None:
+    print(f"thundercat: {text}", file=sys.stderr)
 
 
 def use_tqdm(trainer: Trainer) -> None:

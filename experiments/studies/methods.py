@@ -82,7 +82,7 @@ def command(name: str, seed: int, folder: Path, red_team: Path, steps: int) -> l
     overrides = [
         *variant.overrides,
         f"--trainer.default_root_dir={folder}",
-        f"--vars.seed={seed}",
+        f"--seed_everything={seed}",
         "--trainer.enable_progress_bar=false",
     ]
     if variant.method == "red_team_replay":

@@ -8,30 +8,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import matplotlib
 
-from callbacks.metrics.rates import wilson_interval
-from callbacks.run_folder.provenance import ENVIRONMENT_FILE, environment_facts
+from callbacks.metrics.estimates import Estimate, wilson_interval
+from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
+from callbacks.report.load import load
+from callbacks.report.results import RunResults, Snapshot
+from callbacks.run_folder.folder import ENVIRONMENT_FILE
+from callbacks.run_folder.provenance import environment_facts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 NO_DEFENCE = "no defence"
 RATES = {
-    "direct": "direct_attack_success_rate",
-    "embedding 0.05": "embedding_small_attack_success_rate",
-    "embedding 0.1": "embedding_attack_success_rate",
-    "soft prompt": "soft_prompt_attack_success_rate",
-    "GCG": "gcg_attack_success_rate",
-    "worst typed": "worst_case_text_attack_success_rate",
-    "worst": "worst_case_attack_success_rate",
-    "refuses": "harmful_refusal_rate",
-    "over-refusal": "over_refusal_rate",
-    "utility": "utility_exact_match",
+    "direct": Metric("success_rate", "harmful", "direct"),
+    "embedding 0.05": Metric("success_rate", "harmful", "embedding_small"),
+    "embedding 0.1": Metric("success_rate", "harmful", "embedding"),
+    "soft prompt": Metric("success_rate", "harmful", "soft_prompt"),
+    "GCG": Metric("success_rate", "harmful", "gcg"),
+    "worst typed": Metric("success_rate", "harmful", WORST_CASE_TEXT),
+    "worst": Metric("success_rate", "harmful", WORST_CASE),
+    "refuses": Metric("refusal_rate", "harmful"),
+    "over-refusal": Metric("over_refusal_rate", "harmless"),
+    "utility": Metric("exact_match", "utility"),
 }
-
 CLOSE = ("embedding 0.1", "GCG", "refuses", "over-refusal", "utility")
 
 
@@ -58,22 +60,18 @@ class Row:
 
 
 def read(runs: Mapping[tuple[str, int], Path]) -> dict[str, Row]:
-    """Results of finished runs by method. Raises: KeyError where a run was judged by something else."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    """Results of finished runs by method. Raises: ValueError where a run was judged by something else."""
+    found: dict[str, dict[int, RunResults]] = {}
     for (name, seed), folder in runs.items():
-        found.setdefault(name, {})[seed] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        found.setdefault(name, {})[seed] = load(folder)
     rows = {}
     for name, by_seed in found.items():
-        snapshots = {
-            seed: result["before" if name == NO_DEFENCE else "after"] for seed, result in by_seed.items()
-        }
+        snapshots = {seed: _judged(results, name == NO_DEFENCE) for seed, results in by_seed.items()}
         rates = {
-            label: _cell(
-                {seed: s[key] for seed, s in snapshots.items()}, next(iter(snapshots.values()))["n"][key]
-            )
-            for label, key in RATES.items()
+            label: _cell({seed: own.measures[metric].estimate for seed, own in snapshots.items()})
+            for label, metric in RATES.items()
         }
-        costs = [result["cost"] for result in by_seed.values()]
+        costs = [results.cost for results in by_seed.values()]
         trained = name != NO_DEFENCE
         rows[name] = Row(
             rates, fmean(c["passes"] for c in costs) * trained, fmean(c["seconds"] for c in costs) * trained
@@ -81,10 +79,20 @@ def read(runs: Mapping[tuple[str, int], Path]) -> dict[str, Row]:
     return rows
 
 
-def _cell(by_seed: dict[int, float], n: float) -> Cell:
-    mean = fmean(by_seed.values())
+def _judged(results: RunResults, untrained: bool) -> Snapshot:
+    own = results.before if untrained else results.after
+    missing = [label for label, metric in RATES.items() if own is None or metric not in own.measures]
+    if own is None or missing or not own.complete:
+        what = f"no {missing[0]!r}" if missing else "an evaluation that was cut short"
+        raise ValueError(f"{results.folder}: {what}; run it again with configs/evaluation/methods.yaml")
+    return own
+
+
+def _cell(by_seed: Mapping[int, Estimate]) -> Cell:
+    n = next(iter(by_seed.values())).n
+    mean = fmean(estimate.value for estimate in by_seed.values())
     low, high = wilson_interval(mean * n, n)
-    return Cell(mean, low, high, int(n), by_seed)
+    return Cell(mean, low, high, n, {seed: estimate.value for seed, estimate in by_seed.items()})
 
 
 def table(rows: Mapping[str, Row]) -> str:

@@ -8,22 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.metrics.rates import wilson_interval
+from callbacks.metrics.estimates import wilson_interval
+from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT
+from datamodules.results import ResultsStore
 from experiments.config.compose import compose
 from experiments.studies.methods import VARIANTS, command
 from experiments.studies.methods_report import NO_DEFENCE, RATES, claims, read, write_comparison
+from tests.support.rows import measurement, row
 
 
 def finished(folder: Path, passes: float, **rates: float) -> Path:
-    """A run folder with a report: every rate 0 unless given, n 50."""
-    values = {
-        key: rates.get(label.replace(" ", "_").replace("-", "_").replace(".", "_"), 0.0)
-        for label, key in RATES.items()
-    }
-    snapshot = values | {"n": dict.fromkeys(values, 50.0)}
-    folder.mkdir(parents=True)
-    report = {"before": snapshot, "after": snapshot, "cost": {"passes": passes, "seconds": 2.0}}
-    (folder / "results.json").write_text(json.dumps(report))
+    """A run folder with results at the start and the end: every rate 0 unless given, n 50."""
+    store = ResultsStore(folder)
+    for step in (0, 60):
+        for label, metric in RATES.items():
+            if metric.attack not in (WORST_CASE, WORST_CASE_TEXT):
+                share = rates.get(label.replace(" ", "_").replace("-", "_").replace(".", "_"), 0.0)
+                plan = measurement(
+                    metric.quantity, step=step, subject=metric.subject, attack=metric.attack, n=50
+                )
+                typed = metric.attack in ("direct", "gcg")
+                store.announce([plan])
+                store.add(
+                    row(str(i), plan, i < 50 * share, attacked="p" if typed else None) for i in range(50)
+                )
+    (folder / "cost.json").write_text(json.dumps({"passes": passes, "seconds": 2.0}))
     (folder / "environment.json").write_text(
         json.dumps({"git": {"revision": "abc", "modified": folder.name == "cat_1"}})
     )
@@ -100,4 +109,4 @@ def test_every_run_is_a_command_line_that_composes(name: str, in_root: Path) -> 
     overrides = [tuple(word[2:].split("=", 1)) for word in words if word.startswith("--") and "=" in word]
     config = compose(files, overrides)  # type: ignore[arg-type]
     assert config["trainer"]["max_steps"] == (1 if name == NO_DEFENCE else 7)
-    assert config["model"]["init_args"]["seed"] == config["data"]["init_args"]["seed"] == 1
+    assert config["seed_everything"] == 1

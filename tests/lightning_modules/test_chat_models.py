@@ -156,7 +156,7 @@ def test_pair_against_a_server_that_plays_attacker_and_judge(server: Server) -> 
             lambda: Classifier(Echo(""), template="no places here.txt"),
             "expected a text with {prompt} and {completion} or an existing file",
         ),
-        (lambda: Classifier(Echo(""), max_tokens=0), "Classifier.max_tokens: expected >= 1"),
+        (lambda: Classifier(Echo(""), max_tokens=0), "Classifier.max_tokens: expected an integer >= 1"),
         (lambda: Rubric(Echo(""), threshold=0.0), "Rubric.threshold"),
     ],
 )

@@ -1,0 +1,117 @@
+"""Shares and means with n and a 95 % interval, and the paired difference of two shares, from plain values.
+
+Everything is computed from the rows at once: there is no state to add up over batches or processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scipy.stats import binomtest
+
+Z_95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A share (Wilson interval) or a mean (normal interval) over n examples, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    kind: Literal["rate", "mean"] = "rate"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """after - before of a share on the same n examples."""
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    gained: int
+    """Examples with the event after and not before."""
+    lost: int
+    """Examples with the event before and not after."""
+    p_value: float
+    """Exact McNemar: two-sided binomial on gained against lost."""
+
+
+def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[float, float]:
+    """Wilson score interval of a binomial share (Wilson 1927).
+
+    centre = (p + z^2 / 2n) / (1 + z^2 / n),  half-width = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 /
+    4n^2)
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    share, spread = successes / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    # At the ends the formula gives exactly 0 and 1, but for rounding.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == trials else min(1.0, centre + half)
+    return low, high
+
+
+def rate(outcomes: Sequence[bool]) -> Estimate:
+    """The share of outcomes that are true, with its Wilson interval; NaN and [0, 1] without any."""
+    successes, trials = sum(outcomes), len(outcomes)
+    return Estimate(successes / trials if trials else math.nan, *wilson_interval(successes, trials), trials)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Mean +- 1.96 s / sqrt(n), s the sample standard deviation; the value itself with n = 1, NaN with 0."""
+    n = len(values)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0, "mean")
+    centre = math.fsum(values) / n
+    variance = math.fsum((value - centre) ** 2 for value in values) / max(1, n - 1)
+    half = Z_95 * math.sqrt(variance / n)
+    return Estimate(centre, centre - half, centre + half, n, "mean")
+
+
+def paired_difference(before: Mapping[str, bool], after: Mapping[str, bool]) -> Difference | None:
+    """The difference over the examples that both have, None where there are none.
+
+    The interval is Newcombe's for paired shares (Newcombe 1998, Statistics in Medicine 17:2635, method 10:
+    score intervals of both shares, joined with their corrected correlation); the p value is exact.
+    """
+    shared = sorted(before.keys() & after.keys())
+    if not shared:
+        return None
+    n = len(shared)
+    pairs = [(before[key], after[key]) for key in shared]
+    both, gained = sum(b and a for b, a in pairs), sum(a and not b for b, a in pairs)
+    lost = sum(b and not a for b, a in pairs)
+    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    low, high = newcombe_interval(both, gained, lost, n - both - gained - lost)
+    return Difference((gained - lost) / n, low, high, n, gained, lost, p_value)
+
+
+def newcombe_interval(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
+    """95 % interval of p_after - p_before from the four counts of paired outcomes (method 10)."""
+    n = both + gained + lost + neither
+    after, before = (both + gained) / n, (both + lost) / n
+    low_after, high_after = wilson_interval(both + gained, n)
+    low_before, high_before = wilson_interval(both + lost, n)
+    margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
+    agreement = float(both * neither - gained * lost)
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0.0)
+    phi = agreement / math.sqrt(margins) if margins else 0.0
+
+    def half(up: float, down: float) -> float:
+        return math.sqrt(max(0.0, up**2 - 2 * phi * up * down + down**2))
+
+    difference = after - before
+    return (
+        difference - half(after - low_after, high_before - before),
+        difference + half(high_after - after, before - low_before),
+    )

@@ -1,0 +1,133 @@
+"""The report page: one HTML file that needs nothing else, from RunResults and drawings."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from callbacks.report.escape import printable
+from callbacks.report.figures import Drawing, svg
+from callbacks.report.results import RunResults, SampleRow
+from callbacks.report.tables import DIFFERENCES, INTERVALS, facts, tables, warnings
+
+EACH = 4
+"""Sample rows shown per subject and attack: so many with a true verdict, and so many without."""
+LONGEST = 2000
+"""Characters of one text after which the page cuts it."""
+TITLES = {
+    "harmful": "Harmful requests",
+    "harmless": "Harmless requests that look harmful",
+    "utility": "Benign tasks",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, and what the untrained model replied to the same one."""
+
+    row: SampleRow
+    before: SampleRow | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is shown of one subject under one attack."""
+
+    title: str
+    folded: bool
+    shown: Sequence[Sample]
+    total: int
+
+
+def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
+    """The page's HTML."""
+    script = _file("page.js")
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            name=results.folder.name,
+            stage=results.stage,
+            facts=facts(results),
+            warnings=warnings(results),
+            tables=tables(results),
+            notes=[INTERVALS, *([DIFFERENCES] if results.differences else [])],
+            figures=[(drawing, Markup(svg(drawing, stem))) for stem, drawing in figures.items()],
+            attacks=list(results.after.attacks.values()) if results.after is not None else [],
+            samples=samples(results),
+            configuration=_whole(
+                yaml.safe_dump(dict(results.configuration), sort_keys=False, allow_unicode=True)
+            ),
+            style=Markup(_file("page.css")),
+            script=Markup(script),
+            # Only this script runs, and nothing is loaded: not even markup that got past the escaping could.
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    )
+
+
+def samples(results: RunResults) -> list[Samples]:
+    """Samples of the latest snapshot by subject and attack, successes and failures alike, in their order."""
+    if results.after is None:
+        return []
+    earlier: dict[tuple[str, str, str], SampleRow] = {}
+    if results.before is not None and results.before is not results.after:
+        earlier = {_identity(row): row for row in results.before.samples}
+    kinds: dict[tuple[str, str], list[SampleRow]] = {}
+    for row in results.after.samples:
+        kinds.setdefault((row.subject, row.attack), []).append(row)
+    return [
+        Samples(
+            TITLES.get(subject, subject) + (f": {attack.replace('_', ' ')}" if attack else ""),
+            subject == "harmful",
+            [Sample(row, earlier.get(_identity(row))) for row in _chosen(rows)],
+            len(rows),
+        )
+        for (subject, attack), rows in kinds.items()
+    ]
+
+
+def _chosen(rows: Sequence[SampleRow]) -> list[SampleRow]:
+    true = [row for row in rows if any(row.verdicts.values())][:EACH]
+    false = [row for row in rows if not any(row.verdicts.values())][:EACH]
+    return [*true, *false]
+
+
+def _identity(row: SampleRow) -> tuple[str, str, str]:
+    return row.subject, row.attack, row.key
+
+
+def _shown(value: Any) -> str:
+    """Every text of the page comes through here before jinja escapes its HTML."""
+    text = printable(str(value))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text) - LONGEST} characters more)"
+
+
+def _whole(text: str) -> Markup:
+    return escape(printable(text))
+
+
+def _file(name: str) -> str:
+    return (resources.files(__package__) / "template" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("callbacks.report", "template"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # A value that is already markup (a drawing, our own script) is left as it is.
+        finalize=lambda value: value if isinstance(value, Markup) else _shown(value),
+    )

@@ -1,0 +1,142 @@
+"""What of a configuration decides the weights, so that a resumed run is the run that was begun.
+
+May differ between a run and its continuation, because the weights of a given step do not depend on it: steps
+and time limits (the learning rate follows the schedule of the new total from there on), loggers, callbacks
+and evaluations, hardware (accelerator, devices, attention kernel, activation checkpointing, workers) and
+folders. All else must be equal: model, attack, objective, terms, data, optimiser, seed, precision, clipping
+and how a step is divided.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lightning import Trainer
+
+TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
+"""The trainer's fields that decide the weights."""
+STEPS = ("trainer.max_steps", "trainer.max_epochs")
+"""Kept beside them, to say so where they have changed."""
+FREE = (
+    "model.reference_cache",
+    "model.base.attn_implementation",
+    "model.base.gradient_checkpointing",
+    "data.evaluation",
+)
+"""Fields of model and data that do not."""
+LOADING = ("model.base.name_or_path", "model.base.revision", "model.base.lora", "model.base.config")
+"""What must be equal for an evaluation to load the weights: it may have data, attack and precision of its
+own."""
+
+Flat = dict[str, Any]
+"""`model.attack.epsilon` -> value, `init_args` left out."""
+
+
+def decisive(config: Mapping[str, Any]) -> Flat:
+    """The fields that decide the weights with their values, defaults included."""
+    fields = {"seed_everything": config.get("seed_everything")}
+    given = config.get("trainer") or {}
+    defaults = inspect.signature(Trainer.__init__).parameters
+    for name in (*TRAINER, *(field.removeprefix("trainer.") for field in STEPS)):
+        fields[f"trainer.{name}"] = given.get(name, defaults[name].default)
+    for name in ("model", "data"):
+        fields |= _flat(name, filled(config.get(name)))
+    kept = {key: value for key, value in fields.items() if not _below(key, FREE)}
+    # As the checkpoint gives it back: no tuples, no enums.
+    return typing.cast(Flat, json.loads(json.dumps(kept, default=str)))
+
+
+def differences(then: Flat, now: Flat, only: tuple[str, ...] | None = None) -> list[str]:
+    """`field: X then, Y now` for every field that differs, of those below `only`; of all but the steps where
+    it is not given."""
+    keys = sorted(key for key in {*then, *now} if (_below(key, only) if only else key not in STEPS))
+    missing = object()
+    return [
+        f"{key}: {_word(then.get(key, '(unset)'))} then, {_word(now.get(key, '(unset)'))} now"
+        for key in keys
+        if not _equal(then.get(key, missing), now.get(key, missing))
+    ]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _word(value: Any) -> str:
+    return value if value == "(unset)" else json.dumps(value, ensure_ascii=False)
+
+
+def _below(key: str, parents: tuple[str, ...]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def filled(node: Any, hint: Any = None) -> Any:
+    """A configuration's node with the defaults of its classes filled in: leaving a field out and writing its
+    default are the same run."""
+    if isinstance(node, list):
+        inner = _items_hint(hint)
+        return [filled(item, inner) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    if "class_path" in node:
+        module, _, name = str(node["class_path"]).rpartition(".")
+        cls = getattr(importlib.import_module(module), name)
+        return {"class_path": node["class_path"], **_filled_arguments(cls, node.get("init_args") or {})}
+    record = next((h for h in _options(hint) if dataclasses.is_dataclass(h) and isinstance(h, type)), None)
+    if record is not None:
+        return _filled_arguments(record, node)
+    return {key: filled(value) for key, value in node.items()}
+
+
+def _filled_arguments(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    function: Callable[..., Any] = cls.__init__  # type: ignore[misc]
+    hints = typing.get_type_hints(function)
+    values: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in given:
+            values[name] = filled(given[name], hints.get(name))
+        elif name != "self" and parameter.default is not parameter.empty:
+            default = parameter.default
+            values[name] = (
+                default if isinstance(default, bool | int | float | str | None) else _plain(default)
+            )
+    return values
+
+
+def _plain(default: Any) -> Any:
+    if isinstance(default, tuple | list):
+        return [_plain(item) for item in default]
+    # A dataclass's factory has no value before it is called.
+    return default if isinstance(default, bool | int | float | str | None) else None
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) or (hint,)
+
+
+def _items_hint(hint: Any) -> Any:
+    for option in (hint, *_options(hint)):
+        if typing.get_origin(option) is list:
+            return typing.get_args(option)[0]
+    return None
+
+
+def _flat(path: str, node: Any) -> Flat:
+    return dict(_leaves(path, node))
+
+
+def _leaves(path: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _leaves(f"{path}.{key}", value)
+    elif isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
+        for i, item in enumerate(node):
+            yield from _leaves(f"{path}.{i}", item)
+    elif node not in ({}, []):
+        yield path, node

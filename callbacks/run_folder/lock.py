@@ -1,0 +1,123 @@
+"""One writer per run folder: a lock file that names the process which holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks.run_folder.folder import RunError, RunFolder
+
+
+class RunLock:
+    """Holds a run folder while a context lasts. Only the first process of a run takes it.
+
+    A dead owner's lock is taken over: its host is this one and no process has its number and start time.
+    Whether a process of another host lives cannot be known from here, so its lock is refused.
+
+    Args:
+        folder: the run folder; made if it is missing.
+
+    Raises (on entering): RunError naming the owner and the remedy.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = RunFolder.of(folder).lock
+        self._held = False
+
+    def __enter__(self) -> RunLock:
+        if rank_zero_only.rank in (0, None):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._take()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # The folder may have been moved aside or removed meanwhile.
+        if self._held and self.path.exists():
+            with _exclusive(self.path) as stream:
+                if _record(stream.read()) == _own():
+                    self.path.unlink()
+        self._held = False
+
+    def _take(self) -> None:
+        with _exclusive(self.path) as stream:
+            owner = _record(stream.read())
+            if owner:
+                self._refuse_living(owner)
+            stream.seek(0)
+            stream.truncate()
+            stream.write(json.dumps(_own()))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._held = True
+
+    def _refuse_living(self, owner: dict[str, Any]) -> None:
+        host, pid = owner.get("host"), owner.get("pid")
+        if host != socket.gethostname():
+            raise RunError(
+                f"{self.path.parent}: in use by process {pid} on {host}; wait for it, choose another "
+                "folder, or "
+                f"remove {self.path} if that process is gone"
+            )
+        if isinstance(pid, int) and owner.get("started") == process_start(pid):
+            raise RunError(
+                f"{self.path.parent}: in use by process {pid} on this machine; wait for it or stop it, or "
+                "choose another folder with --trainer.default_root_dir=FOLDER"
+            )
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, in its own units; None where there is none with this number."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None if Path("/proc/self").exists() else _start_without_proc(pid)
+    state, start = fields.rpartition(")")[2].split()[0], fields.rpartition(")")[2].split()[19]
+    # A killed process whose parent has not fetched its status writes nothing any more.
+    return None if state in "ZX" else f"{boot}/{start}"
+
+
+def _start_without_proc(pid: int) -> str | None:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "alive"
+
+
+def _own() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid())}
+
+
+def _record(text: str) -> dict[str, Any]:
+    """The owner, or nothing where a kill cut the record short: then its writer is dead."""
+    try:
+        owner = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[Any]:
+    """The file open for reading and writing, while no other process reads or changes it."""
+    while True:
+        stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            # Its last owner may have removed the file between the two calls.
+            if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+                yield stream
+                return
+        finally:
+            stream.close()

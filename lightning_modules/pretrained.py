@@ -1,0 +1,136 @@
+"""A model as it is: what evaluations, attacks and `predict` need, and what training modules build on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+
+from datamodules.batch import AdversarialBatch, EvaluationBatch
+from datamodules.fields import NonNegativeInt, checked
+from datamodules.text.chat_format import ChatFormat
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
+
+PREDICTED_TOKENS = 64
+"""Longest reply of `predict`."""
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+"""What is known to give every process the same weights."""
+
+
+HarmfulBatches = Callable[[], Iterator[AdversarialBatch]]
+"""All harmful training rows in order, for what is computed once per row."""
+
+
+@checked
+class PretrainedModel(LightningModule):
+    """Loads a model in `configure_model`, after the whole configuration has been checked; nothing in it
+    learns.
+
+    Args:
+        base: the model.
+        seed: seed of what is random about loading it; null takes seed_everything's.
+    """
+
+    model: nn.Module
+    language_model: LanguageModel
+
+    def __init__(self, base: ModelConfig, seed: NonNegativeInt | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.seed = 0 if seed is None else seed
+        self._chat: ChatFormat | None = None
+        self._harmful_batches: HarmfulBatches | None = None
+        # Adapter checkpoints hold the learning weights only; the rest comes from the base model.
+        self.strict_loading = False
+
+    @property
+    def load_seed(self) -> int:
+        """Seed of what is random about loading the model."""
+        return step_seed(self.seed, -1, 0)
+
+    def attach(self, chat: ChatFormat, harmful_batches: HarmfulBatches | None = None) -> None:
+        """Hand over what the module needs of the data, before the model is loaded.
+
+        Args:
+            chat: the model's chat format.
+            harmful_batches: the training rows; only training with a reference needs them.
+        """
+        self._chat, self._harmful_batches = chat, harmful_batches
+
+    def setup(self, stage: str) -> None:
+        """Meet the run's data, where nobody has attached it. Raises: ValueError under a strategy that would
+        not synchronise gradients."""
+        check_strategy(self.trainer.strategy)
+        data = getattr(self.trainer, "datamodule", None)
+        if self._chat is None and data is not None:
+            self.attach(data.chat, getattr(data, "harmful_batches", None))
+
+    def configure_model(self) -> None:
+        """Load the model once, on first use."""
+        if not hasattr(self, "model"):
+            self.model = load_seeded(self.base, self.load_seed)
+            self.language_model = LanguageModel(self.model, chat=self._chat)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drop frozen weights from the checkpoint where only adapters learn."""
+        if has_adapter(self.model):
+            learning = {name for name, p in self.named_parameters() if p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in learning}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint holds exactly the weights that learn here.
+
+        Raises: ValueError naming a missing, unknown or differently shaped weight.
+        """
+        learning = {name for name, p in self.named_parameters() if p.requires_grad}
+        given, own = checkpoint["state_dict"], self.state_dict()
+        missing, unknown = learning - set(given), set(given) - set(own)
+        shapes = {name for name in set(given) & set(own) if given[name].shape != own[name].shape}
+        if missing or unknown or shapes:
+            name = sorted(missing | unknown | shapes)[0]
+            raise ValueError(
+                f"the checkpoint does not fit this model: {len(missing)} weights missing, {len(unknown)} "
+                "unknown, "
+                f"{len(shapes)} of another shape, e.g. {name!r}; "
+                "use the configuration that the run folder's config.yaml holds"
+            )
+
+    def predict_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, str]]:
+        """Greedy replies to a batch of evaluation prompts, as text."""
+        chat = self.language_model.chat
+        with torch.no_grad():
+            embeds = self.language_model.embed(batch.prompt_ids)
+        replies = self.language_model.generate(embeds, batch.prompt_mask, PREDICTED_TOKENS, chat.stop_ids)
+        return [
+            {"key": key, "prompt": prompt, "reply": chat.decode(ids)}
+            for key, prompt, ids in zip(batch.keys, batch.prompts, replies, strict=True)
+        ]
+
+
+def check_strategy(strategy: object) -> None:
+    """Raises: ValueError for a strategy under which processes would silently train models of their own.
+
+    The steps call the model's parts rather than a wrapped forward, so that a strategy which synchronises in
+    the wrapper (FSDP, tensor parallel) does not. Subclasses count as other strategies: DeepSpeed's is one of
+    DDP's.
+    """
+    if type(strategy) not in STRATEGIES:
+        raise ValueError(
+            f"trainer.strategy: {type(strategy).__name__} is not supported (gradients would not be "
+            "synchronised "
+            "between processes); set trainer.strategy: ddp, or trainer.devices: 1"
+        )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """63-bit seed of one (run seed, step, rank)."""
+    name = f"{seed}/{step}/{rank}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,116 @@
+"""A page in real Chromium, driven through its DevTools pipe (no network, no port, no driver to install)."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+SWITCHES = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+)  # fmt: skip
+
+
+class Page:
+    """One tab: evaluate JavaScript, press keys, take pictures."""
+
+    def __init__(self, write: int, read: int) -> None:
+        self._write, self._read = write, os.fdopen(read, "rb", buffering=0)
+        self._buffer, self._number, self._session = b"", 0, ""
+        self.messages: list[str] = []
+        """What the page wrote to its console, refusals of its security policy included."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def open(self, path: Path, width: int, dark: bool = False) -> None:
+        """Load a file at a viewport's width (CSS pixels)."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.wait("Page.loadEventFired")
+
+    def js(self, expression: str) -> Any:
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def press(self, key: str, code: int) -> None:
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def picture(self, path: Path) -> None:
+        """The whole page as PNG."""
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._number:
+            pass
+        assert "error" not in answer, answer
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def wait(self, event: str) -> None:
+        while self._next().get("method") != event:
+            pass
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            part = self._read.read(1 << 16)
+            assert part, "the browser went away"
+            self._buffer += part
+        line, self._buffer = self._buffer.split(b"\0", 1)
+        message: dict[str, Any] = json.loads(line)
+        if message.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
+            self.messages.append(json.dumps(message["params"]))
+        return message
+
+
+@contextmanager
+def chromium() -> Iterator[Page]:
+    """A fresh browser with a profile of its own, gone afterwards."""
+    assert BROWSER is not None
+    to_browser, from_browser = os.pipe(), os.pipe()
+
+    def numbered() -> None:
+        # The pipe protocol reads descriptor 3 and writes descriptor 4.
+        read, write = os.dup(to_browser[0]), os.dup(from_browser[1])
+        os.dup2(read, 3)
+        os.dup2(write, 4)
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        process = subprocess.Popen(
+            [BROWSER, *SWITCHES, f"--user-data-dir={profile}"],
+            preexec_fn=numbered, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(to_browser[0])
+        os.close(from_browser[1])
+        try:
+            page = Page(to_browser[1], from_browser[0])
+            yield page
+            page._session = ""
+            page.call("Browser.close")
+        finally:
+            process.terminate()
+            process.wait(20)
+            os.close(to_browser[1])
