@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from datamodules.text.tokenizers import resolve_path
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.chat import Endpoint
+from lightning_modules.models.language_model import Attacked, LanguageModel, Replier, Reply
 from lightning_modules.models.loading import LoraSettings, ModelConfig, load_model
 from lightning_modules.models.passes import PassCounter
-from lightning_modules.models.requests import Decoding, Request
+from lightning_modules.models.requests import GREEDY, Decoding, Request
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model
 
 Run = Callable[..., tuple[int, str, str]]
@@ -37,7 +39,7 @@ def fit(thundercat: Run, folder: Path, *more: str) -> dict[str, float]:
 
 def test_a19_reference_passes_are_counted(tmp_path: Path, thundercat: Run) -> None:
     """CAPO without attack: 2 steps x 8 rows x 2 replies, forward and backward, are 64 passes. Before them the
-    reference scores both replies of all 1,240 rows (2,480), and the check at the start those of one batch of 64.
+    reference scores both replies of all 1,240 rows (2,480), and the check those of one batch of 64 (128).
 
     With the 60 steps of the methods' comparison the steps' own passes are 1,920, which alone were reported.
     """
@@ -199,3 +201,26 @@ def test_sampled_replies_follow_their_seed_and_leave_the_random_state_alone() ->
     model.module.train()
     model.reply([Request("Hello!")], hot)
     assert model.module.training
+
+
+def test_a_defence_can_wrap_the_model() -> None:
+    """Whatever replies can stand where a model is asked: a defence rewrites requests and asks the model."""
+
+    class Lowered:
+        def __init__(self, inside: Replier) -> None:
+            self.inside = inside
+
+        def reply(
+            self, prompts: Sequence[Request] | Attacked, decoding: Decoding = GREEDY, seed: int = 0
+        ) -> list[str]:
+            assert isinstance(prompts, Sequence)
+            return self.inside.reply([replace(p, text=p.text.lower()) for p in prompts], decoding, seed)
+
+    model = chat_model()
+    defended: Replier = Lowered(model)
+    assert defended.reply([Request("HELLO!")]) == model.reply([Request("hello!")])
+
+
+def test_an_endpoint_takes_no_prefill() -> None:
+    with pytest.raises(ValueError, match="expected requests without a prefill, got 'Sure'"):
+        Endpoint("http://127.0.0.1:9/v1", "m").replies([Request("x", prefill="Sure")])
