@@ -1,9 +1,9 @@
 """What a run costs: passes per example by the paper's rule, tokens per second, peak memory.
 
-One pass is one forward or one backward of one example. An adversarial example costs its attack's passes plus
-a forward and a backward for each of its two replies (arXiv 2405.15589, table 1 counts 10/10 for the attack);
-a utility example costs two; what further terms of the loss cost, reference or teacher included, they say
-themselves. Reference scores computed before training are not counted.
+One pass is one forward or one backward of one example. An attack says what it spent on each example
+(arXiv 2405.15589, table 1 counts 10/10 for CAT's); all else is counted at the models as it happens: a
+forward and a backward for each of an adversarial example's two replies, two for a utility example, what a
+reference or a teacher scores, and, with the first step, reference scores that are computed before training.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CostMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, batch_idx: int
     ) -> None:
         own = self._own
-        own["passes"] += outputs["passes"]
+        own["passes"] += outputs["passes"].total
         if batch.adversarial is not None:
             attacked = outputs["attacked"]
             forward, backward = int(attacked.forward_passes.sum()), int(attacked.backward_passes.sum())

@@ -3,7 +3,9 @@ two strings.
 
 Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks
 are explicit
-boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row.
+boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row. The classes are
+not frozen, since Lightning rebuilds a batch field by field where it converts floats (trainer.precision:
+bf16-true); nobody else assigns to a batch.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from datamodules.rows import Turn
 
 
 class _Movable:
@@ -28,7 +32,7 @@ class _Movable:
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AdversarialBatch(_Movable):
     """B prompts, each with a harmful target and a safe reply (both end with the template's end-of-turn
     token)."""
@@ -115,7 +119,7 @@ class AdversarialBatch(_Movable):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class UtilityBatch(_Movable):
     """B conversations to keep the model useful on, right-padded to the batch's own longest row."""
 
@@ -124,13 +128,13 @@ class UtilityBatch(_Movable):
     attention_mask: Tensor
     """(B, T) bool."""
     labels: Tensor
-    """(B, T) int64, -100 on every token that is not part of the reply."""
+    """(B, T) int64, -100 on every token that is not part of a learned reply; a conversation has several."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TrainingBatch(_Movable):
     """One micro-batch: a fixed number of adversarial and of utility rows; either stream may be absent."""
 
@@ -138,14 +142,16 @@ class TrainingBatch(_Movable):
     utility: UtilityBatch | None
 
 
-@dataclass(frozen=True)
-class BehaviourBatch(_Movable):
-    """Evaluation prompts with their texts; `adversarial` holds the tensors where the rows have a harmful
-    target."""
+@dataclass(eq=False)
+class EvaluationBatch(_Movable):
+    """Evaluation prompts with their texts.
+
+    `adversarial` holds the tensors where the rows have a harmful target.
+    """
 
     keys: tuple[str, ...]
     prompts: tuple[str, ...]
-    references: tuple[str, ...]
+    expected: tuple[str, ...]
     """The harmful target (harmful rows) or the expected reply (benign rows), as text; '' where there is
     none."""
     categories: tuple[str, ...]
@@ -156,6 +162,10 @@ class BehaviourBatch(_Movable):
     """(B, P) int64, left-padded."""
     prompt_mask: Tensor
     adversarial: AdversarialBatch | None = None
+    systems: tuple[str | None, ...] = ()
+    """System message of every conversation, None where there is none."""
+    histories: tuple[tuple[Turn, ...], ...] = ()
+    """Earlier turns of every conversation; `prompt_ids` hold them already."""
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from datamodules.batch import BehaviourBatch
+from datamodules.batch import EvaluationBatch
 from datamodules.fields import NonNegativeInt, problem
 
 SCHEMA = 2
@@ -260,7 +260,7 @@ FIELDS = {kind.__name__: _fields_of(kind) for kind in (Row, Measurement)}
 """Stored fields of a line with their types."""
 
 
-def contents(batch: BehaviourBatch) -> list[Any]:
+def contents(batch: EvaluationBatch) -> list[Any]:
     """What a model or an attack sees of a batch, as JSON."""
     tensors = [batch.prompt_ids, batch.prompt_mask]
     if batch.adversarial is not None:

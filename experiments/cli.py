@@ -1,136 +1,267 @@
-"""Console script `thundercat`: fit | validate | test | predict | attack from YAML, and report for a finished
-run.
+"""Console script `thundercat`: train, evaluate and attack from YAML.
 
-thundercat fit --config configs/quickstart.yaml --model.attack.epsilon=0.05
-thundercat fit --config configs/experiment/cat_tinychat.yaml --config my_changes.yaml --print_config
-thundercat report runs/quickstart
+    thundercat fit --config configs/quickstart.yaml --model.attack.epsilon=0.05
+    thundercat list attacks
+    thundercat report runs/quickstart
+
+Heavy libraries are imported inside the commands: `--version`, `list` and a wrong word are answered at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
 
-COMMANDS = ("fit", "validate", "test", "predict", "attack", "report")
-USAGE = """usage: thundercat COMMAND [options]
+from experiments.config.errors import ConfigError, suggest
 
-commands:
-  fit        train, with the evaluations that the configuration names
-  validate   evaluate on the evaluation sets (all rows)
-  test       the same under the name `test`
-  predict    write the model's replies to the evaluation prompts to RUN/predictions.jsonl
-  attack     one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..."
-  report     write the report of a finished run again: thundercat report RUN
+RUNS = {
+    "fit": "train, with the evaluations that the configuration names",
+    "validate": "evaluate on the evaluation sets (all rows)",
+    "test": "the same under the name `test`",
+    "predict": "write the model's replies to the evaluation prompts to RUN/predictions.jsonl",
+    "attack": 'one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..."',
+}
+OTHERS = {
+    "report": "write the report of a finished run again",
+    "list": "what there is to choose from, one line each",
+    "schema": "a JSON schema of configurations, for editors",
+}
+INTERRUPTED = 130
 
-options of fit, validate, test, predict and attack:
-  --config FILE, -c FILE   a YAML file; give several to merge them in order
-  --KEY=VALUE              override one field, e.g. --model.attack.epsilon=0.1 or --model.attack=NoAttack
-  --ckpt_path PATH|last    continue from (fit) or evaluate (others) a checkpoint; `last` is the run's newest
-  --overwrite              fit in a folder that holds a run: the old one is renamed NAME.1, NAME.2, ...
-  --print_config           print the resolved configuration and stop
-  --help                   this text and every field of the configuration (the quickstart's if none is given)
-  --help.CLASS             the fields of one class, e.g. --help.EmbeddingPGD
-  --traceback              show Python's traceback of an error
-"""
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error of a call."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, formatter_class=_formatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=28, width=110)
+
+
+def build_parser() -> Parser:
+    """The commands and their own options; every other `--KEY=VALUE` is a field of the configuration."""
+    parser = Parser("thundercat", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"thundercat {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, text in RUNS.items():
+        _add_run(commands.add_parser(name, help=text, description=text, add_help=False, allow_abbrev=False))
+    report = commands.add_parser("report", help=OTHERS["report"], description=OTHERS["report"])
+    report.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    listing = commands.add_parser("list", help=OTHERS["list"], description=OTHERS["list"])
+    listing.add_argument(
+        "kind", nargs="?", default="all", help="attacks, methods, recipes, ...; all by default"
+    )
+    commands.add_parser("schema", help=OTHERS["schema"], description=OTHERS["schema"])
+    for other in (report, listing, commands.choices["schema"]):
+        other.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    name = parser.prog.split()[-1]
+    parser.usage = f"thundercat {name} --config FILE [--config FILE ...] [--KEY=VALUE ...] [options]"
+    add = parser.add_argument
+    add(
+        "-c",
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="YAML file; several are merged in order",
+    )
+    add("--ckpt_path", metavar="PATH|last", help="checkpoint to continue from (fit) or to evaluate")
+    add("--print_config", action="store_true", help="print the resolved configuration and stop")
+    if name == "fit":
+        add(
+            "--overwrite",
+            action="store_true",
+            help="move an earlier run in this folder aside, to NAME.1, ...",
+        )
+    if name == "attack":
+        add("--prompt", metavar="TEXT", help="the harmful request")
+        add("--target", metavar="TEXT", help="the affirmative beginning that the attack aims at")
+    add(
+        "-h",
+        "--help",
+        action="store_true",
+        help="this text and every field (of --config, else the quickstart)",
+    )
+    add(
+        "--help.CLASS",
+        action="store_true",
+        dest="help_class",
+        help="fields of one class: --help.EmbeddingPGD",
+    )
+    add("--traceback", action="store_true", help="show Python's traceback of an error")
+    add(
+        "--KEY",
+        metavar="VALUE",
+        dest="_",
+        help="one field: --model.attack.epsilon=0.1, --model.attack=NoAttack",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a failed run, 2 for a wrong call or configuration."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
+    """Run a command; returns the exit status: 0, 1 for a failed run, 2 for a wrong call or configuration, 130
+    for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        return _fail(words, "interrupted before anything was run", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever reads our output has gone (`thundercat list | head`): nobody is left to tell.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
-    command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS:
-        print(f"thundercat: expected a command of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return _fail(words, " ".join(str(error).split()), 2)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        remedy = "" if "--traceback" in words else "; run again with --traceback to see where"
+        return _fail(words, f"unexpected error {type(error).__name__}: {lines[0]}{remedy}", 1)
+
+
+def _fail(words: Sequence[str], message: str, status: int) -> int:
+    if "--traceback" in words:
+        traceback.print_exc()
+    print(f"thundercat: {message}", file=sys.stderr)
+    return status
+
+
+def _run(words: list[str]) -> int:
+    parser = build_parser()
+    if not words:
+        parser.print_help()
+        return 0
+    known = {**RUNS, **OTHERS}
+    if not words[0].startswith("-") and words[0] not in known:
+        expected = ", ".join(known)
+        raise ConfigError(f"expected a command of {expected}, got {words[0]!r}{suggest(words[0], known)}")
+    try:
+        call, rest = parser.parse_known_args(words)
+    except SystemExit as done:  # --version and --help have printed their text
+        return int(done.code or 0)
+    _prepare()
+    if call.command in RUNS:
+        overrides, help_class = split_overrides(rest)
+        return _configured(parser, call, overrides, help_class)
+    if rest:
+        raise ConfigError(f"unknown option {rest[0]!r}; see thundercat {call.command} --help")
+    return _other(call)
+
+
+def _configured(
+    parser: Parser, call: argparse.Namespace, overrides: list[tuple[str, str]], help_class: str | None
+) -> int:
+    """fit, validate, test, predict, attack."""
+    from experiments.config.classes import search_working_directory
+
+    search_working_directory()
+    if call.help or help_class:
+        from experiments.config.help import print_class, print_fields
+
+        if help_class:
+            print_class(help_class)
+        else:
+            print(_subparser(parser, call.command).format_help())
+            print_fields(call.config, overrides)
+        return 0
+    own = [(name, getattr(call, name, None)) for name in ("ckpt_path", "prompt", "target")]
+    overrides = [*overrides, *((name, value) for name, value in own if value is not None)]
+    flags = [f"--{name}" for name in ("print_config", "overwrite", "traceback") if getattr(call, name, False)]
+    if call.command == "attack" and not call.print_config:
+        from experiments.commands.attack import attack
+
+        return attack(call.config, overrides, flags)
+    from experiments.commands.run import run
+
+    overrides = [(key, value) for key, value in overrides if key not in ("prompt", "target")]
+    return run(call.command, call.config, overrides, flags)
+
+
+def split_overrides(rest: Sequence[str]) -> tuple[list[tuple[str, str]], str | None]:
+    """(key, value) overrides, and the class of `--help.CLASS`. Raises: ConfigError for what is neither."""
+    overrides: list[tuple[str, str]] = []
+    help_class = None
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            raise ConfigError(f"expected an option, got {word!r}; files are given with --config {word}")
+        if not name.startswith("--") or name == "--":
+            raise ConfigError(f"unknown option {name!r}; see thundercat --help")
+        if name.startswith("--help."):
+            help_class = name.removeprefix("--help.")
+            continue
+        if not equals:
+            if not words:
+                raise ConfigError(f"{name}: expected a value, got none; write {name}=VALUE")
+            value = words.pop(0)
+        overrides.append((name[2:], value))
+    return overrides, help_class
+
+
+def _other(call: argparse.Namespace) -> int:
+    if call.command == "list":
+        from experiments.commands.list import listing
+
+        print(listing(call.kind))
+    elif call.command == "schema":
+        from experiments.commands.schema import schema_text
+
+        print(schema_text())
+    else:
+        from callbacks.report.report import write_report
+
+        print(write_report(call.run))
+    return 0
+
+
+def _subparser(parser: Parser, command: str) -> argparse.ArgumentParser:
+    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = action.choices[command]
+    return found
+
+
+def _prepare() -> None:
+    """Calm defaults, and silence on what third parties say at every start and nobody can act on."""
     # A spinning OpenMP pool slows every other torch process on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _hush()
-    from experiments.config.compose import ConfigError
-
-    try:
-        if command == "report":
-            return _report(rest)
-        if command == "attack" and not any(
-            word.startswith(("--help", "-h", "--print_config")) for word in rest
-        ):
-            from experiments.commands.attack import attack
-
-            return attack(*split_arguments(rest))
-        from experiments.commands.run import run
-
-        return run(command, *split_arguments(rest))
-    except ConfigError as error:
-        print(f"thundercat: {error}", file=sys.stderr)
-        return 2
-
-
-def _hush() -> None:
-    """Silence what third parties say at every start and nobody can act on."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for message in (r".*LeafSpec.*", r".*does not have many workers.*", r".*is_gradient_checkpointing.*"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[str]]:
-    """Config files, (key, value) overrides and bare flags. Raises: ConfigError for what is none of them."""
-    from experiments.config.compose import ConfigError
-
-    files: list[str] = []
-    overrides: list[tuple[str, str]] = []
-    flags: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if not word.startswith("-"):
-            raise ConfigError(f"expected an option, got {word!r}; files are given with --config {word}")
-        if name in ("--print_config", "--help", "-h", "--traceback", "--overwrite") or name.startswith(
-            "--help."
-        ):
-            flags.append(word)
-            continue
-        if not equals:
-            if not rest:
-                raise ConfigError(f"{name}: expected a value, got none; write {name}=VALUE")
-            value = rest.pop(0)
-        if name in ("--config", "-c"):
-            files.append(value)
-        elif name.startswith("--"):
-            overrides.append((name[2:], value))
-        else:
-            raise ConfigError(f"unknown option {name!r}; see thundercat --help")
-    return files, overrides, flags
-
-
-def _report(arguments: Sequence[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(
-            "usage: thundercat report RUN\n\nwrites results.json, report.md and report.html in the "
-            "run folder from its evaluations"
-        )
-        return 0 if arguments[:1] in (["--help"], ["-h"]) else 2
-    from callbacks.report.report import write_report
-    from experiments.config.compose import ConfigError
-
+def _version() -> str:
     try:
-        print(write_report(arguments[0]))
-    except FileNotFoundError as error:
-        raise ConfigError(str(error)) from error
-    return 0
+        return version("thundercat")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def console() -> Any:
     """Entry point of the console script."""
+    if "_ARGCOMPLETE" in os.environ:
+        from experiments.config.completion import complete
+
+        complete(build_parser())
     sys.exit(main())
 
 

@@ -8,7 +8,6 @@ A method is attack x objective x terms x data: nothing here knows any by name.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning_modules.base import FineTuning, OptimizerConfig
 from lightning_modules.losses.base import LossTerms, Objective, Step, Term
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.loading import ModelConfig
+from lightning_modules.models.passes import PassCounter
 from lightning_modules.reference_scores import ReferenceTable
 from lightning_modules.scoring import score_replies, score_utility
 
@@ -64,6 +64,7 @@ class AdversarialFineTuning(FineTuning):
         self.terms = terms or []
         self.reference_cache = reference_cache
         self._reference_table: ReferenceTable | None = None
+        self._passes = PassCounter()
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -85,11 +86,12 @@ class AdversarialFineTuning(FineTuning):
             leave=False,
             disable=True if silent else None,
         )
-        self._reference_table.fill(batches, self.device, write=self.trainer.is_global_zero)
-        if self.global_step == 0:
-            self._reference_table.check_start(
-                self.language_model, next(self._harmful_batches()).to(self.device)
-            )
+        with self._passes:
+            self._reference_table.fill(batches, self.device, write=self.trainer.is_global_zero)
+            if self.global_step == 0:
+                self._reference_table.check_start(
+                    self.language_model, next(self._harmful_batches()).to(self.device)
+                )
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: attack the harmful prompts, then all losses under that perturbation."""
@@ -98,7 +100,10 @@ class AdversarialFineTuning(FineTuning):
             if batch.adversarial is None
             else self.attack(self.language_model, batch.adversarial, self._rng())
         )
-        terms = self._losses(batch, attacked)
+        # The first step's counter holds what was scored before training began.
+        passes, self._passes = self._passes, PassCounter()
+        with passes:
+            terms = self._losses(batch, attacked)
         loss = torch.stack([term.loss.mean() for term in terms]).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -109,7 +114,7 @@ class AdversarialFineTuning(FineTuning):
         # Of all processes: one process's mean is another number (every process has the same parts).
         self.log_dict(parts, on_step=True, batch_size=1, sync_dist=True)
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1, sync_dist=True)
-        return {"loss": loss, "attacked": attacked, "passes": sum(term.passes for term in terms)}
+        return {"loss": loss, "attacked": attacked, "passes": passes}
 
     def _losses(self, batch: TrainingBatch, attacked: AttackedPrompt | None) -> list[LossTerms]:
         """The objective on both replies and on the utility rows, then the further terms. Raises: ValueError
@@ -118,11 +123,9 @@ class AdversarialFineTuning(FineTuning):
         objective, rows, utility = self.objective, batch.adversarial, batch.utility
         if objective is not None and rows is not None and attacked is not None:
             reference = self._reference_table(rows) if self._reference_table is not None else None
-            scored = objective.adversarial(score_replies(self.language_model, rows, attacked, reference))
-            terms.append(replace(scored, passes=4 * len(rows)))
+            terms.append(objective.adversarial(score_replies(self.language_model, rows, attacked, reference)))
         if objective is not None and utility is not None and objective.weight_utility > 0:
-            scored = objective.utility(*score_utility(self.language_model, utility))
-            terms.append(replace(scored, passes=2 * len(utility)))
+            terms.append(objective.utility(*score_utility(self.language_model, utility)))
         step = Step(
             self.language_model,
             self.reference,

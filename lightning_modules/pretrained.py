@@ -6,16 +6,16 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from datamodules.batch import AdversarialBatch, BehaviourBatch
+from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.fields import NonNegativeInt, checked
 from datamodules.text.chat_format import ChatFormat
-from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
+from lightning_modules.models.requests import Decoding
 
 PREDICTED_TOKENS = 64
 """Longest reply of `predict`."""
@@ -102,16 +102,14 @@ class PretrainedModel(LightningModule):
             )
 
     def predict_step(
-        self, batch: BehaviourBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, str]]:
         """Greedy replies to a batch of evaluation prompts, as text."""
-        chat = self.language_model.chat
-        with torch.no_grad():
-            embeds = self.language_model.embed(batch.prompt_ids)
-        replies = self.language_model.generate(embeds, batch.prompt_mask, PREDICTED_TOKENS, chat.stop_ids)
+        encoded = Encoded(batch.prompt_ids, batch.prompt_mask)
+        replies = self.language_model.reply(encoded, Decoding(max_new_tokens=PREDICTED_TOKENS))
         return [
-            {"key": key, "prompt": prompt, "reply": chat.decode(ids)}
-            for key, prompt, ids in zip(batch.keys, batch.prompts, replies, strict=True)
+            {"key": key, "prompt": prompt, "reply": reply}
+            for key, prompt, reply in zip(batch.keys, batch.prompts, replies, strict=True)
         ]
 
 

@@ -13,6 +13,7 @@ import torch
 from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import NoAttack
 from lightning_modules.losses.base import ReferenceScores
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy
@@ -106,7 +107,7 @@ class ReferenceTable:
             safe, harmful = _mean_log_probs(model, batch)
         stored = self(batch)
         margin = ((safe - harmful).double() - (stored.safe - stored.harmful)).abs().max().item()
-        if not margin <= TOLERANCE[model.embedding_weight.dtype]:
+        if not margin <= TOLERANCE[embedding_weight(model).dtype]:
             raise ValueError(
                 f"the reference log-probabilities in {self.path} are not this model's: the margin at "
                 f"initialisation is {margin:.3g}, "

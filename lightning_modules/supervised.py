@@ -8,6 +8,7 @@ from typing import Any
 from datamodules.batch import TrainingBatch
 from lightning_modules.base import FineTuning
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.passes import PassCounter
 from lightning_modules.scoring import score_utility
 
 
@@ -18,6 +19,7 @@ class SupervisedFineTuning(FineTuning):
         """One micro-batch. Raises: ValueError if the batch has harmful rows or no utility rows."""
         if batch.adversarial is not None or batch.utility is None:
             raise ValueError("SupervisedFineTuning expects utility rows only; set data.harmful_per_step: 0")
-        loss = mean_cross_entropy(*score_utility(self.language_model, batch.utility)).mean()
+        with PassCounter() as passes:
+            loss = mean_cross_entropy(*score_utility(self.language_model, batch.utility)).mean()
         self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1, sync_dist=True)
-        return {"loss": loss, "passes": 2 * len(batch.utility)}
+        return {"loss": loss, "passes": passes}

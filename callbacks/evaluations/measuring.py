@@ -16,7 +16,7 @@ from lightning import LightningModule
 
 from callbacks.evaluations.base import Evaluation, do, monitored, progress, show_rows
 from callbacks.evaluations.session import Place, Session
-from datamodules.adversarial import AdversarialData
+from datamodules.evaluation import EvaluationData
 from datamodules.results import Stage
 from lightning_modules.pretrained import PretrainedModel, check_strategy
 
@@ -32,7 +32,7 @@ class Measuring(LightningModule):
     """
 
     def __init__(
-        self, module: PretrainedModel, data: AdversarialData, evaluations: Sequence[Evaluation], step: int = 0
+        self, module: PretrainedModel, data: EvaluationData, evaluations: Sequence[Evaluation], step: int = 0
     ) -> None:
         super().__init__()
         self.module = module

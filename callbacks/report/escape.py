@@ -1,5 +1,4 @@
-"""Text that models, users and files wrote, made safe to show: nothing in it reaches a terminal or a report as a
-command.
+"""Text that models, users and files wrote, made safe to show: nothing in it acts on a terminal or a report.
 
 A reply may hold terminal sequences (ESC can retitle a window or erase lines), a bidirectional override that
 shows a name backwards, or a lone surrogate that no file can be written with. All become visible escapes.

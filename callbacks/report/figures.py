@@ -1,4 +1,4 @@
-"""The pictures of a report as SVG: what changed, robustness against utility, what attacks needed, training curves.
+"""The pictures of a report as SVG: what changed, robustness against utility, attacks, training curves.
 
 Points are drawn where they are: where several would hide each other, their labels give way, never they.
 Text stays text (it can be searched, and read aloud), is never parsed as mathematics, and takes the colour of
@@ -45,8 +45,10 @@ SETTINGS = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 10,
 }
+LONGEST = 40
+"""Characters of a label; the tables hold the whole name."""
 LINE = 0.052
 """Height of a label's line as a share of a scatter's axis."""
 
@@ -227,7 +229,7 @@ def save(drawing: Drawing, path: Path) -> Path:
 
 
 def _mark(axes: Axes, point: Point) -> None:
-    """One point with its intervals; hollow ones are larger, so that a filled one at the same place shows both."""
+    """One point with its intervals; a hollow one is larger, so that it shows around a filled one."""
 
     def arms(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
         return (
@@ -236,8 +238,9 @@ def _mark(axes: Axes, point: Point) -> None:
 
     axes.errorbar(
         point.x, point.y, xerr=arms(point.x, point.x_interval), yerr=arms(point.y, point.y_interval),
-        fmt="o", color=point.color, markerfacecolor="none" if point.hollow else point.color,
-        markersize=10 if point.hollow else 6, capsize=3, elinewidth=1, alpha=0.9,
+        fmt="o", color=point.color, ecolor=(point.color, 0.45), capsize=3, elinewidth=1, alpha=0.9,
+        markerfacecolor="none" if point.hollow else point.color,
+        markersize=10 if point.hollow else 6,
     )  # fmt: skip
 
 
@@ -309,7 +312,7 @@ def _curves(
                 continue
             color = colors.setdefault(name, f"C{len(colors) % 10}")
             lines += axes.plot(*points, "--" if hollow else "-", color=color, linewidth=1.3, **style)
-            labels.append(f"{_label(name)}{', before' if hollow else ''}")
+            labels.append(f"{_label(name, LONGEST // 2)}{', before' if hollow else ''}")
     if lines:
         _legend(axes, lines, labels)
     return bool(lines)
@@ -328,13 +331,17 @@ def _percent(value: Estimate) -> tuple[float, tuple[float, float]]:
     return 100 * value.value, (100 * value.low, 100 * value.high)
 
 
-def _label(text: str) -> str:
-    return textwrap.shorten(printable(text.replace("_", " "), one_line=True), 60, placeholder="…") or "?"
+def _label(text: str, longest: int = LONGEST) -> str:
+    text = printable(text.replace("_", " ").strip(), one_line=True) or "?"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _legend(axes: Axes, lines: Sequence[Line2D], labels: Sequence[str]) -> None:
+    """A legend below the axes, which keep their height."""
     columns = 2 if len(lines) > 3 else len(lines)
-    axes.legend(lines, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+    assert isinstance(axes.figure, Figure)
+    axes.figure.set_figheight(axes.figure.get_figheight() + 0.22 * -(-len(lines) // columns))
+    axes.figure.legend(lines, labels, loc="outside lower center", ncols=columns)
     axes.grid(alpha=0.2, color=INK)
 
 

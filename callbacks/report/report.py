@@ -1,5 +1,4 @@
-"""report.html, report.md, results.json and figures of a run folder: outputs, written anew from its rows whenever
-asked for."""
+"""report.html, report.md, results.json and figures of a run folder: outputs, written anew from its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says in tables and sentences, once: the page, the Markdown and the terminal only lay it out."""
+"""What a report says in tables and sentences, once: page, Markdown and terminal only lay it out."""
 
 from __future__ import annotations
 

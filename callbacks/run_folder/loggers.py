@@ -1,5 +1,5 @@
-"""Loggers: a CSV log that outlives a kill, a W&B logger that never stops a run, and sample tables for the
-loggers that can show them."""
+"""Loggers: a CSV log that outlives a kill, a W&B logger that never stops a run, hyperparameters for every
+logger, and sample tables for those that can show them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from collections.abc import Callable
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
+import wandb
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from datamodules.fields import Positive, checked
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +62,9 @@ class LastLogRow(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # What an evaluation found stands in the log at the evaluation's own step already.
+        logged = trainer.callback_metrics.items()
+        metrics = {name: float(value) for name, value in logged if not name.startswith("eval/")}
         checkpoint["log_row"] = metrics | {"epoch": trainer.current_epoch}
 
     def on_load_checkpoint(
@@ -72,20 +79,87 @@ class LastLogRow(Callback):
                 logger.save()
 
 
+class LogConfiguration(Callback):
+    """Sends the resolved configuration to every logger as hyperparameters; the CLI adds it to every run.
+
+    Args:
+        config: the resolved configuration of the run.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(flat(self.config))
+
+
+def flat(config: Any, path: str = "") -> dict[str, Any]:
+    """A configuration as one level of readable keys: `model.attack.epsilon`, `model.attack.class`.
+
+    `init_args` is left out of the names; a list of plain values stays one value.
+    """
+    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        config = dict(enumerate(config))
+    if not isinstance(config, dict):
+        return {path: config}
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "class_path":
+            values[f"{path}.class"] = str(value).rpartition(".")[2]
+        else:
+            values |= flat(value, path if key == "init_args" else f"{path}.{key}".lstrip("."))
+    return values
+
+
+@checked
 class ResilientWandbLogger(WandbLogger):
-    """Weights & Biases: online where a key is found, offline otherwise; a failing service costs a warning,
-    not the run.
+    """Weights & Biases that never stops a run: online where a key is found, offline otherwise.
+
+    A service that cannot be reached in `start_timeout` seconds is given up, and the record is kept on disk
+    for `wandb sync`; whatever fails later costs a warning.
 
     Args:
         project: W&B project.
         name: run name; null lets W&B choose.
         save_dir: where W&B keeps its files.
+        start_timeout: seconds to wait for the service at the start, and at the end for what is not sent.
     """
 
-    def __init__(self, project: str = "thundercat", name: str | None = None, save_dir: str = "runs") -> None:
+    def __init__(
+        self,
+        project: str = "thundercat",
+        name: str | None = None,
+        save_dir: str = "runs",
+        start_timeout: Positive = 20.0,
+    ) -> None:
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         self._broken = False
-        super().__init__(project=project, name=name, save_dir=save_dir, offline=not has_wandb_key())
+        limits = wandb.Settings(
+            init_timeout=start_timeout, login_timeout=start_timeout, finish_timeout=start_timeout
+        )
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+        super().__init__(project=project, name=name, save_dir=save_dir, settings=limits, mode=mode)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, begun at the first call: Lightning asks for it before training, outside any guard."""
+        if self._experiment is None and not self._broken:
+            self._start()
+        return self._experiment or _DummyExperiment()
+
+    def _start(self) -> None:
+        begin = WandbLogger.experiment.fget
+        assert begin is not None
+        try:
+            begin(self)
+        except Exception as error:  # no network, a refused key, a server that answers nonsense
+            log.warning("W&B cannot be used (%s); its record stays on disk", _one_line(error))
+            self._wandb_init["mode"] = "offline"
+            self._attempt(lambda: begin(self))
+        if self._wandb_init["mode"] == "offline" and self._experiment is not None:
+            log.info("send the W&B record later: wandb sync %s", Path(self._experiment.dir).parent)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         self._attempt(lambda: super(ResilientWandbLogger, self).log_metrics(metrics, step))
@@ -115,17 +189,21 @@ class ResilientWandbLogger(WandbLogger):
             action()
         except Exception as error:  # whatever the service or the network raises, training goes on
             self._broken = True
-            log.warning("W&B logging stopped (%s: %s); the CSV log goes on", type(error).__name__, error)
+            log.warning("W&B logging stopped (%s); the CSV log goes on", _one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B could log in: an environment variable or a netrc entry."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return False
+    """Whether W&B could log in: an environment variable or a netrc entry of its server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     try:
-        return netrc().authenticators("api.wandb.ai") is not None
+        return netrc().authenticators(host or "") is not None
     except (FileNotFoundError, NetrcParseError):
         return False
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from datamodules.fields import checked
 from datamodules.results import ROWS, Row, read_rows
 from datamodules.rows import HarmfulRow, RowProblem
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
 
 
+@checked
 class RedTeamReplay:
     """Successful prompts of an earlier evaluation as training data: red-team replay.
 

@@ -29,15 +29,16 @@ from datamodules.evaluation import evenly
 from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.tinychat import TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat
-from datamodules.text.encoding import Encoder, adversarial_batch
+from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from experiments.benchmarks import gcg_yardstick
 from experiments.benchmarks.rows import LLAMA2_TEMPLATE
 from experiments.benchmarks.training_step import build_model
-from lightning_modules.attacks.base import example_generators
+from lightning_modules.attacks.base import example_rngs
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_model
 
@@ -63,9 +64,9 @@ def speed(behaviours: int, width: int, topk: int, repeats: int) -> dict[str, Any
         rates["ours"].append(
             (int(found.forward_passes.sum()) - steps * len(batch)) / (time.perf_counter() - began)
         )
-        generators = example_generators(batch, torch.Generator().manual_seed(repeat))
+        rngs = example_rngs(batch, torch.Generator().manual_seed(repeat))
         began, evaluated = time.perf_counter(), 0
-        for behaviour, own in zip(others, generators, strict=True):
+        for behaviour, own in zip(others, rngs, strict=True):
             evaluated += gcg_yardstick.step(
                 model.module, behaviour, behaviour.slot.suffix, allowed, topk, width, own
             )[2]
@@ -90,16 +91,16 @@ def quality(behaviours: int, width: int, topk: int, steps: int) -> dict[str, Any
     """Best losses of both sides at equal budget, paired by behaviour; each side draws with seeds of its
     own."""
     chat = ChatFormat(load_tokenizer(TokenizerConfig("tinychat:aligned")))
-    rows = Encoder(chat, 128, "error", None, "user").harmful(TinyChatHarmful("heldout").rows())
+    rows = Encoder(chat, EncodingConfig(128)).harmful(TinyChatHarmful("heldout").rows())
     batch = adversarial_batch(evenly(rows, behaviours), "user")
     model = LanguageModel(load_model(ModelConfig("tinychat:aligned")).eval().requires_grad_(False), chat=chat)
     ours = GCG(num_steps=steps, width=width, topk=topk, stop_at_target=False)(
         model, batch, torch.Generator().manual_seed(0)
     ).best_loss
-    allowed = typable_tokens(chat, model.embedding_weight.shape[0], True)
+    allowed = typable_tokens(chat, embedding_weight(model).shape[0], True)
     theirs = []
-    generators = example_generators(batch, torch.Generator().manual_seed(1))
-    for behaviour, generator in zip(_reference_behaviours(model, batch), generators, strict=True):
+    rngs = example_rngs(batch, torch.Generator().manual_seed(1))
+    for behaviour, generator in zip(_reference_behaviours(model, batch), rngs, strict=True):
         suffix, best = behaviour.slot.suffix, float("inf")
         for _ in range(steps):
             suffix, loss, _ = gcg_yardstick.step(
@@ -145,7 +146,7 @@ def _llama(behaviours: int) -> tuple[LanguageModel, AdversarialBatch]:
     )
     rows = [
         row
-        for row in Encoder(chat, 256, "skip", None, "user").harmful(source.rows())
+        for row in Encoder(chat, EncodingConfig(256, on_bad_row="skip")).harmful(source.rows())
         if not row.row.functional.startswith("context")
     ]
     model = build_model(32_000).merge_and_unload().eval().requires_grad_(False)  # type: ignore[operator]

@@ -40,6 +40,7 @@ from experiments.benchmarks.rows import equal_rows, natural_rows
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.losses.toward_away import TowardAwayUtility
+from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.scoring import score_replies, score_utility
 
@@ -103,7 +104,7 @@ class Public:
         self, model: nn.Module, adversarial: AdversarialBatch, utility: list[UtilityBatch], length: int
     ) -> None:
         self.model, self.adversarial, self.utility, self.length = model, adversarial, utility, length
-        self.radius = EPSILON * LanguageModel(model).mean_embedding_norm()
+        self.radius = EPSILON * mean_embedding_norm(LanguageModel(model))
 
     def attack(self) -> Tensor:
         return training_yardstick.attack(

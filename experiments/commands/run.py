@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -14,28 +15,27 @@ from typing import Any
 
 import yaml
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.evaluations.base import Evaluation
 from callbacks.evaluations.measuring import Measuring
+from callbacks.progress import install_progress
 from callbacks.report.report import RunReport
 from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint, load_weights
 from callbacks.run_folder.decisive import decisive
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
-from callbacks.run_folder.loggers import LastLogRow
+from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
-from datamodules.adversarial import AdversarialData
+from datamodules.evaluation import EvaluationData
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import seeds_of, with_seeds
 from lightning_modules.pretrained import PretrainedModel
 
-QUICKSTART = "configs/quickstart.yaml"
 EXPECTED = (ValueError, OSError, FloatingPointError)
 """Errors whose message is for the user; any other kind is named, with the way to see where it came from."""
 
@@ -63,12 +63,6 @@ def run(
 ) -> int:
     """Compose, check and run. Returns the exit status. Raises: ConfigError for a wrong configuration."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    help_flags = [flag for flag in flags if flag.startswith(("--help", "-h"))]
-    if help_flags:
-        from experiments.config.help import print_help
-
-        print_help(help_flags[0], compose(files or [QUICKSTART], overrides))
-        return 0
     config = resolved(command, files, overrides)
     if "--print_config" in flags:
         print(yaml.safe_dump(config, sort_keys=False), end="")
@@ -114,7 +108,8 @@ def make_room(folder: RunFolder) -> None:
 
 def instantiate(config: dict[str, Any]) -> ThundercatCLI:
     """Parse types and build trainer, module and datamodule; no model is loaded yet."""
-    settings = {key: value for key, value in config.items() if key != "ckpt_path"}
+    # The parser turns the lists of what it is given into its own kind of mapping, in place.
+    settings = copy.deepcopy({key: value for key, value in config.items() if key != "ckpt_path"})
     try:
         with warnings.catch_warnings():
             # Lightning's own use of an older jsonargparse interface.
@@ -135,18 +130,17 @@ def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
         # The evaluation callbacks keep their own clock inside `fit`; Lightning's validation loop is for
         # `validate`.
         trainer.limit_val_batches = 0
-    use_tqdm(trainer)
-    own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow()]
-    trainer.callbacks[:0] = own  # type: ignore[attr-defined]
+    install_progress(trainer)
+    own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow(), LogConfiguration(config)]
+    callbacks_of(trainer)[:0] = own
 
 
 def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     """Run the command. Returns the exit status."""
-    # Where a report prints its table, Lightning's own of every logged number would bury it.
-    reported = any(isinstance(callback, RunReport) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
-    quiet = {"verbose": False} if command in ("validate", "test") and reported else {}
     if command in ("validate", "test"):
-        getattr(cli.trainer, command)(measuring(cli, checkpoint), **quiet)
+        # Where a report prints its table, Lightning's own of every logged number would bury it.
+        reported = any(isinstance(callback, RunReport) for callback in callbacks_of(cli.trainer))
+        getattr(cli.trainer, command)(measuring(cli, checkpoint), verbose=not reported)
         return 0
     path = None if checkpoint is None else str(checkpoint)
     result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=path)
@@ -160,15 +154,19 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
 def measuring(cli: ThundercatCLI, checkpoint: Path | None) -> Measuring:
     """The run's evaluations as the steps of Lightning's loop, on a checkpoint's weights."""
     module, data = cli.model, cli.datamodule
-    if not isinstance(module, PretrainedModel) or not isinstance(data, AdversarialData):
-        raise ConfigError("model: expected PretrainedModel or one that trains it, and data: AdversarialData")
-    step = 0
-    if checkpoint is not None:
-        module.attach(data.chat)
-        module.configure_model()
-        step = load_weights(module, checkpoint)
-    own: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    return Measuring(module, data, [callback for callback in own if isinstance(callback, Evaluation)], step)
+    if not isinstance(module, PretrainedModel) or not isinstance(data, EvaluationData):
+        raise ConfigError(
+            "model and data: expected a PretrainedModel or one that trains it, and EvaluationData"
+        )
+    module.attach(data.chat)
+    module.configure_model()
+    step = 0 if checkpoint is None else load_weights(module, checkpoint)
+    evaluations = [own for own in callbacks_of(cli.trainer) if isinstance(own, Evaluation)]
+    return Measuring(module, data, evaluations, step)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) -> int:
@@ -204,13 +202,6 @@ def one_line(error: Exception) -> str:
 
 def _say(text: str) -> None:
     print(f"thundercat: {text}", file=sys.stderr)
-
-
-def use_tqdm(trainer: Trainer) -> None:
-    """One kind of progress bar: the evaluations' are tqdm's, and rich's bar redraws over them."""
-    for i, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
-        if isinstance(callback, RichProgressBar):
-            trainer.callbacks[i] = TQDMProgressBar()  # type: ignore[attr-defined]
 
 
 def innermost(error: BaseException) -> str:

@@ -1,43 +1,56 @@
-"""Strict checks of a resolved configuration, before anything is built: unknown keys, wrong types, what the
-device lacks.
+"""Strict checks of a resolved configuration, before anything is built: unknown keys, values that do not fit
+their annotation, what the device lacks.
 
 LightningCLI checks types too, but buries the field in nested messages; here every error is one line with the
-field's name.
+field's name as the user wrote it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import types
+import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any
 
 import torch
-from lightning import Trainer
+from annotated_types import Ge, Le
+from lightning import LightningDataModule, LightningModule, Trainer
 
-from experiments.config.compose import ConfigError, suggest
+from datamodules.fields import describe, is_plain, options, problem
+from experiments.config.classes import import_class
+from experiments.config.errors import ConfigError, suggest
+from experiments.config.extras import check_extra
+from experiments.config.files import TOP_LEVEL
+from experiments.config.trainer_fields import TRAINER_FIELDS
 
-TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "ckpt_path")
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 
 
 def check(config: Mapping[str, Any], command: str) -> None:
     """Raises: ConfigError for the first thing that cannot run."""
-    _known("", config, TOP_LEVEL)
-    for name in ("model", "data"):
+    check_known("", config, TOP_LEVEL)
+    for path, number in _numbers("", config):
+        if not math.isfinite(number):
+            raise ConfigError(f"{path}: expected a finite number, got {number}")
+    for name, base in (("model", LightningModule), ("data", LightningDataModule)):
         node = config.get(name)
         if not isinstance(node, Mapping) or "class_path" not in node:
             raise ConfigError(
                 f"{name}: expected class_path and init_args, got {node!r}; add a {name} file with --config"
             )
-        _check_class(name, node)
+        _check_class(name, node, base)
     trainer = config.get("trainer") or {}
-    _check_arguments("trainer", trainer, Trainer.__init__, required=False)
+    if not isinstance(trainer, Mapping):
+        raise ConfigError(f"trainer: expected fields of the Trainer, got {trainer!r}")
+    _check_arguments("trainer", trainer, Trainer, TRAINER_FIELDS)
     check_precision(trainer.get("precision"), str(trainer.get("accelerator", "auto")))
+    if config.get("seed_everything") is not None:
+        check_value("seed_everything", config["seed_everything"], Seed)
     ckpt_path = config.get("ckpt_path")
+    check_value("ckpt_path", ckpt_path, str | None)
     if ckpt_path not in (None, "last", "best") and not Path(ckpt_path).exists():
         raise ConfigError(f"ckpt_path: no file {ckpt_path!r}; give a checkpoint of this run, or `last`")
 
@@ -55,167 +68,163 @@ def check_precision(precision: Any, accelerator: str) -> None:
         )
     if name.startswith("transformer-engine") and not on_gpu:
         raise ConfigError(f"trainer.precision: {name!r} needs a Hopper GPU; set bf16-mixed or 32-true")
-    if (
-        name.startswith("bf16")
-        and on_gpu
-        and torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported()
-    ):
+    has_gpu = on_gpu and torch.cuda.is_available()
+    if name.startswith("bf16") and has_gpu and not torch.cuda.is_bf16_supported():
         raise ConfigError(
             f"trainer.precision: {name!r} is not supported by {torch.cuda.get_device_name()}; set "
             "32-true or 16-mixed"
         )
 
 
-def import_class(path: str, class_path: Any) -> type:
-    """The class behind a class_path. Raises: ConfigError naming the field."""
-    if not isinstance(class_path, str) or "." not in class_path:
-        raise ConfigError(f"{path}.class_path: expected package.module.Class, got {class_path!r}")
-    module_name, _, name = class_path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{path}.class_path: cannot import {module_name!r}: {error}") from error
-    found = getattr(module, name, None)
-    if not inspect.isclass(found):
-        classes = [n for n, c in vars(module).items() if inspect.isclass(c)]
-        raise ConfigError(f"{path}.class_path: no class {name!r} in {module_name}{suggest(name, classes)}")
-    return found
-
-
-def _check_class(path: str, node: Mapping[str, Any]) -> None:
-    _known(path, node, ("class_path", "init_args"))
-    arguments = node.get("init_args") or {}
-    _check_arguments(path, arguments, import_class(path, node["class_path"]).__init__, required=True)  # type: ignore[misc]
-
-
-def _check_arguments(
-    path: str, arguments: Mapping[str, Any], function: Callable[..., Any], required: bool
-) -> None:
-    if not isinstance(arguments, Mapping):
-        raise ConfigError(f"{path}: expected fields, got {arguments!r}")
-    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n != "self"}
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        _known(path, arguments, tuple(parameters))
-    hints = typing.get_type_hints(function)
-    for name, value in arguments.items():
-        _check_value(f"{path}.{name}", value, hints.get(name, Any))
-    missing = [
-        n
-        for n, p in parameters.items()
-        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n not in arguments
-    ]
-    if required and missing:
-        raise ConfigError(f"{path}.{missing[0]}: expected a value, got none; this field has no default")
-
-
-def _check_value(path: str, value: Any, hint: Any) -> None:
+def check_value(path: str, value: Any, hint: Any) -> None:
+    """Raises: ConfigError where the value, or anything in it, does not fit the annotation."""
     if isinstance(value, Mapping) and "class_path" in value:
-        _check_class(path, value)
-        return
-    if isinstance(value, list):
-        for i, item in enumerate(value):
-            _check_value(f"{path}.{i}", item, _item_hint(hint))
-        if _plain(hint) and not _fits(value, hint):
-            raise ConfigError(f"{path}: expected {_name(hint)}, got {value!r}")
-        return
-    if isinstance(value, Mapping):
-        if _plain(hint) and hint is not Any:
-            raise ConfigError(f"{path}.{next(iter(value), '')}: expected {_name(hint)} at {path}, got fields")
-        record = _dataclass(hint)
-        if record is not None:
-            _check_arguments(path, value, record.__init__, required=True)  # type: ignore[misc]
-        else:
-            for key, item in value.items():
-                _check_value(f"{path}.{key}", item, _item_hint(hint))
-        return
-    if not _plain(hint):
-        if (
-            isinstance(value, str | bool | int | float)
-            and _dataclass(hint) is not None
-            and not _scalar_allowed(hint)
-        ):
-            raise ConfigError(f"{path}: expected fields of {_dataclass(hint).__name__}, got {value!r}")  # type: ignore[union-attr]
-        return
-    if not _fits(value, hint):
-        raise ConfigError(f"{path}: expected {_name(hint)}, got {value!r}")
+        _check_class(path, value, hint)
+    elif isinstance(value, Mapping):
+        _check_mapping(path, value, hint)
+    elif isinstance(value, list):
+        _check_list(path, value, hint)
+    elif not any(_takes(option, value) for option in options(hint)):
+        raise ConfigError(f"{path}: expected {expected(hint)}, got {_shown(value)}")
 
 
-def _known(path: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def check_known(path: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raises: ConfigError for the first key that is none of the known ones."""
     for key in given:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)
             raise ConfigError(f"{where}: unknown field{suggest(str(key), known)}; known: {', '.join(known)}")
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the hint alone."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The named parameters of a constructor; those of a parent class where it hands on `**kwargs`."""
+    parameters = dict(inspect.signature(function).parameters)
+    parameters.pop("self", None)
+    return parameters
 
 
-def _plain(hint: Any) -> bool:
-    """Whether values of this type can be checked here: numbers, texts, literals, None and lists or tuples of
-    them."""
-    for option in _options(hint):
-        origin = typing.get_origin(option)
-        if origin in (list, tuple):
-            if not all(_plain(item) for item in typing.get_args(option) if item is not Ellipsis):
-                return False
-        elif origin is not Literal and option not in (int, float, str, bool, type(None)):
-            return False
-    return True
+def _check_class(path: str, node: Mapping[str, Any], hint: Any) -> None:
+    check_known(path, node, ("class_path", "init_args"))
+    cls = import_class(path, node["class_path"])
+    if inspect.isabstract(cls):
+        raise ConfigError(f"{path}.class_path: {cls.__name__} is abstract; name a class that builds on it")
+    wanted = [option for option in options(hint) if not is_plain(option)]
+    if wanted and all(_is_class(option) for option in wanted) and not issubclass(cls, tuple(wanted)):
+        names = " or ".join(option.__name__ for option in wanted)
+        raise ConfigError(f"{path}.class_path: expected a kind of {names}, got {node['class_path']}")
+    arguments = node.get("init_args") or {}
+    _check_arguments(path, arguments, cls, {}, required=True)
+    check_extra(path, cls, arguments)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    for option in _options(hint):
-        origin = typing.get_origin(option)
-        if origin is Literal:
-            ok = any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(option))
-        elif origin in (list, tuple):
-            items = [i for i in typing.get_args(option) if i is not Ellipsis]
-            ok = isinstance(value, list | tuple) and all(any(_fits(v, i) for i in items) for v in value)
-        elif option is float:
-            ok = isinstance(value, int | float) and not isinstance(value, bool)
-        elif option is int:
-            ok = isinstance(value, int) and not isinstance(value, bool)
-        else:
-            ok = isinstance(value, option)
-        if ok:
-            return True
-    return False
+def _is_class(option: Any) -> bool:
+    """Whether `issubclass` decides what fits; protocols are left to the parser, which compares signatures."""
+    return isinstance(option, type) and option is not Any and not getattr(option, "_is_protocol", False)
+
+
+def _check_arguments(
+    path: str, arguments: Any, cls: type, fields: Mapping[str, Any], required: bool = False
+) -> None:
+    """A constructor's arguments; `fields` are annotations that say more than its own."""
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"{path}: expected fields, got {arguments!r}")
+    parameters = parameters_of(cls)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        check_known(path, arguments, tuple(parameters))
+    hints = {**typing.get_type_hints(cls.__init__, include_extras=True), **fields}  # type: ignore[misc]
+    for name, value in arguments.items():
+        check_value(f"{path}.{name}", value, hints.get(name, Any))
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind in named]
+    for name in missing if required else ():
+        if name not in arguments:
+            raise ConfigError(f"{path}.{name}: expected a value, got none; this field has no default")
+
+
+def _check_mapping(path: str, value: Mapping[str, Any], hint: Any) -> None:
+    record = next((o for o in options(hint) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+    if record is not None:
+        _check_arguments(path, value, record, {}, required=True)
+        return
+    if not any(_is_a(option, Mapping) for option in options(hint)):
+        raise ConfigError(f"{path}.{next(iter(value), '')}: expected {expected(hint)} at {path}, got fields")
+    for key, item in value.items():
+        check_value(f"{path}.{key}", item, _item_hint(hint))
+
+
+def _check_list(path: str, value: list[Any], hint: Any) -> None:
+    if not any(_is_a(option, list | tuple) for option in options(hint)):
+        raise ConfigError(f"{path}: expected {expected(hint)}, got {_shown(value)}")
+    for i, item in enumerate(value):
+        check_value(f"{path}.{i}", item, _item_hint(hint))
+    found = problem(value, hint)  # what relates the items: the length of a tuple
+    if found is not None:
+        raise ConfigError(f"{path}: {found}")
+
+
+def _takes(option: Any, value: Any) -> bool:
+    """Whether a plain value may stand for this annotation."""
+    if is_plain(option):
+        return problem(value, option) is None
+    if option is Any or isinstance(option, typing.TypeVar):
+        return True
+    # Paths, durations and enums are written as texts; building them says what is wrong with one.
+    is_record = isinstance(option, type) and option.__module__ not in ("datetime", "pathlib")
+    return isinstance(value, str) and not is_record and typing.get_origin(option) is None
+
+
+def _is_a(option: Any, kind: Any) -> bool:
+    """Whether a list or mapping (`kind`) may stand for this annotation."""
+    origin = typing.get_origin(option) or option
+    if option is Any or isinstance(option, typing.TypeVar):
+        return True
+    if getattr(origin, "_is_protocol", False) and origin.__module__ != "collections.abc":
+        return False
+    return isinstance(origin, type) and any(
+        issubclass(concrete, origin) for concrete in ((dict,) if kind is Mapping else (list, tuple))
+    )
 
 
 def _item_hint(hint: Any) -> Any:
     """The hint of a container's items, from the option that has one."""
-    for option in _options(hint):
-        if typing.get_origin(option) in (list, tuple, dict) and typing.get_args(option):
-            return typing.get_args(option)[-1]
+    for option in options(hint):
+        origin = typing.get_origin(option)
+        items = [item for item in typing.get_args(option) if item is not Ellipsis]
+        if isinstance(origin, type) and items and origin is not type:
+            return items[-1]
     return Any
 
 
-def _dataclass(hint: Any) -> type | None:
-    return next(
-        (
-            option
-            for option in _options(hint)
-            if dataclasses.is_dataclass(option) and isinstance(option, type)
-        ),
-        None,
-    )
+def expected(hint: Any) -> str:
+    """An annotation in words, for errors and help."""
+    return " or ".join(_expected_one(option) for option in options(hint))
 
 
-def _scalar_allowed(hint: Any) -> bool:
-    return any(option in (str, int, float, bool) for option in _options(hint))
+def _expected_one(option: Any) -> str:
+    if isinstance(option, type) and dataclasses.is_dataclass(option):
+        return f"fields of {option.__name__}"
+    origin = typing.get_origin(option)
+    if isinstance(origin, type) and issubclass(origin, list) and typing.get_args(option):
+        return f"a list of ({expected(typing.get_args(option)[0])})"
+    if isinstance(origin, type) and not is_plain(option):
+        return "fields by name" if issubclass(origin, Mapping) else "a list"
+    if isinstance(option, type) and not is_plain(option):
+        return f"class_path and init_args ({option.__name__})"
+    return describe(option)
 
 
-def _name(hint: Any) -> str:
-    def one(option: Any) -> str:
-        if option is type(None):
-            return "null"
-        if typing.get_origin(option) is Literal:
-            return " | ".join(repr(v) for v in typing.get_args(option))
-        return (
-            option.__name__ if isinstance(option, type) and typing.get_origin(option) is None else str(option)
-        )
+def _shown(value: Any) -> str:
+    """As YAML writes it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
 
-    return " or ".join(one(option) for option in _options(hint))
+
+def _numbers(path: str, node: Any) -> Iterator[tuple[str, float]]:
+    """Every number of a configuration with its place."""
+    if isinstance(node, float):
+        yield path, node
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _numbers(path if key == "init_args" else f"{path}.{key}".lstrip("."), value)
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _numbers(f"{path}.{i}", value)

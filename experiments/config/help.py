@@ -1,73 +1,112 @@
-"""`--help`: every field of the classes a configuration names, with type, default and documentation."""
+"""`--help`: the Trainer's fields and those of every class a configuration names, with type, default and
+documentation; each class once."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import textwrap
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import docstring_parser
+from lightning import Trainer
 
-from experiments.cli import USAGE
-from experiments.config.check import import_class
-from experiments.config.compose import PROJECT_ROOT, ConfigError
+from datamodules.fields import options
+from experiments.config.check import expected, parameters_of
+from experiments.config.classes import import_class, moved_to, project_classes
+from experiments.config.compose import compose
+from experiments.config.errors import ConfigError, suggest
+from experiments.config.trainer_fields import TRAINER_FIELDS
 
+QUICKSTART = "configs/quickstart.yaml"
 WIDTH = 110
 
 
-def print_help(flag: str, config: Mapping[str, Any]) -> None:
-    """Print the fields of one class (`--help.CLASS`), or usage and the fields of every class of a
-    configuration."""
-    if flag.startswith("--help."):
-        _print_class(_find_class(flag.removeprefix("--help.")))
-        return
-    print(USAGE)
-    for path, cls in _classes(config):
-        print(f"\n{path}:")
+def print_fields(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> None:
+    """Print the fields of every class of a configuration under the places where it stands."""
+    config = compose(files or [QUICKSTART], overrides)
+    places: dict[type, list[str]] = {}
+    for path, cls in classes(config):
+        places.setdefault(cls, []).append(path)
+    for cls, paths in places.items():
+        print(_filled("", ", ".join(paths) + ":", indent="  "))
         _print_class(cls)
+    print("\ntrainer:")
+    _print_class(Trainer)
 
 
-def _classes(node: Any, path: str = "") -> Iterator[tuple[str, type]]:
+def print_class(name: str) -> None:
+    """Print the fields of one class. Raises: ConfigError if there is none of this name."""
+    known = name if "." in name else moved_to(name)
+    if known is None:
+        raise ConfigError(f"--help.{name}: no such class in the project{suggest(name, project_classes())}")
+    _print_class(import_class("--help", known))
+
+
+def classes(node: Any, path: str = "") -> Iterator[tuple[str, type]]:
+    """Every class of a configuration with its place."""
     if isinstance(node, Mapping):
         if "class_path" in node:
             yield path, import_class(path, node["class_path"])
         for key, value in node.items():
             inner = path if key == "init_args" else f"{path}.{key}".lstrip(".")
-            yield from _classes(value, inner)
+            yield from classes(value, inner)
     elif isinstance(node, list):
         for i, value in enumerate(node):
-            yield from _classes(value, f"{path}.{i}")
-
-
-def _print_class(cls: type) -> None:
-    parsed = docstring_parser.parse(inspect.getdoc(cls) or "")
-    print(f"  {cls.__module__}.{cls.__qualname__}: {parsed.short_description or ''}")
-    for name, kind, default, text in fields(cls):
-        print(f"    {name} ({kind}{default}): {' '.join(text.split())}")
+            yield from classes(value, f"{path}.{i}")
 
 
 def fields(cls: type) -> Iterator[tuple[str, str, str, str]]:
     """(name, type, default, documentation) of every constructor field, those of nested settings with a dotted
     name."""
-    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    texts = _documentation(cls)
-    for name, parameter in inspect.signature(cls).parameters.items():
-        hint = hints.get(name, Any)
-        if parameter.default is parameter.empty:
-            default = ", required"
+    hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
+    hints |= TRAINER_FIELDS if cls is Trainer else {}
+    texts = documentation(cls)
+    for name, parameter in parameters_of(cls).items():
+        hint, default = hints.get(name, Any), parameter.default
+        if default is parameter.empty:
+            said = ", required"
         else:
-            default = (
-                "" if dataclasses.is_dataclass(parameter.default) else f", default {parameter.default!r}"
-            )
-        yield name, str(parameter.annotation).replace("typing.", ""), default, texts.get(name, "")
-        for option in (hint, *typing.get_args(hint)):
+            said = "" if dataclasses.is_dataclass(default) else f", default {_shown(default)}"
+        yield name, expected(hint), said, texts.get(name, "")
+        for option in options(hint):
             if isinstance(option, type) and dataclasses.is_dataclass(option):
                 yield from ((f"{name}.{inner}", *rest) for inner, *rest in fields(option))  # type: ignore[misc]
 
 
-def _documentation(cls: type) -> dict[str, str]:
+def _print_class(cls: type) -> None:
+    parsed = docstring_parser.parse(inspect.getdoc(cls) or "")
+    about = f": {' '.join(parsed.short_description.split())}" if parsed.short_description else ""
+    print(_filled("  ", f"{cls.__module__}.{cls.__qualname__}{about}", indent="    "))
+    for name, kind, default, documentation in fields(cls):
+        # Lightning's texts refer to its web pages: :paramref:`~lightning.pytorch.trainer.Trainer.logger`.
+        text = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", documentation)
+        print(
+            _filled(
+                "    ", f"{name} ({kind}{default}): {' '.join(text.split())}".rstrip(": "), indent="      "
+            )
+        )
+
+
+def _filled(start: str, text: str, indent: str) -> str:
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=start,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _shown(default: Any) -> str:
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(default), repr(default))
+
+
+def documentation(cls: type) -> dict[str, str]:
     """Field texts from `Args:`, from strings below dataclass fields, and from the base class where a field is
     inherited."""
     texts: dict[str, str] = {}
@@ -79,14 +118,3 @@ def _documentation(cls: type) -> dict[str, str]:
             for parameter in docstring_parser.parse_from_object(base).params:
                 texts[parameter.arg_name] = parameter.description or ""
     return texts
-
-
-def _find_class(name: str) -> type:
-    if "." in name:
-        return import_class("--help", name)
-    for folder in ("datamodules", "lightning_modules", "callbacks"):
-        for file in sorted((PROJECT_ROOT / folder).rglob("*.py")):
-            if f"\nclass {name}" in file.read_text(encoding="utf-8"):
-                module = ".".join(file.relative_to(PROJECT_ROOT).with_suffix("").parts)
-                return import_class("--help", f"{module}.{name}")
-    raise ConfigError(f"--help.{name}: no such class in the project")

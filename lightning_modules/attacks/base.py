@@ -3,17 +3,25 @@ the result."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
 from datamodules.text.chat_format import Turn
+from lightning_modules.models.hidden_states import perturbed_layers
 from lightning_modules.models.language_model import LanguageModel
+
+StopLoss = Annotated[float, Ge(0), Le(10)]
+"""Nats per token below which an example counts as attacked and leaves the batch. Guessing among a vocabulary
+of V tokens costs ln V (10 nats at V = 22,000), so with more every example would be done before the first
+step and every attack would fail."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class AttackedPrompt:
     @contextmanager
     def applied(self, model: LanguageModel) -> Iterator[Tensor]:
         """(B, P, D) perturbed embeddings, with the perturbed layers in place while the context lasts."""
-        with model.perturbed_layers(self.layers):
+        with perturbed_layers(model, self.layers):
             yield self.embeds(model)
 
     @property
@@ -84,12 +92,12 @@ class Attack(Protocol):
 
     Contract (asserted for every attack in tests/test_attack_contract.py): the model's parameters, their
     `.grad` and `requires_grad` and all train/eval flags are unchanged; positions outside `attackable_mask`
-    are untouched; the same generator state gives the same bits; an example's result does not depend on its
+    are untouched; the same rng state gives the same bits; an example's result does not depend on its
     batch-mates or padding.
     """
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt: ...
 
 
@@ -123,18 +131,19 @@ class NoAttack:
     """delta = 0: the no-attack ablation and the clean baseline of every evaluation."""
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
-        passes = torch.zeros(len(batch), dtype=torch.long)
+        device = batch.prompt_ids.device
+        passes = torch.zeros(len(batch), dtype=torch.long, device=device)
         return AttackedPrompt(
             prompt_ids=batch.prompt_ids,
             prompt_mask=batch.prompt_mask,
             delta=None,
-            loss_curve=torch.empty(0, len(batch)),
+            loss_curve=torch.empty(0, len(batch), device=device),
             forward_passes=passes,
             backward_passes=passes.clone(),
-            distance=torch.zeros(len(batch)),
-            zero_gradient=torch.zeros(len(batch), dtype=torch.bool),
+            distance=torch.zeros(len(batch), device=device),
+            zero_gradient=torch.zeros(len(batch), dtype=torch.bool, device=device),
         )
 
 
@@ -148,16 +157,15 @@ def require_gradients(attack: object) -> None:
         )
 
 
-def require_counts(owner: object, **counts: int) -> None:
-    """Raises: ValueError naming the first of an attack's settings that is below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{type(owner).__name__}.{name}: expected >= 1, got {count}")
+def draw_seed(rng: torch.Generator) -> int:
+    """A seed for what cannot use the rng itself: Python's random, a model's sampling."""
+    return int(torch.randint(0, 2**31, (1,), generator=rng).item())
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    """A seed for what cannot use the generator itself: Python's random, a model's sampling."""
-    return int(torch.randint(0, 2**31, (1,), generator=generator).item())
+def derived_rng(seed: int, number: int) -> torch.Generator:
+    """The rng of one of several runs; runs of near seeds have nothing in common."""
+    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def require_texts(batch: AdversarialBatch) -> None:
@@ -168,12 +176,12 @@ def require_texts(batch: AdversarialBatch) -> None:
         )
 
 
-def example_generators(batch: AdversarialBatch, generator: torch.Generator | None) -> list[torch.Generator]:
-    """One CPU generator per example, seeded by one draw from `generator` and the example's id.
+def example_rngs(batch: AdversarialBatch, rng: torch.Generator | None) -> list[torch.Generator]:
+    """One CPU rng per example, seeded by one draw from `rng` and the example's id.
 
     An example's noise therefore does not depend on its batch-mates.
     """
-    base = int(torch.randint(0, 2**62, (1,), generator=generator).item()) if generator is not None else 0
+    base = int(torch.randint(0, 2**62, (1,), generator=rng).item()) if rng is not None else 0
     return [
         torch.Generator().manual_seed((base ^ example) & (2**63 - 1)) for example in batch.example_id.tolist()
     ]

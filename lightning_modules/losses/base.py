@@ -6,7 +6,6 @@ The one reduction happens in the LightningModule: the loss is the sum of the mea
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from datamodules.batch import TrainingBatch
 from lightning_modules.models.frozen import Reference
-from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.language_model import Attacked, LanguageModel
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,6 @@ class LossTerms:
 
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
-    passes: int = 0
-    """Forward and backward passes of single examples; a further term says its own, the module counts the
-    objective's."""
 
 
 class Objective(Protocol):
@@ -65,17 +61,6 @@ class Objective(Protocol):
 
     def utility(self, log_probs: Tensor, mask: Tensor) -> LossTerms:
         """log_probs and mask (B, T): the reply tokens of B utility conversations."""
-        ...
-
-
-class Attacked(Protocol):
-    """Attacked prompts as losses see them."""
-
-    @property
-    def prompt_mask(self) -> Tensor: ...
-
-    def applied(self, model: LanguageModel) -> AbstractContextManager[Tensor]:
-        """(B, P, D) embeddings of the prompts under the perturbation."""
         ...
 
 

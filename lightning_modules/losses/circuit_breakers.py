@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from datamodules.fields import Count, NonNegativeInt, Positive, checked
 from lightning_modules.losses.base import LossTerms, Step
+from lightning_modules.models.hidden_states import conversation_states, num_layers, reply_states
 from lightning_modules.models.language_model import Reply
 from lightning_modules.models.likelihood import masked_mean
 
@@ -31,6 +33,7 @@ def retain(states: Tensor, before: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(distance, mask)
 
 
+@checked
 class CircuitBreakers:
     """Representation rerouting on chosen decoder layers; the means over layers are summed with the two
     schedules.
@@ -42,15 +45,13 @@ class CircuitBreakers:
             for 150 steps].
     """
 
-    def __init__(self, layers: list[int], alpha: float = 10.0, horizon: int | None = None) -> None:
-        if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+    def __init__(
+        self, layers: list[NonNegativeInt], alpha: Positive = 10.0, horizon: Count | None = None
+    ) -> None:
+        if not layers or len(set(layers)) != len(layers):
             raise ValueError(
                 f"CircuitBreakers.layers: expected distinct layer numbers counted from 0, got {layers}"
             )
-        if not alpha > 0:
-            raise ValueError(f"CircuitBreakers.alpha: expected > 0, got {alpha}")
-        if horizon is not None and horizon < 1:
-            raise ValueError(f"CircuitBreakers.horizon: expected >= 1 or null, got {horizon}")
         self.layers = layers
         self.alpha = alpha
         self.horizon = horizon
@@ -68,7 +69,7 @@ class CircuitBreakers:
                 "CircuitBreakers: expected harmful and utility rows; set data.harmful_per_step and "
                 "data.utility_per_step"
             )
-        depth = len(step.model.causal_lm.get_decoder().layers)
+        depth = num_layers(step.model)
         if max(self.layers) >= depth:
             raise ValueError(
                 f"CircuitBreakers.layers: expected layers below {depth}, got {self.layers}; the model "
@@ -77,13 +78,15 @@ class CircuitBreakers:
         reply = Reply(harmful.harmful_ids, harmful.harmful_mask)
         with step.reference.active() as reference:
             with step.attacked.applied(reference) as embeds:
-                harmful_before = reference.reply_states(embeds, step.attacked.prompt_mask, reply, self.layers)
-            utility_before = reference.conversation_states(
-                utility.input_ids, utility.attention_mask, self.layers
+                harmful_before = reply_states(
+                    reference, embeds, step.attacked.prompt_mask, reply, self.layers
+                )
+            utility_before = conversation_states(
+                reference, utility.input_ids, utility.attention_mask, self.layers
             )
         with step.attacked.applied(step.model) as embeds:
-            harmful_now = step.model.reply_states(embeds, step.attacked.prompt_mask, reply, self.layers)
-        utility_now = step.model.conversation_states(utility.input_ids, utility.attention_mask, self.layers)
+            harmful_now = reply_states(step.model, embeds, step.attacked.prompt_mask, reply, self.layers)
+        utility_now = conversation_states(step.model, utility.input_ids, utility.attention_mask, self.layers)
         pairs = zip(harmful_now, harmful_before, strict=True)
         rerouted = torch.stack([reroute(now, before, reply.mask[:, :-1]) for now, before in pairs]).mean(0)
         pairs = zip(utility_now, utility_before, strict=True)
@@ -91,4 +94,4 @@ class CircuitBreakers:
         weight_reroute, weight_retain = self.weights(step)
         loss = weight_reroute * rerouted.mean() + weight_retain * retained.mean()
         parts = {"loss_reroute": rerouted.detach(), "loss_retain": retained.detach()}
-        return LossTerms(loss, parts, passes=3 * (len(harmful) + len(utility)))
+        return LossTerms(loss, parts)

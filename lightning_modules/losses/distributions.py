@@ -8,11 +8,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from datamodules.fields import NonNegative, Positive, checked
 from lightning_modules.losses.base import LossTerms, Step
 from lightning_modules.models.frozen import FrozenCopy
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import masked_mean
 from lightning_modules.models.loading import ModelConfig
+from lightning_modules.models.logits import labelled_logits, reply_logits
 
 
 def token_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
@@ -33,6 +35,7 @@ def token_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tens
     return temperature**2 * (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
 
 
+@checked
 class KLRetain:
     """KL(f0 || f) per reply token of the utility conversations, f0 the model before training: LAT's best
     retain term.
@@ -44,9 +47,7 @@ class KLRetain:
         weight: weight of the term [0.1 in LAT].
     """
 
-    def __init__(self, weight: float = 0.1) -> None:
-        if not weight > 0:
-            raise ValueError(f"KLRetain.weight: expected > 0, got {weight}; leave the term out instead")
+    def __init__(self, weight: Positive = 0.1) -> None:
         self.weight = weight
 
     def __call__(self, step: Step) -> LossTerms:
@@ -55,12 +56,13 @@ class KLRetain:
         if batch is None:
             raise ValueError("KLRetain: expected utility rows, got none; set data.utility_per_step")
         with step.reference.active() as reference:
-            before, _ = reference.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
-        now, mask = step.model.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
+            before, _ = labelled_logits(reference, batch.input_ids, batch.attention_mask, batch.labels)
+        now, mask = labelled_logits(step.model, batch.input_ids, batch.attention_mask, batch.labels)
         kl = masked_mean(_spread(token_kl(before, now), mask), mask)
-        return LossTerms(self.weight * kl, {"loss_kl_retain": kl.detach()}, passes=3 * len(batch))
+        return LossTerms(self.weight * kl, {"loss_kl_retain": kl.detach()})
 
 
+@checked
 class Distillation:
     """Defensive distillation: learn a teacher's softened distribution on the safe replies (under attack) and
     on the utility replies.
@@ -69,7 +71,7 @@ class Distillation:
 
     Args:
         teacher: any causal LM with the student's tokenizer; null takes the student as it was before training.
-        temperature: softens both distributions; the loss is multiplied by its square.
+        temperature: softens both distributions, 1 does not; the loss is multiplied by its square.
         weight_safe: weight on safe replies to harmful requests.
         weight_utility: weight on utility replies.
     """
@@ -77,16 +79,13 @@ class Distillation:
     def __init__(
         self,
         teacher: ModelConfig | None = None,
-        temperature: float = 2.0,
-        weight_safe: float = 1.0,
-        weight_utility: float = 1.0,
+        temperature: Positive = 2.0,
+        weight_safe: NonNegative = 1.0,
+        weight_utility: NonNegative = 1.0,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"Distillation.temperature: expected > 0, got {temperature}; 1 does not soften")
-        if min(weight_safe, weight_utility) < 0 or weight_safe + weight_utility == 0:
+        if weight_safe == weight_utility == 0:
             raise ValueError(
-                "Distillation.weight_safe and weight_utility: expected >= 0 and not both 0, got "
-                f"{weight_safe} and {weight_utility}"
+                "Distillation.weight_safe and weight_utility: expected one above 0, got 0 for both"
             )
         self.teacher = teacher
         self.temperature = temperature
@@ -98,40 +97,38 @@ class Distillation:
         """Raises: ValueError where neither stream has rows that the weights ask for, or the teacher has
         another vocabulary."""
         parts: dict[str, Tensor] = {}
-        losses, passes = [], 0
+        losses = []
         if step.batch.adversarial is not None and self.weight_safe > 0:
             kl = self._safe(step)
             losses.append(self.weight_safe * kl.mean())
             parts["loss_distil_safe"] = kl.detach()
-            passes += 3 * len(kl)
         if step.batch.utility is not None and self.weight_utility > 0:
             kl = self._utility(step)
             losses.append(self.weight_utility * kl.mean())
             parts["loss_distil_utility"] = kl.detach()
-            passes += 3 * len(kl)
         if not losses:
             raise ValueError(
                 "Distillation: expected rows to distil on, got none; set data.harmful_per_step or "
                 "data.utility_per_step"
             )
-        return LossTerms(torch.stack(losses).sum(), parts, passes)
+        return LossTerms(torch.stack(losses).sum(), parts)
 
     def _safe(self, step: Step) -> Tensor:
         batch = step.batch.adversarial
         assert batch is not None and step.attacked is not None
         reply = Reply(batch.safe_ids, batch.safe_mask)
         with self._active(step) as teacher:
-            taught = teacher.reply_logits(teacher.embed(batch.prompt_ids), batch.prompt_mask, reply)
+            taught = reply_logits(teacher, teacher.embed(batch.prompt_ids), batch.prompt_mask, reply)
         with step.attacked.applied(step.model) as embeds:
-            said = step.model.reply_logits(embeds, step.attacked.prompt_mask, reply)
+            said = reply_logits(step.model, embeds, step.attacked.prompt_mask, reply)
         return masked_mean(_spread(token_kl(taught, said, self.temperature), reply.mask), reply.mask)
 
     def _utility(self, step: Step) -> Tensor:
         batch = step.batch.utility
         assert batch is not None
         with self._active(step) as teacher:
-            taught, _ = teacher.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
-        said, mask = step.model.labelled_logits(batch.input_ids, batch.attention_mask, batch.labels)
+            taught, _ = labelled_logits(teacher, batch.input_ids, batch.attention_mask, batch.labels)
+        said, mask = labelled_logits(step.model, batch.input_ids, batch.attention_mask, batch.labels)
         return masked_mean(_spread(token_kl(taught, said, self.temperature), mask), mask)
 
     def _active(self, step: Step) -> AbstractContextManager[LanguageModel]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from datamodules.fields import NonNegative, Positive, checked
 from lightning_modules.losses.base import LossTerms, ReplyScores
 from lightning_modules.models.likelihood import mean_cross_entropy
 
@@ -43,6 +44,7 @@ def npo(harmful_gain: Tensor, beta: float) -> Tensor:
 FORMS = {"ipo": ipo, "sigmoid": sigmoid, "hinge": hinge}
 
 
+@checked
 class Preference:
     """The safe reply is preferred to the harmful one under attack, by a margin over the reference's own
     preference.
@@ -60,15 +62,10 @@ class Preference:
     def __init__(
         self,
         form: Literal["ipo", "sigmoid", "hinge", "npo"] = "ipo",
-        beta: float = 0.25,
-        weight_toward: float = 0.0,
-        weight_utility: float = 0.0,
+        beta: Positive = 0.25,
+        weight_toward: NonNegative = 0.0,
+        weight_utility: NonNegative = 0.0,
     ) -> None:
-        if not beta > 0:
-            raise ValueError(f"Preference.beta: expected > 0, got {beta}; the paper uses 0.25")
-        for name, weight in (("weight_toward", weight_toward), ("weight_utility", weight_utility)):
-            if weight < 0:
-                raise ValueError(f"Preference.{name}: expected >= 0, got {weight}; 0 leaves the term out")
         self.form = form
         self.beta = beta
         self.weight_toward = weight_toward

@@ -7,16 +7,18 @@ from typing import Literal
 
 from torch import Tensor
 
+from datamodules.fields import Fraction, NonNegative, checked
 from lightning_modules.losses.base import LossTerms, ReplyScores
 from lightning_modules.models.likelihood import mean_cross_entropy, soft_cutoff, unlikelihood
 
 
+@checked
 class TowardAwayUtility:
     """w_t * CE(y | x + delta) + w_a * away(y_hat | x + delta) + w_u * CE_utility, each term cut off softly
     per example.
 
     Args:
-        weight_toward: weight of CE of the safe reply.
+        weight_toward: weight of CE of the safe reply; weights are magnitudes, directions are built in.
         weight_away: weight of the away term.
         weight_utility: weight of CE on utility conversations.
         cutoff_toward: toward loss (nats per token, >= 0) below which its slope falls to `cutoff_slope`; null
@@ -32,24 +34,14 @@ class TowardAwayUtility:
 
     def __init__(
         self,
-        weight_toward: float = 0.5,
-        weight_away: float = 0.5,
-        weight_utility: float = 1.0,
+        weight_toward: NonNegative = 0.5,
+        weight_away: NonNegative = 0.5,
+        weight_utility: NonNegative = 1.0,
         cutoff_toward: float | None = 0.5,
         cutoff_away: float | None = -5.0,
         away_form: Literal["ce", "log1m"] = "ce",
-        cutoff_slope: float = 1e-3,
+        cutoff_slope: Fraction = 1e-3,
     ) -> None:
-        for field, weight in (
-            ("weight_toward", weight_toward),
-            ("weight_away", weight_away),
-            ("weight_utility", weight_utility),
-        ):
-            if weight < 0:
-                raise ValueError(
-                    f"TowardAwayUtility.{field}: expected >= 0, got {weight}; the term's direction is "
-                    "built in, set a magnitude"
-                )
         if weight_toward + weight_away + weight_utility == 0:
             raise ValueError(
                 "TowardAwayUtility: expected a positive weight, got 0 for all three terms; set at least one"
@@ -63,11 +55,6 @@ class TowardAwayUtility:
             raise ValueError(
                 f"TowardAwayUtility.cutoff_away: expected <= 0 (the away loss is -CE), got {cutoff_away}; "
                 "the positive cutoff belongs to cutoff_toward"
-            )
-        if not 0 <= cutoff_slope < 1:
-            raise ValueError(
-                f"TowardAwayUtility.cutoff_slope: expected within [0, 1), got {cutoff_slope}; the "
-                "paper uses 0.001"
             )
         self.weight_toward = weight_toward
         self.weight_away = weight_away

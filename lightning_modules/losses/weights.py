@@ -9,7 +9,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from datamodules.fields import Positive, checked
 from lightning_modules.losses.base import LossTerms, Step
+from lightning_modules.models.decoder import causal_lm
+from lightning_modules.models.embeddings import embedding_matrix
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -21,6 +24,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     return eigenvalues.clamp_min(torch.finfo(wide.dtype).tiny).sqrt()
 
 
+@checked
 class SpectralSpread:
     """ER-CAT's regulariser: the standard deviation of the singular values of W_E with its adapter's delta.
 
@@ -30,14 +34,12 @@ class SpectralSpread:
         weight: alpha_embed [0.5 in ER-CAT].
     """
 
-    def __init__(self, weight: float = 0.5) -> None:
-        if not weight > 0:
-            raise ValueError(f"SpectralSpread.weight: expected > 0, got {weight}; leave the term out instead")
+    def __init__(self, weight: Positive = 0.5) -> None:
         self.weight = weight
 
     def __call__(self, step: Step) -> LossTerms:
         """Raises: ValueError where the embedding does not learn."""
-        matrix = step.model.embedding_matrix()
+        matrix = embedding_matrix(step.model)
         if torch.is_grad_enabled() and not matrix.requires_grad:
             raise ValueError(
                 "SpectralSpread: expected an input embedding that learns, got a frozen one; add its "
@@ -48,6 +50,7 @@ class SpectralSpread:
         return LossTerms(self.weight * spread, {"loss_spectral_spread": spread.detach()})
 
 
+@checked
 class WeightDrift:
     """Squared distance of the weights from where training began (L2-SP; Li et al. 2018): of the products B A
     where adapters learn.
@@ -57,22 +60,20 @@ class WeightDrift:
         which: all learning weights, or the input embedding's alone.
     """
 
-    def __init__(self, weight: float = 1e-3, which: Literal["all", "embeddings"] = "all") -> None:
-        if not weight > 0:
-            raise ValueError(f"WeightDrift.weight: expected > 0, got {weight}; leave the term out instead")
+    def __init__(self, weight: Positive = 1e-3, which: Literal["all", "embeddings"] = "all") -> None:
         self.weight = weight
         self.which = which
 
     def __call__(self, step: Step) -> LossTerms:
         """Raises: ValueError where nothing of what is named learns."""
-        network = step.model.causal_lm
+        network = causal_lm(step.model.module)
         part: nn.Module = network.get_input_embeddings() if self.which == "embeddings" else network
         adapters = [layer for layer in part.modules() if isinstance(layer, LoraLayer)]
         if adapters:
             squares = [_product_norm(layer, name) for layer in adapters for name in layer.active_adapters]
         else:
             with step.reference.active() as reference:
-                start = dict(reference.causal_lm.named_parameters())
+                start = dict(causal_lm(reference.module).named_parameters())
             own = {id(p) for p in part.parameters()}
             learning = [
                 (name, p) for name, p in network.named_parameters() if p.requires_grad and id(p) in own

@@ -7,29 +7,20 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from datamodules.batch import pad
-from datamodules.text.chat_format import ChatFormat, Turn
+from datamodules.fields import Count, NonNegative, NonNegativeInt, Positive, Share, checked
+from datamodules.text.chat_format import ChatFormat
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_model
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What is said to a model: an optional system message, earlier turns, and the user's text."""
-
-    user: str
-    system: str | None = None
-    history: tuple[Turn, ...] = ()
+from lightning_modules.models.requests import Decoding, Request
 
 
 class ChatModel(Protocol):
-    """Replies to conversations; `name` and `revision` are stored with everything it judged or wrote."""
+    """Replies to requests; `name` and `revision` are stored with everything it judged or wrote."""
 
     @property
     def name(self) -> str: ...
@@ -37,8 +28,8 @@ class ChatModel(Protocol):
     @property
     def revision(self) -> str: ...
 
-    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
-        """One reply each; where they are sampled, the same seed and conversations give the same replies."""
+    def replies(self, requests: Sequence[Request], seed: int = 0) -> list[str]:
+        """One reply each; where they are sampled, the same seed and requests give the same replies."""
         ...
 
     def clip(self, text: str, max_tokens: int) -> str:
@@ -72,6 +63,7 @@ def escape_marks(text: str) -> str:
     return text
 
 
+@checked
 class LocalChat:
     """A model loaded on first use in this process, in evaluation mode.
 
@@ -81,7 +73,7 @@ class LocalChat:
         max_new_tokens: longest reply.
         temperature: 0 decodes greedily.
         top_p: nucleus of the sampling where the temperature is above 0.
-        max_rows: conversations per batch.
+        max_rows: requests per batch.
         device: where the model goes; null takes a GPU if there is one.
     """
 
@@ -89,17 +81,12 @@ class LocalChat:
         self,
         base: ModelConfig,
         tokenizer: TokenizerConfig,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        max_rows: int = 16,
+        max_new_tokens: Count = 256,
+        temperature: NonNegative = 0.0,
+        top_p: Share = 1.0,
+        max_rows: Count = 16,
         device: str | None = None,
     ) -> None:
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(
-                f"LocalChat.temperature and top_p: expected >= 0 and within (0, 1], got {temperature} "
-                f"and {top_p}"
-            )
         self.base = base
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
@@ -125,25 +112,10 @@ class LocalChat:
             self._loaded = LanguageModel(weights, chat=ChatFormat(load_tokenizer(self.tokenizer)))
         return self._loaded
 
-    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
-        """One reply each. Raises: ValueError where a conversation does not fit the chat template."""
-        model, out = self.language_model, []
-        for start in range(0, len(conversations), self.max_rows):
-            part = conversations[start : start + self.max_rows]
-            ids, mask = pad([model.chat.prompt(c.user, c.system, c.history).ids for c in part], "left")
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(seed + start)
-                replies = model.generate(
-                    model.embed(ids),
-                    mask,
-                    self.max_new_tokens,
-                    model.chat.stop_ids,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
-                )
-            out += [model.chat.decode(reply) for reply in replies]
-        return out
+    def replies(self, requests: Sequence[Request], seed: int = 0) -> list[str]:
+        """One reply each. Raises: ValueError where a request does not fit the chat template."""
+        decoding = Decoding(self.max_new_tokens, self.temperature, self.top_p, self.max_rows)
+        return self.language_model.reply(requests, decoding, seed)
 
     def clip(self, text: str, max_tokens: int) -> str:
         ids = self.language_model.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -153,6 +125,7 @@ class LocalChat:
         return self.language_model.chat.neutralised(escape_marks(text))
 
 
+@checked
 class Endpoint:
     """A server that speaks the OpenAI chat-completions protocol (needs the extra `endpoint`).
 
@@ -173,18 +146,15 @@ class Endpoint:
         base_url: str,
         model: str,
         api_key_env: str = "OPENAI_API_KEY",
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        timeout: float = 120.0,
-        max_retries: int = 4,
-        parallel: int = 8,
+        max_new_tokens: Count = 512,
+        temperature: NonNegative = 0.0,
+        top_p: Share = 1.0,
+        timeout: Positive = 120.0,
+        max_retries: NonNegativeInt = 4,
+        parallel: Count = 8,
     ) -> None:
         if importlib.util.find_spec("openai") is None:
-            raise ValueError(
-                "Endpoint: needs the openai package, which is not installed; pip install "
-                "'thundercat[endpoint]'"
-            )
+            raise ValueError("Endpoint: needs the openai package, which is not installed; pip install openai")
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"Endpoint.base_url: expected http:// or https://, got {base_url!r}")
         self.base_url = base_url
@@ -205,7 +175,7 @@ class Endpoint:
     def revision(self) -> str:
         return self.base_url
 
-    def replies(self, conversations: Sequence[Conversation], seed: int = 0) -> list[str]:
+    def replies(self, requests: Sequence[Request], seed: int = 0) -> list[str]:
         """One reply each; not every server takes a seed, so none is sent.
 
         Raises: ConnectionError once a request has failed `max_retries` times.
@@ -217,10 +187,10 @@ class Endpoint:
             base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries
         ) as client:
 
-            def ask(conversation: Conversation) -> str:
+            def ask(request: Request) -> str:
                 answer = client.chat.completions.create(
                     model=self.model,
-                    messages=_messages(conversation),  # type: ignore[arg-type]
+                    messages=_messages(request),  # type: ignore[arg-type]
                     max_tokens=self.max_new_tokens,
                     temperature=self.temperature,
                     top_p=self.top_p,
@@ -229,7 +199,7 @@ class Endpoint:
 
             try:
                 with ThreadPoolExecutor(self.parallel) as pool:
-                    return list(pool.map(ask, conversations))
+                    return list(pool.map(ask, requests))
             except OpenAIError as error:
                 raise ConnectionError(
                     f"the endpoint {self.base_url} failed: {error}; check base_url, model and "
@@ -245,8 +215,14 @@ class Endpoint:
         return escape_marks(text)
 
 
-def _messages(conversation: Conversation) -> list[dict[str, str]]:
-    messages = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
-    for user, assistant in conversation.history:
+def _messages(request: Request) -> list[dict[str, str]]:
+    messages = [] if request.system is None else [{"role": "system", "content": request.system}]
+    for user, assistant in request.history:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return [*messages, {"role": "user", "content": conversation.user}]
+    if request.prefill:
+        # Some servers continue a last assistant message, others answer anew, none says which.
+        raise ValueError(
+            f"Endpoint: expected requests without a prefill, got {request.prefill[:40]!r}; the protocol "
+            "cannot make a reply begin with a text"
+        )
+    return [*messages, {"role": "user", "content": request.text}]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from lightning_modules.models.adapters import disabled_adapters
+from lightning_modules.models.decoder import causal_lm, weight_dtype
 from lightning_modules.models.fingerprint import fingerprint
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_seeded
@@ -71,8 +72,8 @@ class Reference:
     def key(self) -> str:
         """Digest of the starting weights and their dtype."""
         with self.active() as model:
-            weights = fingerprint(model.causal_lm, leave_out="lora_" if self._copy is None else None)
-            return f"{weights}-{model.embedding_weight.dtype}"
+            weights = fingerprint(causal_lm(model.module), leave_out="lora_" if self._copy is None else None)
+            return f"{weights}-{weight_dtype(model.module)}"
 
     def release(self) -> None:
         """Free the copy, if there is one."""

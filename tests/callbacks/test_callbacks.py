@@ -133,7 +133,7 @@ def test_evaluation_needs_its_data() -> None:
         datamodule = None
 
     with pytest.raises(
-        ValueError, match="RefusalEvaluation expects data: datamodules.adversarial.AdversarialData"
+        ValueError, match="RefusalEvaluation expects data: datamodules.evaluation.EvaluationData"
     ):
         RefusalEvaluation().setup(FakeTrainer(), None, "fit")  # type: ignore[arg-type]
 

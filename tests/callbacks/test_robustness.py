@@ -81,7 +81,7 @@ def test_another_system_message_is_another_row(tmp_path: Path, thundercat: Run) 
     quiet = "--trainer.enable_progress_bar=false"
     assert thundercat(*attack_arguments(tmp_path, quiet))[0] == 0
     before = read_rows(tmp_path)
-    assert thundercat(*attack_arguments(tmp_path, quiet, "--data.system=Be brief."))[0] == 0
+    assert thundercat(*attack_arguments(tmp_path, quiet, "--data.encoding.system=Be brief."))[0] == 0
     assert len(read_rows(tmp_path)) == 2 * len(before)
 
 

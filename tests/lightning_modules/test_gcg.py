@@ -20,9 +20,12 @@ from lightning_modules.attacks.progress import observed
 from lightning_modules.attacks.suffix.gcg import GCG, draw_swaps
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import make_slot, replayable, typable_tokens, without_end_of_turn
+from lightning_modules.models.decoder import causal_lm
+from lightning_modules.models.embeddings import embedding_table, embedding_weight
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mellowmax
 from lightning_modules.models.loading import ModelConfig, load_model
+from lightning_modules.models.logits import replies_greedily
 from tests.conftest import FAMILIES, chat_model, text_batch, tiny_model, tinychat_format
 
 
@@ -166,9 +169,9 @@ def test_one_hot_gradient_equals_that_of_explicit_one_hot_coordinates(family: st
     _, gradient = search.gradient(
         torch.arange(2), search.start, lambda losses, mask: search.mean(torch.arange(2), losses)
     )
-    slopes = gradient @ language_model.embedding_table().T
+    slopes = gradient @ embedding_table(language_model).T
     scale = 32**0.5 if family.startswith("gemma") else 1.0
-    weight = language_model.embedding_weight.detach()
+    weight = embedding_weight(language_model).detach()
     for row, slot in enumerate(search.slots):
         coordinates = one_hot(torch.tensor(slot.suffix), 1024).double().requires_grad_()
         ends = [language_model.embed(torch.tensor([ids])).detach() for ids in (slot.before, slot.after)]
@@ -190,7 +193,7 @@ def test_next_token_logits_are_the_whole_prompt_s(family: str) -> None:
         for row in range(3):
             ids = torch.tensor([search.slots[row].before + suffixes[row].tolist()])
             torch.testing.assert_close(
-                logits[row], language_model.causal_lm(ids).logits[0, -1].float(), atol=1e-5, rtol=1e-5
+                logits[row], causal_lm(language_model.module)(ids).logits[0, -1].float(), atol=1e-5, rtol=1e-5
             )
 
 
@@ -200,9 +203,9 @@ def test_greedy_replies_are_recognised() -> None:
     ids = torch.tensor([row + [0] * (4 - len(row)) for row in out])
     mask = torch.tensor([[i < len(row) for i in range(4)] for row in out])
     embeds = language_model.embed(batch.prompt_ids)
-    assert language_model.replies_greedily(embeds, batch.prompt_mask, Reply(ids, mask)).all()
+    assert replies_greedily(language_model, embeds, batch.prompt_mask, Reply(ids, mask)).all()
     ids[1, 0] = (ids[1, 0] + 1) % 1000
-    assert language_model.replies_greedily(embeds, batch.prompt_mask, Reply(ids, mask)).tolist() == [
+    assert replies_greedily(language_model, embeds, batch.prompt_mask, Reply(ids, mask)).tolist() == [
         True,
         False,
         True,

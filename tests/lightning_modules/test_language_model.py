@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_modules.models.adapters import merged_adapters
+from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
 from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model, utility
 
@@ -68,16 +69,16 @@ def test_embedding_norm_is_what_the_decoder_receives(family: str) -> None:
     model(input_ids=torch.arange(VOCABULARY)[None])
     handle.remove()
     expected = received[0].norm(dim=-1).mean()
-    torch.testing.assert_close(LanguageModel(model).mean_embedding_norm(), expected.detach())
+    torch.testing.assert_close(mean_embedding_norm(LanguageModel(model)), expected.detach())
 
 
 def test_embedding_norm_follows_training() -> None:
     model = tiny_model()
     language_model = LanguageModel(model)
-    before = language_model.mean_embedding_norm().item()
+    before = mean_embedding_norm(language_model).item()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2.0)
-    assert language_model.mean_embedding_norm().item() == pytest.approx(2 * before)
+    assert mean_embedding_norm(language_model).item() == pytest.approx(2 * before)
 
 
 def test_token_id_zero_is_an_ordinary_token() -> None:

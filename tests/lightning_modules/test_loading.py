@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
-from lightning_modules.models import language_model as language_model_module
+from lightning_modules.models import decoder
+from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.loading import LoraSettings, ModelConfig, has_adapter, load_model
 from tests.conftest import ragged_batch, tiny_model, utility
@@ -96,13 +97,13 @@ def test_attention_implementations_agree(implementation: str) -> None:
 def test_only_reply_tokens_meet_the_output_head(monkeypatch: pytest.MonkeyPatch) -> None:
     # Trap: full-vocabulary logits at every position in every iteration.
     rows: list[int] = []
-    scored = language_model_module.token_log_probs
+    scored = decoder.token_log_probs
 
     def count(hidden: torch.Tensor, *rest: object) -> torch.Tensor:
         rows.append(len(hidden))
         return scored(hidden, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(language_model_module, "token_log_probs", count)
+    monkeypatch.setattr(decoder, "token_log_probs", count)
     batch = ragged_batch()
     EmbeddingPGD(num_steps=3, keep="last")(LanguageModel(tiny_model()), batch)
     assert rows == [int(batch.harmful_mask.sum())] * 3
@@ -115,7 +116,7 @@ def test_embeddings_are_gathered_not_multiplied(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.nn.functional, "one_hot", never)
     language_model, calls = LanguageModel(tiny_model()), []
-    language_model.causal_lm.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    causal_lm(language_model.module).get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
     EmbeddingPGD(num_steps=4, keep="last")(language_model, ragged_batch())
     # The norm, the prompt once, and the reply's tokens in each of four iterations.
     assert len(calls) == 6

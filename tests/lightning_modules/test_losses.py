@@ -94,12 +94,12 @@ def test_gradients_by_finite_differences(form: str) -> None:
             {"cutoff_away": 5.0},
             r"cutoff_away: expected <= 0 .* got 5.0; the positive cutoff belongs to cutoff_toward",
         ),
-        ({"weight_toward": -1.0}, r"weight_toward: expected >= 0, got -1.0"),
+        ({"weight_toward": -1.0}, r"weight_toward: expected a number >= 0, got -1.0"),
         (
             {"weight_toward": 0, "weight_away": 0, "weight_utility": 0},
             "expected a positive weight, got 0 for all three",
         ),
-        ({"cutoff_slope": 1.0}, r"cutoff_slope: expected within \[0, 1\), got 1.0"),
+        ({"cutoff_slope": 1.0}, r"cutoff_slope: expected a number within \[0, 1\), got 1.0"),
     ],
 )
 def test_impossible_values(fields: dict[str, float], message: str) -> None:

@@ -22,6 +22,7 @@ from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.base import OptimizerConfig
 from lightning_modules.losses.base import LossTerms, ReferenceScores, ReplyScores
 from lightning_modules.losses.preference import FORMS, Preference, npo
+from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.frozen import FrozenCopy, Reference
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy
@@ -94,9 +95,9 @@ def test_forms_by_finite_differences(form: Callable[[torch.Tensor, float], torch
 
 
 def test_wrong_settings_and_a_missing_reference_say_so() -> None:
-    with pytest.raises(ValueError, match=r"Preference.beta: expected > 0, got 0"):
+    with pytest.raises(ValueError, match=r"Preference.beta: expected a number > 0, got 0"):
         Preference(beta=0.0)
-    with pytest.raises(ValueError, match=r"Preference.weight_utility: expected >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"Preference.weight_utility: expected a number >= 0, got -1"):
         Preference(weight_utility=-1.0)
     with pytest.raises(ValueError, match="expected reference log-probabilities, got none"):
         Preference().adversarial(two_tokens(None))
@@ -126,14 +127,14 @@ def test_the_reference_stays_the_starting_point(lora: LoraSettings | None) -> No
     flags = [(p.requires_grad, p.grad) for p in language_model.module.parameters()]
     with reference.active() as start:
         seen = start.embed(batch.prompt_ids)
-        logits = start.causal_lm(inputs_embeds=seen).logits
+        logits = causal_lm(start.module)(inputs_embeds=seen).logits
         assert not start.module.training
     base.module.eval()
-    assert torch.equal(logits, base.causal_lm(input_ids=batch.prompt_ids).logits)
+    assert torch.equal(logits, causal_lm(base.module)(input_ids=batch.prompt_ids).logits)
     assert [(p.requires_grad, p.grad) for p in language_model.module.parameters()] == flags
     assert language_model.module.training
     assert reference.key == key
-    assert not torch.equal(language_model.causal_lm(input_ids=batch.prompt_ids).logits, logits)
+    assert not torch.equal(causal_lm(language_model.module)(input_ids=batch.prompt_ids).logits, logits)
 
 
 def test_adapters_loaded_with_trained_weights_belong_to_the_starting_point(tmp_path: Path) -> None:
@@ -143,10 +144,10 @@ def test_adapters_loaded_with_trained_weights_belong_to_the_starting_point(tmp_p
     config = ModelConfig(str(tmp_path))
     language_model, ids = loaded(config), text_batch().prompt_ids
     language_model.module.eval()
-    start = language_model.causal_lm(input_ids=ids).logits
+    start = causal_lm(language_model.module)(input_ids=ids).logits
     disturb(language_model)
     with Reference(language_model, config).active() as reference:
-        torch.testing.assert_close(reference.causal_lm(input_ids=ids).logits, start)
+        torch.testing.assert_close(causal_lm(reference.module)(input_ids=ids).logits, start)
 
 
 def table(
@@ -169,7 +170,7 @@ def test_table_is_filled_once_and_handed_out_by_example_id(tmp_path: Path) -> No
     for i in range(4):
         ids = torch.cat([batch.prompt_ids[i][batch.prompt_mask[i]], batch.safe_ids[i][batch.safe_mask[i]]])
         length = int(batch.safe_mask[i].sum())
-        logits = language_model.causal_lm(input_ids=ids[None]).logits[0, -length - 1 : -1]
+        logits = causal_lm(language_model.module)(input_ids=ids[None]).logits[0, -length - 1 : -1]
         assert ordered.safe[i].item() == pytest.approx(-cross_entropy(logits, ids[-length:]).item(), abs=1e-5)
     again.check_start(language_model, batch)
 

@@ -18,9 +18,14 @@ from lightning_modules.losses.base import Step, Term
 from lightning_modules.losses.circuit_breakers import CircuitBreakers, reroute, retain
 from lightning_modules.losses.distributions import Distillation, KLRetain, token_kl
 from lightning_modules.losses.weights import SpectralSpread, WeightDrift, singular_values
+from lightning_modules.models.decoder import causal_lm
+from lightning_modules.models.embeddings import embedding_matrix, embedding_weight
 from lightning_modules.models.frozen import Reference
+from lightning_modules.models.hidden_states import conversation_states, reply_states
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import LoraSettings, ModelConfig, load_seeded
+from lightning_modules.models.logits import reply_logits
+from lightning_modules.models.passes import PassCounter
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model, utility
 
 WIDE = {"dtype": torch.float64}
@@ -103,14 +108,16 @@ def test_circuit_breakers_schedules() -> None:
 
 def test_circuit_breakers_at_the_start_reroute_fully_and_keep_everything() -> None:
     language_model = LanguageModel(tiny_model())
-    terms = CircuitBreakers([0, 1], alpha=5.0)(step(language_model))
+    with PassCounter() as passes:
+        terms = CircuitBreakers([0, 1], alpha=5.0)(step(language_model))
     # The states are the reference's: cos = 1, distance 0; c_s = 5 and c_r = 0.
     torch.testing.assert_close(terms.parts["loss_reroute"], torch.ones(3))
     assert terms.parts["loss_retain"].max() < 1e-6
     assert terms.loss.item() == pytest.approx(5.0, rel=1e-5)
     grads = torch.autograd.grad(terms.loss, list(language_model.module.parameters()), allow_unused=True)
     assert all(torch.isfinite(g).all() for g in grads if g is not None)
-    assert terms.passes == 3 * (3 + 4)
+    # Three harmful and four utility rows: the reference's forwards, then the policy's forwards and backwards.
+    assert (passes.forward, passes.backward) == (2 * (3 + 4), 3 + 4)
 
 
 def test_states_of_replies_and_conversations_agree() -> None:
@@ -119,15 +126,17 @@ def test_states_of_replies_and_conversations_agree() -> None:
     from lightning_modules.models.language_model import Reply
 
     reply = Reply(batch.harmful_ids, batch.harmful_mask)
-    states = language_model.reply_states(
-        language_model.embed(batch.prompt_ids), batch.prompt_mask, reply, [1]
+    states = reply_states(
+        language_model, language_model.embed(batch.prompt_ids), batch.prompt_mask, reply, [1]
     )[0]
     for i in range(len(batch)):
         prompt, own = batch.prompt_ids[i][batch.prompt_mask[i]], batch.harmful_ids[i][batch.harmful_mask[i]]
         ids = torch.cat([prompt, own[:-1]])[None]
-        whole = language_model.conversation_states(ids, torch.ones_like(ids, dtype=torch.bool), [1])[0]
+        whole = conversation_states(language_model, ids, torch.ones_like(ids, dtype=torch.bool), [1])[0]
         torch.testing.assert_close(states[i, : len(own) - 1], whole[0, len(prompt) :])
-        logits = language_model.reply_logits(language_model.embed(batch.prompt_ids), batch.prompt_mask, reply)
+        logits = reply_logits(
+            language_model, language_model.embed(batch.prompt_ids), batch.prompt_mask, reply
+        )
     (log_probs,) = language_model.reply_log_probs(
         language_model.embed(batch.prompt_ids), batch.prompt_mask, reply
     )
@@ -142,7 +151,7 @@ def test_kl_retain_is_zero_at_the_start_and_equals_the_definition_later() -> Non
     for i in range(len(batch)):
         ids, scored = batch.input_ids[i][batch.attention_mask[i]][None], batch.labels[i, 1:] != -100
         p, q = (
-            v.causal_lm(input_ids=ids).logits[0, :-1].log_softmax(-1)[scored[: ids.shape[1] - 1]]
+            causal_lm(v.module)(input_ids=ids).logits[0, :-1].log_softmax(-1)[scored[: ids.shape[1] - 1]]
             for v in (start, language_model)
         )
         assert terms.loss[i].item() == pytest.approx(
@@ -168,9 +177,9 @@ def test_weight_drift_by_hand() -> None:
     at = Step(language_model, Reference(language_model, config), TrainingBatch(None, utility()), None, 0, 1)
     assert WeightDrift()(at).loss.item() == 0.0
     with torch.no_grad():
-        language_model.embedding_weight.add_(0.1)
+        embedding_weight(language_model).add_(0.1)
     # Every one of V * d weights moved by 0.1; the tied head is the same tensor and counts once.
-    count = language_model.embedding_weight.numel()
+    count = embedding_weight(language_model).numel()
     for which in ("all", "embeddings"):
         assert WeightDrift(2.0, which)(at).loss.item() == pytest.approx(2.0 * 0.01 * count, rel=1e-4)  # type: ignore[arg-type]
 
@@ -199,7 +208,7 @@ def test_weight_drift_of_adapters_is_that_of_their_product() -> None:
             deltas.append(layer.get_delta_weight("default"))
     expected = torch.stack([delta.square().sum() for delta in deltas]).sum()
     torch.testing.assert_close(WeightDrift(1.0)(at).loss, expected)
-    matrix = language_model.embedding_matrix()
+    matrix = embedding_matrix(language_model)
     torch.testing.assert_close(matrix, language_model.embed(torch.arange(97)))
     assert matrix.requires_grad
     assert SpectralSpread()(at).loss.requires_grad

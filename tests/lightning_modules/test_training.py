@@ -28,6 +28,7 @@ from datamodules.batch import TrainingBatch
 from datamodules.evaluation import EvaluationSets
 from datamodules.sources.combinators import AnsweredRequests
 from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.text.encoding import EncodingConfig
 from datamodules.text.tokenizers import TokenizerConfig
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.base import Attack, NoAttack
@@ -50,7 +51,7 @@ def data(micro_batches: int = 1, evaluation: bool = False, **changes: Any) -> Ad
     fields: dict[str, Any] = {
         "harmful_per_step": 4,
         "utility_per_step": 8,
-        "max_length": 128,
+        "encoding": EncodingConfig(128),
         "micro_batches": micro_batches,
     }
     return AdversarialData(
@@ -364,10 +365,25 @@ def test_evaluation_callbacks_do_not_disturb_training(tmp_path: Path) -> None:
     ]
 
 
+class Attacks(Callback):
+    """Keeps what each micro-batch's attack found."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *rest: Any) -> None:
+        self.found.append(outputs["attacked"])
+
+
 def test_no_attack_and_one_step_are_settings_of_the_same_module(tmp_path: Path) -> None:
+    none, one = Attacks(), Attacks()
     cat = AdversarialFineTuning(ModelConfig("tinychat:aligned"), NoAttack(), TowardAwayUtility())
-    trainer(tmp_path, 2).fit(cat, datamodule=data())
-    trainer(tmp_path, 2).fit(module(num_steps=1, step_size=1.0, step_rule="sign"), datamodule=data())
+    trainer(tmp_path, 2, none).fit(cat, datamodule=data())
+    trainer(tmp_path, 2, one).fit(module(num_steps=1, step_size=1.0, step_rule="sign"), datamodule=data())
+    assert [len(attacks.found) for attacks in (none, one)] == [2, 2]
+    assert all(attacked.delta is None and not attacked.backward_passes.any() for attacked in none.found)
+    assert all(attacked.delta.abs().amax() > 0 for attacked in one.found)
+    assert all((attacked.backward_passes == 1).all() for attacked in one.found)
 
 
 def test_supervised_fine_tuning_learns_and_refuses_harmful_rows(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class Ball(Protocol):
         """(...,) norm of each token's perturbation."""
         ...
 
-    def random_point(self, shape: tuple[int, ...], radius: Tensor, generator: torch.Generator) -> Tensor: ...
+    def random_point(self, shape: tuple[int, ...], radius: Tensor, rng: torch.Generator) -> Tensor: ...
 
 
 class L2Ball:
@@ -39,11 +39,11 @@ class L2Ball:
     def size(self, delta: Tensor) -> Tensor:
         return delta.norm(dim=-1)
 
-    def random_point(self, shape: tuple[int, ...], radius: Tensor, generator: torch.Generator) -> Tensor:
+    def random_point(self, shape: tuple[int, ...], radius: Tensor, rng: torch.Generator) -> Tensor:
         """Uniform in the ball: a Gaussian direction and a radius distributed as u^(1/D)."""
-        direction = torch.randn(shape, generator=generator)
+        direction = torch.randn(shape, generator=rng)
         direction /= direction.norm(dim=-1, keepdim=True)
-        length = torch.rand(shape[:-1], generator=generator) ** (1.0 / shape[-1])
+        length = torch.rand(shape[:-1], generator=rng) ** (1.0 / shape[-1])
         return self.project(direction * length[..., None] * radius.cpu(), radius.cpu())
 
 
@@ -59,8 +59,8 @@ class LinfBall:
     def size(self, delta: Tensor) -> Tensor:
         return delta.abs().amax(dim=-1)
 
-    def random_point(self, shape: tuple[int, ...], radius: Tensor, generator: torch.Generator) -> Tensor:
-        return (2.0 * torch.rand(shape, generator=generator) - 1.0) * radius.cpu()
+    def random_point(self, shape: tuple[int, ...], radius: Tensor, rng: torch.Generator) -> Tensor:
+        return (2.0 * torch.rand(shape, generator=rng) - 1.0) * radius.cpu()
 
 
 BALLS: dict[str, Ball] = {"l2": L2Ball(), "linf": LinfBall()}

@@ -3,18 +3,22 @@ arXiv 2407.15549)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
+from datamodules.fields import Count, Fraction, NonNegativeInt, Positive, checked
 from lightning_modules.attacks.base import AttackedPrompt, require_gradients
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, RadiusUnit, StepRule, StepUnit, target_loss
+from lightning_modules.models.hidden_states import num_layers, perturbed_layers
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
 
 
+@checked
 class LatentPGD:
     """PGD on the outputs of decoder layers (and the embeddings) at the attackable positions, each within its
     own ball.
@@ -36,26 +40,21 @@ class LatentPGD:
 
     def __init__(
         self,
-        layers: list[int],
+        layers: list[NonNegativeInt],
         embedding: bool = True,
-        epsilon: float | None = 6.0,
+        epsilon: Positive | None = 6.0,
         radius_unit: RadiusUnit = "absolute",
         ball: Literal["l2", "linf"] = "l2",
-        num_steps: int = 16,
-        step_size: float = 0.25,
+        num_steps: Count = 16,
+        step_size: Positive = 0.25,
         step_unit: StepUnit = "radius",
         step_rule: StepRule = "l2",
         keep: Literal["best", "last"] = "best",
-        weight_safe: float = 0.0,
+        weight_safe: Fraction = 0.0,
     ) -> None:
-        if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+        if not layers or len(set(layers)) != len(layers):
             raise ValueError(
                 f"LatentPGD.layers: expected distinct layer numbers counted from 0, got {layers}"
-            )
-        if not 0 <= weight_safe < 1:
-            raise ValueError(
-                f"LatentPGD.weight_safe: expected within [0, 1), got {weight_safe}; it is a share of "
-                "the adversary's loss"
             )
         self.layers = layers
         self.weight_safe = weight_safe
@@ -73,12 +72,12 @@ class LatentPGD:
 
     @torch.enable_grad()
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: RuntimeError in inference mode, ValueError for a layer that the model
         lacks."""
         require_gradients(self)
-        depth = len(model.causal_lm.get_decoder().layers)
+        depth = num_layers(model)
         if max(self.layers) >= depth:
             raise ValueError(
                 f"LatentPGD.layers: expected layers below {depth}, got {self.layers}; the model has "
@@ -98,7 +97,7 @@ class LatentPGD:
 
             def loss(point: Tensor, active: Tensor) -> Tensor:
                 embedding, layers = self._split(point)
-                with model.perturbed_layers(layers):
+                with perturbed_layers(model, layers):
                     return self._loss(
                         model,
                         batch,
@@ -108,9 +107,8 @@ class LatentPGD:
 
             found = self.descent.descend(loss, delta, allowed, radius, step)
         embedding, layers = self._split(found.delta)
-        return AttackedPrompt(
-            batch.prompt_ids, batch.prompt_mask, **(vars(found) | {"delta": embedding}), layers=layers
-        )
+        attacked = found.ledger.attacked(batch.prompt_ids, batch.prompt_mask, embedding, found.distance)
+        return replace(attacked, layers=layers)
 
     def _loss(self, model: LanguageModel, batch: AdversarialBatch, embeds: Tensor, active: Tensor) -> Tensor:
         """(A,) what the adversary minimises."""

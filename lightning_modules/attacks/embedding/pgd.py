@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_gradients
+from datamodules.fields import Count, Positive, checked
+from lightning_modules.attacks.base import AttackedPrompt, StopLoss, example_rngs, require_gradients
 from lightning_modules.attacks.embedding.balls import BALLS, Ball
-from lightning_modules.attacks.progress import notify
+from lightning_modules.attacks.ledger import Ledger, PointLedger
+from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 
@@ -32,16 +34,15 @@ TargetLoss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Descent:
-    """What a descent found; the fields are those of AttackedPrompt."""
+    """What a descent found: (B, T, D) perturbations, their (B,) distance in units of the radius, and the
+    account."""
 
     delta: Tensor
-    loss_curve: Tensor
-    forward_passes: Tensor
-    backward_passes: Tensor
     distance: Tensor
-    zero_gradient: Tensor
+    ledger: Ledger
 
 
+@checked
 class EmbeddingPGD:
     """PGD within a per-token ball around the embeddings of the attackable positions.
 
@@ -64,32 +65,18 @@ class EmbeddingPGD:
 
     def __init__(
         self,
-        epsilon: float | None = 0.05,
-        num_steps: int = 10,
-        step_size: float = 0.25,
+        epsilon: Positive | None = 0.05,
+        num_steps: Count = 10,
+        step_size: Positive = 0.25,
         step_unit: StepUnit = "radius",
         step_rule: StepRule = "l2",
         radius_unit: RadiusUnit = "embedding_norm",
         ball: Literal["l2", "linf"] = "l2",
         random_start: bool = False,
         keep: Literal["best", "last"] = "best",
-        stop_loss: float | None = None,
+        stop_loss: StopLoss | None = None,
     ) -> None:
         name = type(self).__name__
-        if epsilon is not None and not epsilon > 0:
-            raise ValueError(
-                f"{name}.epsilon: expected > 0, got {epsilon}; set a positive radius, or attack: "
-                "NoAttack for no attack"
-            )
-        if num_steps < 1:
-            raise ValueError(
-                f"{name}.num_steps: expected >= 1, got {num_steps}; set at least one step, or attack: "
-                "NoAttack for no attack"
-            )
-        if not step_size > 0:
-            raise ValueError(
-                f"{name}.step_size: expected > 0, got {step_size}; a step of zero never leaves the start"
-            )
         if epsilon is None and step_unit == "radius":
             raise ValueError(
                 f"{name}.step_unit: expected 'embedding_norm' or 'absolute' without a radius, got "
@@ -113,20 +100,20 @@ class EmbeddingPGD:
 
     @torch.enable_grad()
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode."""
         require_gradients(self)
         radius, step = self.lengths(model)
         with model.frozen():
             clean = model.embed(batch.prompt_ids).detach()
-            delta = self._start(clean, batch, radius, generator)
+            delta = self._start(clean, batch, radius, rng)
 
             def loss(point: Tensor, active: Tensor) -> Tensor:
                 return target_loss(model, batch, clean[active] + point, active)
 
             found = self.descend(loss, delta, batch.attackable_mask[..., None], radius, step)
-        return AttackedPrompt(batch.prompt_ids, batch.prompt_mask, **vars(found))
+        return found.ledger.attacked(batch.prompt_ids, batch.prompt_mask, found.delta, found.distance)
 
     def descend(
         self, target: TargetLoss, delta: Tensor, allowed: Tensor, radius: Tensor | None, step: Tensor
@@ -141,24 +128,16 @@ class EmbeddingPGD:
             radius: absolute radius per token, None for no ball.
             step: absolute step length.
         """
-        size, device = len(delta), delta.device
-        best, best_loss = delta.clone(), torch.full((size,), torch.inf, device=device, dtype=delta.dtype)
-        passes = torch.zeros(2, size, dtype=torch.long, device=device)
-        zero_gradient = torch.zeros(size, dtype=torch.bool, device=device)
+        ledger = PointLedger(delta)
         moments = _Adam(delta) if self.step_rule == "adam" else None
-        active = torch.arange(size, device=device)
-        curve = []
+        active = torch.arange(len(delta), device=delta.device)
         for i in range(self.num_steps + (self.keep == "best")):
             differentiate = i < self.num_steps
             point = delta[active].requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
                 loss = target(point, active)
-            passes[0, active] += 1
-            curve.append(_scatter_row(loss.detach(), active, size))
-            notify(curve[-1])
-            improved = loss.detach() < best_loss[active]
-            best_loss[active] = torch.where(improved, loss.detach(), best_loss[active])
-            best[active] = torch.where(improved[:, None, None], point.detach(), best[active])
+            ledger.count_forward(active)
+            ledger.record(active, point, loss)
             if not differentiate:
                 break
             if self.stop_loss is not None and not (loss >= self.stop_loss).any():
@@ -167,24 +146,17 @@ class EmbeddingPGD:
             if self.stop_loss is not None:
                 going = loss.detach() >= self.stop_loss
                 active, gradient, point = active[going], gradient[going], point[going]
-            passes[1, active] += 1
             gradient = gradient * allowed[active]
-            zero_gradient[active] |= ~gradient.flatten(1).any(1)
+            ledger.count_backward(active, gradient)
             moved = point.detach() + step * self._direction(gradient, moments, active)
             delta[active] = (moved if radius is None else self.ball.project(moved, radius)) * allowed[active]
-        final = best if self.keep == "best" else delta
-        return Descent(
-            delta=final,
-            loss_curve=torch.stack(curve),
-            forward_passes=passes[0],
-            backward_passes=passes[1],
-            distance=self.ball.size(final).amax(1) / (radius if radius is not None else torch.nan),
-            zero_gradient=zero_gradient,
-        )
+        final = ledger.best if self.keep == "best" else delta
+        distance = self.ball.size(final).amax(1) / (radius if radius is not None else torch.nan)
+        return Descent(final, distance, ledger)
 
     def lengths(self, model: LanguageModel) -> tuple[Tensor | None, Tensor]:
         """Absolute radius (None without a ball) and absolute step length."""
-        rho = model.mean_embedding_norm()
+        rho = mean_embedding_norm(model)
         units = {"embedding_norm": rho, "absolute": torch.ones_like(rho)}
         radius = None if self.epsilon is None else self.epsilon * units[self.radius_unit]
         if self.step_unit == "radius":
@@ -193,14 +165,14 @@ class EmbeddingPGD:
         return radius, self.step_size * units[self.step_unit]
 
     def _start(
-        self, clean: Tensor, batch: AdversarialBatch, radius: Tensor | None, generator: torch.Generator | None
+        self, clean: Tensor, batch: AdversarialBatch, radius: Tensor | None, rng: torch.Generator | None
     ) -> Tensor:
         delta = torch.zeros(
             clean.shape, dtype=torch.promote_types(clean.dtype, torch.float32), device=clean.device
         )
         if self.random_start:
             assert radius is not None
-            for row, own in enumerate(example_generators(batch, generator)):
+            for row, own in enumerate(example_rngs(batch, rng)):
                 where = batch.attackable_mask[row]
                 noise = self.ball.random_point((int(where.sum()), clean.shape[-1]), radius, own)
                 delta[row, where] = noise.to(delta)
@@ -235,9 +207,3 @@ def target_loss(model: LanguageModel, batch: AdversarialBatch, embeds: Tensor, a
     reply = Reply(batch.harmful_ids[active], batch.harmful_mask[active])
     (log_probs,) = model.reply_log_probs(embeds, batch.prompt_mask[active], reply)
     return mean_cross_entropy(log_probs, reply.mask)
-
-
-def _scatter_row(loss: Tensor, active: Tensor, size: int) -> Tensor:
-    row = torch.full((size,), torch.nan, device=loss.device, dtype=loss.dtype)
-    row[active] = loss
-    return row

@@ -4,16 +4,19 @@ any suffix attack."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt
-from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, StepRule, StepUnit
+from datamodules.fields import Count, NonNegativeInt, Positive, checked
+from lightning_modules.attacks.base import AttackedPrompt, StopLoss
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, StepRule
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class SoftPrompt:
     """Appends `num_tokens` free embeddings after the last attackable token and runs unconstrained PGD on them
     alone.
@@ -30,18 +33,14 @@ class SoftPrompt:
 
     def __init__(
         self,
-        num_tokens: int = 20,
-        init_token_id: int = 0,
-        num_steps: int = 100,
-        step_size: float = 1e-3,
-        step_unit: StepUnit = "embedding_norm",
+        num_tokens: Count = 20,
+        init_token_id: NonNegativeInt = 0,
+        num_steps: Count = 100,
+        step_size: Positive = 1e-3,
+        step_unit: Literal["embedding_norm", "absolute"] = "embedding_norm",
         step_rule: StepRule = "sign",
-        stop_loss: float | None = None,
+        stop_loss: StopLoss | None = None,
     ) -> None:
-        if num_tokens < 1:
-            raise ValueError(
-                f"SoftPrompt.num_tokens: expected >= 1, got {num_tokens}; set at least one appended token"
-            )
         self.num_tokens = num_tokens
         self.init_token_id = init_token_id
         self.descent = EmbeddingPGD(
@@ -54,9 +53,9 @@ class SoftPrompt:
         )
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
-        return self.descent(model, append_slots(batch, self.num_tokens, self.init_token_id), generator)
+        return self.descent(model, append_slots(batch, self.num_tokens, self.init_token_id), rng)
 
 
 def append_slots(batch: AdversarialBatch, num_tokens: int, token_id: int) -> AdversarialBatch:

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_counts
+from datamodules.fields import Count, Positive, checked
+from lightning_modules.attacks.base import AttackedPrompt, example_rngs
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class BEAST:
     """Grows a fluent suffix token by token; needs no gradient.
 
@@ -29,17 +32,14 @@ class BEAST:
 
     def __init__(
         self,
-        num_tokens: int = 40,
-        beams: int = 15,
-        samples: int = 15,
-        temperature: float = 1.0,
+        num_tokens: Count = 40,
+        beams: Count = 15,
+        samples: Count = 15,
+        temperature: Positive = 1.0,
         stop_at_target: bool = True,
         ascii_only: bool = True,
-        max_rows: int | None = None,
+        max_rows: Count | None = None,
     ) -> None:
-        require_counts(self, num_tokens=num_tokens, beams=beams, samples=samples)
-        if not temperature > 0:
-            raise ValueError(f"BEAST.temperature: expected > 0, got {temperature}")
         self.num_tokens = num_tokens
         self.beams = beams
         self.samples = samples
@@ -49,19 +49,19 @@ class BEAST:
         self.max_rows = max_rows
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts."""
         with model.frozen():
             search = SuffixSearch(model, batch, 1, " x", self.max_rows, lead=1)
-            allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
-            generators = example_generators(batch, generator)
+            allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
+            rngs = example_rngs(batch, rng)
             search.record_start()
             beams: dict[int, list[list[int]]] = {row: [[]] for row in range(len(batch))}
             for _ in range(self.num_tokens):
                 if not beams:
                     break
-                beams = self._grow(search, beams, allowed, generators)
+                beams = self._grow(search, beams, allowed, rngs)
             return search.result()
 
     def _grow(
@@ -69,7 +69,7 @@ class BEAST:
         search: SuffixSearch,
         beams: dict[int, list[list[int]]],
         allowed: Tensor,
-        generators: list[torch.Generator],
+        rngs: list[torch.Generator],
     ) -> dict[int, list[list[int]]]:
         """One more token for every beam; returns the beams that go on."""
         flat = [(row, suffix) for row, suffixes in beams.items() for suffix in suffixes]
@@ -80,7 +80,7 @@ class BEAST:
         grown = []
         for (row, suffix), chance in zip(flat, chances, strict=True):
             count = min(self.samples, int((chance > 0).sum()))
-            picked = torch.multinomial(chance, count, generator=generators[row]).tolist() if count else []
+            picked = torch.multinomial(chance, count, generator=rngs[row]).tolist() if count else []
             grown += [(row, [*suffix, token]) for token in picked]
         texts = search.texts([row for row, _ in grown], [suffix for _, suffix in grown])
         grown = [entry for entry, text in zip(grown, texts, strict=True) if text is not None]
@@ -94,7 +94,9 @@ class BEAST:
         for i in order:
             kept.setdefault(grown[i][0], []).append(i)
         best = {row: places[0] for row, places in kept.items()}
-        improved = search.record(list(best), [grown[i][1] for i in best.values()], means[list(best.values())])
+        improved = search.ledger.record(
+            list(best), [grown[i][1] for i in best.values()], means[list(best.values())]
+        )
         done = set(search.reached(improved)) if self.stop_at_target else set()
         return {
             row: [grown[i][1] for i in places[: self.beams]]

@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
+from datamodules.fields import Count, NonNegativeInt, Positive, checked
 from lightning_modules.attacks.base import (
     AttackedPrompt,
-    example_generators,
-    require_counts,
+    example_rngs,
     require_gradients,
 )
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.models.embeddings import embedding_table, embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy, mellowmax
 
 
+@checked
 class GCG:
     """GCG over all behaviours of a batch at once.
 
@@ -51,28 +53,21 @@ class GCG:
 
     def __init__(
         self,
-        num_tokens: int = 20,
+        num_tokens: Count = 20,
         init: str = " x",
-        num_steps: int = 500,
-        width: int = 512,
-        topk: int = 256,
-        n_replace: int = 1,
-        buffer_size: int = 0,
-        mellowmax_alpha: float | None = None,
-        target_tokens: int | None = None,
+        num_steps: Count = 500,
+        width: Count = 512,
+        topk: Count = 256,
+        n_replace: Count = 1,
+        buffer_size: NonNegativeInt = 0,
+        mellowmax_alpha: Positive | None = None,
+        target_tokens: Count | None = None,
         stop_at_target: bool = True,
         ascii_only: bool = True,
-        max_rows: int | None = None,
+        max_rows: Count | None = None,
     ) -> None:
-        require_counts(self, num_tokens=num_tokens, num_steps=num_steps, width=width, topk=topk)
-        if not 1 <= n_replace <= num_tokens:
-            raise ValueError(f"GCG.n_replace: expected within [1, num_tokens {num_tokens}], got {n_replace}")
-        if target_tokens is not None and target_tokens < 1:
-            raise ValueError(f"GCG.target_tokens: expected >= 1 or null, got {target_tokens}")
-        if buffer_size < 0:
-            raise ValueError(f"GCG.buffer_size: expected >= 0, got {buffer_size}; 0 keeps no buffer")
-        if mellowmax_alpha is not None and not mellowmax_alpha > 0:
-            raise ValueError(f"GCG.mellowmax_alpha: expected > 0 or null, got {mellowmax_alpha}")
+        if n_replace > num_tokens:
+            raise ValueError(f"GCG.n_replace: expected at most num_tokens {num_tokens}, got {n_replace}")
         self.num_tokens = num_tokens
         self.init = init
         self.num_steps = num_steps
@@ -87,18 +82,18 @@ class GCG:
         self.max_rows = max_rows
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode, ValueError
         without texts."""
-        return self.go_on(model, batch, [None] * len(batch), generator)[0]
+        return self.go_on(model, batch, [None] * len(batch), rng)[0]
 
     def go_on(
         self,
         model: LanguageModel,
         batch: AdversarialBatch,
         suffixes: Sequence[list[int] | None],
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
     ) -> tuple[AttackedPrompt, list[list[int]]]:
         """The same from given suffixes on, None for the initial one; returns the ids of the suffixes found,
         too."""
@@ -106,24 +101,24 @@ class GCG:
         with model.frozen():
             search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
             search.start_from(suffixes)
-            generators = example_generators(batch, generator)
-            allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only).to(
+            rngs = example_rngs(batch, rng)
+            allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only).to(
                 model.device
             )
             pools = [_Pool(self.buffer_size) for _ in search.slots]
             active = list(range(len(batch)))
             for step in range(self.num_steps):
-                active = self._step(search, active, pools, generators, allowed, first=step == 0)
+                active = self._step(search, active, pools, rngs, allowed, first=step == 0)
                 if not active:
                     break
-            return search.result(), search.best
+            return search.result(), search.ledger.best
 
     def _step(
         self,
         search: SuffixSearch,
         active: list[int],
         pools: list[_Pool],
-        generators: list[torch.Generator],
+        rngs: list[torch.Generator],
         allowed: Tensor,
         first: bool,
     ) -> list[int]:
@@ -139,13 +134,13 @@ class GCG:
             initial = self._objective(losses, search.target.mask[rows]).tolist()
             for row, suffix, value in zip(active, base.tolist(), initial, strict=True):
                 pools[row].add(suffix, value)
-            search.record(active, base.tolist(), search.mean(rows, losses))
+            search.ledger.record(active, base.tolist(), search.mean(rows, losses))
         top = self._promising(search.model, gradient, base, allowed)
         swaps = dict(zip(active, zip(base.cpu(), top.cpu(), strict=True), strict=True))
         owners, candidates = search.typable(
             active,
             self.width,
-            lambda row: draw_swaps(*swaps[row], self.width, self.n_replace, generators[row]).tolist(),
+            lambda row: draw_swaps(*swaps[row], self.width, self.n_replace, rngs[row]).tolist(),
         )
         if not owners:
             return active
@@ -159,7 +154,7 @@ class GCG:
         chosen = {row: candidates[i].tolist() for row, i in best.items()}
         for row, i in best.items():
             pools[row].add(chosen[row], float(scores[i]))
-        improved = search.record(list(best), list(chosen.values()), means[list(best.values())])
+        improved = search.ledger.record(list(best), list(chosen.values()), means[list(best.values())])
         done = set(search.reached(improved)) if self.stop_at_target else set()
         return [row for row in active if row not in done]
 
@@ -174,7 +169,7 @@ class GCG:
         than the present."""
         k = min(self.topk, int(allowed.sum()) - 1)
         tops = []
-        table = model.embedding_table()
+        table = embedding_table(model)
         for slope, present in zip(gradient, base, strict=True):
             scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
             scores.scatter_(1, present[:, None], torch.inf)
@@ -200,11 +195,11 @@ class _Pool:
             self.entries = sorted([*self.entries, (score, suffix)], key=lambda entry: entry[0])[: self.size]
 
 
-def draw_swaps(base: Tensor, top: Tensor, width: int, n_replace: int, generator: torch.Generator) -> Tensor:
+def draw_swaps(base: Tensor, top: Tensor, width: int, n_replace: int, rng: torch.Generator) -> Tensor:
     """(width, S) copies of a suffix (S,) with `n_replace` random positions set to random ones of their (S, k)
     proposed tokens."""
-    where = torch.rand(width, len(base), generator=generator).argsort(1)[:, :n_replace]
-    which = torch.randint(0, top.shape[1], (width, n_replace), generator=generator)
+    where = torch.rand(width, len(base), generator=rng).argsort(1)[:, :n_replace]
+    which = torch.randint(0, top.shape[1], (width, n_replace), generator=rng)
     return base.repeat(width, 1).scatter(1, where, top[where, which])
 
 

@@ -6,32 +6,30 @@ from __future__ import annotations
 import torch
 
 from datamodules.batch import AdversarialBatch
+from datamodules.fields import Count, checked
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class InitialSuffix:
     """Appends the initial suffix of GCG and scores it; no search.
 
     Args:
-        num_tokens: length of the suffix.
+        num_tokens: length of the suffix; DirectRequest has none.
         init: text repeated to make it, as in GCG.
         max_rows: prompts per forward pass; null takes 64 on a CPU and 512 elsewhere; halved and remembered
             when memory runs out.
     """
 
-    def __init__(self, num_tokens: int = 20, init: str = " x", max_rows: int | None = None) -> None:
-        if num_tokens < 1:
-            raise ValueError(
-                f"InitialSuffix.num_tokens: expected >= 1, got {num_tokens}; use DirectRequest for none"
-            )
+    def __init__(self, num_tokens: Count = 20, init: str = " x", max_rows: Count | None = None) -> None:
         self.num_tokens = num_tokens
         self.init = init
         self.max_rows = max_rows
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Score the suffix. Raises: ValueError without texts."""
         with model.frozen():

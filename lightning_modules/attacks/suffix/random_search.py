@@ -9,13 +9,16 @@ from dataclasses import replace
 import torch
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, example_generators, require_counts, require_texts
+from datamodules.fields import Count, Share, checked
+from lightning_modules.attacks.base import AttackedPrompt, example_rngs, require_texts
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.attacks.text.templates import fill
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class RandomSearch:
     """Replaces a random block of suffix tokens and keeps the change if the target's first token became more
     likely.
@@ -40,23 +43,20 @@ class RandomSearch:
     def __init__(
         self,
         template: str = "{prompt}",
-        num_tokens: int = 25,
+        num_tokens: Count = 25,
         init: str = " !",
-        num_steps: int = 10_000,
-        block: int = 4,
-        width: int = 1,
-        target_tokens: int = 1,
-        stop_probability: float = 0.1,
+        num_steps: Count = 10_000,
+        block: Count = 4,
+        width: Count = 1,
+        target_tokens: Count = 1,
+        stop_probability: Share = 0.1,
         ascii_only: bool = True,
-        max_rows: int | None = None,
+        max_rows: Count | None = None,
     ) -> None:
         if "{prompt}" not in template:
             raise ValueError(f"RandomSearch.template: expected {{prompt}} in it, got {template[:60]!r}")
-        require_counts(self, num_steps=num_steps, width=width, target_tokens=target_tokens)
-        if not 1 <= block <= num_tokens:
-            raise ValueError(f"RandomSearch.block: expected within [1, num_tokens {num_tokens}], got {block}")
-        if not 0 < stop_probability <= 1:
-            raise ValueError(f"RandomSearch.stop_probability: expected within (0, 1], got {stop_probability}")
+        if block > num_tokens:
+            raise ValueError(f"RandomSearch.block: expected at most num_tokens {num_tokens}, got {block}")
         self.template = template
         self.num_tokens = num_tokens
         self.init = init
@@ -69,7 +69,7 @@ class RandomSearch:
         self.max_rows = max_rows
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts."""
         require_texts(batch)
@@ -77,9 +77,9 @@ class RandomSearch:
         batch = replace(batch, prompts=tuple(wrapped))
         with model.frozen():
             search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
-            generators = example_generators(batch, generator)
+            rngs = example_rngs(batch, rng)
             tokens = (
-                typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
+                typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
                 .nonzero()
                 .squeeze(1)
             )
@@ -87,16 +87,16 @@ class RandomSearch:
             for _ in range(self.num_steps):
                 if not active:
                     break
-                active = self._step(search, active, generators, tokens)
+                active = self._step(search, active, rngs, tokens)
             return search.result()
 
     def _step(
-        self, search: SuffixSearch, active: list[int], generators: list[torch.Generator], tokens: torch.Tensor
+        self, search: SuffixSearch, active: list[int], rngs: list[torch.Generator], tokens: torch.Tensor
     ) -> list[int]:
         def propose(row: int) -> list[list[int]]:
-            block = self._block(float(search.best_loss[row]))
+            block = self._block(float(search.ledger.best_loss[row]))
             return [
-                replace_block(search.best[row], block, tokens, generators[row]) for _ in range(self.width)
+                replace_block(search.ledger.best[row], block, tokens, rngs[row]) for _ in range(self.width)
             ]
 
         owners, candidates = search.typable(active, self.width, propose)
@@ -105,7 +105,7 @@ class RandomSearch:
         index = torch.tensor(owners, device=search.start.device)
         means = search.mean(index, search.losses(index, candidates.to(index.device))).cpu()
         best = best_by_owner(owners, means)
-        improved = search.record(
+        improved = search.ledger.record(
             list(best), [candidates[i].tolist() for i in best.values()], means[list(best.values())]
         )
         still_open = set(self._open(search, improved))
@@ -113,7 +113,7 @@ class RandomSearch:
 
     def _open(self, search: SuffixSearch, rows: list[int]) -> list[int]:
         """Rows that are not done yet."""
-        unlikely = [row for row in rows if search.best_loss[row] > self.stop_loss]
+        unlikely = [row for row in rows if search.ledger.best_loss[row] > self.stop_loss]
         reached = set(search.reached(unlikely))
         return [row for row in unlikely if row not in reached]
 
@@ -125,10 +125,8 @@ class RandomSearch:
         return max(1, self.block // 2) if loss > self.stop_loss + math.log(2) else 1
 
 
-def replace_block(
-    suffix: list[int], block: int, tokens: torch.Tensor, generator: torch.Generator
-) -> list[int]:
+def replace_block(suffix: list[int], block: int, tokens: torch.Tensor, rng: torch.Generator) -> list[int]:
     """The suffix with `block` consecutive positions set to random tokens."""
-    start = int(torch.randint(0, len(suffix) - block + 1, (1,), generator=generator))
-    new = tokens[torch.randint(0, len(tokens), (block,), generator=generator)].tolist()
+    start = int(torch.randint(0, len(suffix) - block + 1, (1,), generator=rng))
+    new = tokens[torch.randint(0, len(tokens), (block,), generator=rng)].tolist()
     return [*suffix[:start], *new, *suffix[start + block :]]

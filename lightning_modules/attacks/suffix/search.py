@@ -1,9 +1,7 @@
 """What searches over suffix tokens share: target losses of many candidates, the best so far, and what it all
 cost.
 
-The prompts' fixed beginnings are computed once per attack; a candidate costs a forward pass over its suffix,
-the template's end and the target, with logits at the target's positions only. Behaviours advance together:
-candidates of all of them fill one batch.
+Behaviours advance together: candidates of all of them fill one batch.
 """
 
 from __future__ import annotations
@@ -16,11 +14,12 @@ from torch import Tensor
 from datamodules.batch import AdversarialBatch, pad
 from lightning_modules.attacks.base import AttackedPrompt, require_texts
 from lightning_modules.attacks.chunks import Chunked
-from lightning_modules.attacks.progress import notify
+from lightning_modules.attacks.ledger import CandidateLedger
+from lightning_modules.attacks.suffix.frames import Frames
 from lightning_modules.attacks.suffix.slots import make_slot, replayable, without_end_of_turn
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
-from lightning_modules.models.prefix_cache import PrefixCache
+from lightning_modules.models.logits import replies_greedily
 
 GROUP = 6
 """Forward passes' worth of candidates whose order is by position alone."""
@@ -66,29 +65,9 @@ class SuffixSearch:
         width = int(mask.sum(1).max())
         self.target = Reply(batch.harmful_ids[:, :width], mask[:, :width])
         self.chunked = Chunked(max_rows, device)
-        # Every continuation is given one length by letting shorter template ends borrow tokens from before
-        # the suffix.
-        end = lead + max(len(slot.after) for slot in self.slots)
-        borrowed = [end - len(slot.after) for slot in self.slots]
-        heads = [
-            slot.before[: max(0, len(slot.before) - n)] for slot, n in zip(self.slots, borrowed, strict=True)
-        ]
-        frames = [
-            (slot.before[len(head) :], slot.after) for slot, head in zip(self.slots, heads, strict=True)
-        ]
-        ids, prefix_mask = (tensor.to(device) for tensor in pad([head or [0] for head in heads], "left"))
-        prefix_mask &= torch.tensor([[bool(head)] for head in heads], device=device)
-        frame_ids, frame_mask = pad([lead + after for lead, after in frames], "left")
-        self.frame_ids, self.frame_mask = frame_ids.to(device), frame_mask.to(device)
-        self.place = torch.tensor([end - len(after) for _, after in frames], device=device)
-        self.prefix = model.prefix_cache(ids, prefix_mask)
+        self.frames = Frames(model, self.slots, self.target, lead)
         self.start = torch.tensor([slot.suffix for slot in self.slots], device=device)
-        size = len(batch)
-        self.best: list[list[int]] = [slot.suffix for slot in self.slots]
-        self.best_loss = torch.full((size,), torch.inf)
-        self.passes = torch.zeros(2, size, dtype=torch.long)
-        self.zero_gradient = torch.zeros(size, dtype=torch.bool)
-        self.curve: list[Tensor] = []
+        self.ledger = CandidateLedger([slot.suffix for slot in self.slots], self.typed)
 
     def start_from(self, suffixes: Sequence[list[int] | None]) -> None:
         """Start from these suffixes, of the initial one's length; from the initial one where there is None or
@@ -100,8 +79,8 @@ class SuffixSearch:
         ]
         for row, text in zip(given, self.texts(given, [suffixes[row] or [] for row in given]), strict=True):
             if text is not None:
-                self.best[row] = list(suffixes[row] or [])
-        self.start = torch.tensor(self.best, device=self.start.device)
+                self.ledger.best[row] = list(suffixes[row] or [])
+        self.start = torch.tensor(self.ledger.best, device=self.start.device)
 
     @torch.no_grad()
     def losses(self, rows: Tensor, suffixes: Tensor) -> Tensor:
@@ -111,8 +90,8 @@ class SuffixSearch:
             rows: (N,) the behaviour of each candidate.
             suffixes: (N, S) candidate suffixes of one length.
         """
-        self.passes[0] += torch.bincount(rows.cpu(), minlength=len(self.slots))
-        return self.chunked(lambda r, s: self._token_losses(r, s, self.model.embed(s)), rows, suffixes)
+        self.ledger.count_forward(rows)
+        return self.chunked(lambda r, s: self.frames.token_losses(r, s, self.model.embed(s)), rows, suffixes)
 
     def _order(self, rows: Tensor, changed: Tensor) -> Tensor:
         """(N,) order in which candidates share forward passes: alike in target length, then in where they
@@ -142,47 +121,38 @@ class SuffixSearch:
             active: the A behaviours that have candidates.
             base: (A, S) the suffixes that they were made from.
         """
-        self.passes[0] += torch.bincount(rows.cpu(), minlength=len(self.slots))
+        self.ledger.count_forward(rows)
         own = torch.tensor(active, device=base.device)
-        extended = self.model.extend_cache(self.prefix, own, *self._frame(own, base, self.model.embed(base)))
+        extended = self.frames.extended(own, base)
         place = torch.zeros(len(self.slots), dtype=torch.long, device=base.device).scatter(
             0, own, torch.arange(len(own), device=base.device)
         )
-        changed = (suffixes != base[place[rows]]).to(torch.uint8).argmax(1) + self.place[rows]
+        changed = (suffixes != base[place[rows]]).to(torch.uint8).argmax(1) + self.frames.place[rows]
         order = self._order(rows, changed)
         found = self.chunked(
-            lambda r, s, c: self._token_losses(r, s, self.model.embed(s), extended, place[r], int(c.min())),
-            rows[order], suffixes[order], changed[order],
-        )  # fmt: skip
+            lambda r, s, c: self.frames.token_losses(
+                r, s, self.model.embed(s), extended, place[r], int(c.min())
+            ),
+            rows[order],
+            suffixes[order],
+            changed[order],
+        )
         return torch.empty_like(found).index_copy(0, order, found)
 
     def gradient(self, rows: Tensor, suffixes: Tensor, objective: TokenLoss) -> tuple[Tensor, Tensor]:
         """(N, R) token losses and the (N, S, D) gradient of each row's objective in its suffix embeddings."""
         embeds = self.model.embed(suffixes).detach().requires_grad_()
         with torch.enable_grad():
-            losses = self._token_losses(rows, suffixes, embeds)
+            losses = self.frames.token_losses(rows, suffixes, embeds)
             (gradient,) = torch.autograd.grad(objective(losses, self.target.mask[rows]).sum(), embeds)
-        self.passes[:, rows.cpu()] += 1
-        self.zero_gradient[rows.cpu()] |= ~gradient.flatten(1).any(1).cpu()
+        self.ledger.count_forward(rows)
+        self.ledger.count_backward(rows, gradient)
         return losses.detach(), gradient
 
     def next_token_logits(self, rows: Tensor, suffixes: Tensor) -> Tensor:
         """(N, V) logits of the token that the model itself would put after each unfinished suffix."""
-        self.passes[0] += torch.bincount(rows.cpu(), minlength=len(self.slots))
-        lead = int(self.place.max())
-        ids, mask = self.frame_ids[rows, :lead], self.frame_mask[rows, :lead]
-        # The frame's lead is left-aligned for a row that borrows fewer tokens; without its end it must be
-        # right-aligned.
-        shift = lead - self.place[rows]
-        column = torch.arange(lead, device=ids.device) - shift[:, None]
-        kept = column.clamp_min(0)
-        lead_ids, lead_mask = ids.gather(1, kept), mask.gather(1, kept) & (column >= 0)
-        return self.model.next_token_logits(
-            self.prefix,
-            rows,
-            torch.cat([lead_ids, suffixes], 1),
-            torch.cat([lead_mask, torch.ones_like(suffixes, dtype=torch.bool)], 1),
-        )
+        self.ledger.count_forward(rows)
+        return self.frames.next_token_logits(rows, suffixes)
 
     def typable(
         self, active: Sequence[int], width: int, draw: Callable[[int], list[list[int]]]
@@ -218,25 +188,13 @@ class SuffixSearch:
     def record_start(self) -> list[int]:
         """Score and enter the initial suffixes; returns all rows."""
         rows = torch.arange(len(self.slots), device=self.start.device)
-        return self.record(rows.tolist(), self.start.tolist(), self.mean(rows, self.losses(rows, self.start)))
+        return self.ledger.record(
+            rows.tolist(), self.start.tolist(), self.mean(rows, self.losses(rows, self.start))
+        )
 
-    def record(self, rows: Sequence[int], suffixes: Sequence[list[int]], losses: Tensor) -> list[int]:
-        """Enter one iterate's (N,) attacked losses; keeps each behaviour's best and returns the rows that
-        improved."""
-        row_of_curve = torch.full((len(self.slots),), torch.nan)
-        improved = []
-        for row, suffix, loss in zip(rows, suffixes, losses.tolist(), strict=True):
-            row_of_curve[row] = loss
-            if loss < self.best_loss[row]:
-                self.best[row], self.best_loss[row] = list(suffix), loss
-                improved.append(row)
-        self.curve.append(row_of_curve)
-        notify(row_of_curve, self.best_texts)
-        return improved
-
-    def best_texts(self) -> list[str]:
-        """What a user would type to replay each behaviour's best suffix so far."""
-        own = replayable(self.chat, self.slots, self.best)
+    def typed(self, suffixes: Sequence[list[int]]) -> list[str]:
+        """What a user would type to replay a suffix of every behaviour."""
+        own = replayable(self.chat, self.slots, suffixes)
         return [slot.user + (text or "") for slot, text in zip(self.slots, own, strict=True)]
 
     def reached(self, rows: Sequence[int]) -> list[int]:
@@ -244,79 +202,25 @@ class SuffixSearch:
         if not rows:
             return []
         index = torch.tensor(rows, device=self.target.ids.device)
-        prompt_ids, prompt_mask = self._prompts([self.slots[row].ids(self.best[row]) for row in rows])
-        self.passes[0, index.cpu()] += 1
+        prompt_ids, prompt_mask = self._prompts([self.slots[row].ids(self.ledger.best[row]) for row in rows])
+        self.ledger.count_forward(index)
         target = Reply(self.target.ids[index], self.target.mask[index])
-        hits = self.model.replies_greedily(self.model.embed(prompt_ids), prompt_mask, target)
+        hits = replies_greedily(self.model, self.model.embed(prompt_ids), prompt_mask, target)
         return [row for row, hit in zip(rows, hits.tolist(), strict=True) if hit]
 
     def result(self) -> AttackedPrompt:
         """The best suffixes. Raises: AssertionError if a text does not re-tokenise to the optimised ids."""
-        device = self.target.ids.device
-        texts = []
-        for slot, suffix, system in zip(self.slots, self.best, self.batch.systems, strict=True):
-            (own,) = replayable(self.chat, [slot], [suffix])
-            assert own is not None, f"the suffix {suffix} cannot be typed"
-            texts.append(slot.user + own)
-            assert self.chat.prompt(texts[-1], system).ids == slot.ids(suffix), (
-                f"{texts[-1]!r} is not what was attacked"
+        best, texts = self.ledger.best, self.typed(self.ledger.best)
+        for slot, suffix, text, system in zip(self.slots, best, texts, self.batch.systems, strict=True):
+            assert self.chat.prompt(text, system).ids == slot.ids(suffix), (
+                f"{text!r} is not what was attacked"
             )
-        prompt_ids, prompt_mask = self._prompts(
-            [slot.ids(suffix) for slot, suffix in zip(self.slots, self.best, strict=True)]
-        )
-        return AttackedPrompt(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            delta=None,
-            loss_curve=torch.stack(self.curve).to(device),
-            forward_passes=self.passes[0].to(device),
-            backward_passes=self.passes[1].to(device),
-            distance=torch.full((len(self.slots),), torch.nan, device=device),
-            zero_gradient=self.zero_gradient.to(device),
-            texts=tuple(texts),
-        )
+        prompts = self._prompts([slot.ids(suffix) for slot, suffix in zip(self.slots, best, strict=True)])
+        return self.ledger.attacked(*prompts, texts=texts)
 
     def _prompts(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         ids, mask = pad(rows, "left")
         return ids.to(self.target.ids.device), mask.to(self.target.ids.device)
-
-    def _token_losses(
-        self,
-        rows: Tensor,
-        suffixes: Tensor,
-        embeds: Tensor,
-        cache: PrefixCache | None = None,
-        cached_rows: Tensor | None = None,
-        skip: int = 0,
-    ) -> Tensor:
-        """(N, R) losses with (N, S, D) suffix embeddings put into their frames.
-
-        `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns
-        are taken from its rows.
-        """
-        whole, mask = self._frame(rows, suffixes, embeds)
-        longest = int(self.target.mask[rows].sum(1).max())
-        reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest])
-        prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)
-        index = rows if cached_rows is None else cached_rows
-        losses = -self.model.continued_log_probs(prefix, index, whole[:, skip:], mask[:, skip:], reply)
-        return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - longest))
-
-    def _frame(self, rows: Tensor, suffixes: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, M, D) embeddings and (N, M) mask of the prompts after the fixed beginning, with (N, S, D)
-        suffix embeddings put in."""
-        size = suffixes.shape[1]
-        frame, place = self.model.embed(self.frame_ids[rows]), self.place[rows]
-        column = torch.arange(frame.shape[1], device=frame.device)
-        target = column + size * (column >= place[:, None])
-        whole = frame.new_zeros(len(rows), frame.shape[1] + size, frame.shape[2])
-        whole = whole.scatter(1, target[..., None].expand_as(frame), frame)
-        slot = place[:, None] + torch.arange(size, device=frame.device)
-        whole = whole.scatter(1, slot[..., None].expand(-1, -1, frame.shape[2]), embeds)
-        mask = torch.ones(whole.shape[:2], dtype=torch.bool, device=frame.device).scatter(
-            1, target, self.frame_mask[rows]
-        )
-        return whole, mask
 
 
 def best_by_owner(owners: Sequence[int], scores: Tensor) -> dict[int, int]:

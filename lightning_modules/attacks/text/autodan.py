@@ -6,15 +6,20 @@ from __future__ import annotations
 import math
 import random
 import re
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 
 from datamodules.batch import AdversarialBatch
-from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators
-from lightning_modules.attacks.text.search import TextSearch, Variant
+from datamodules.fields import Count, Probability, checked
+from lightning_modules.attacks.base import AttackedPrompt, StopLoss, draw_seed, example_rngs
+from lightning_modules.attacks.text.search import TextSearch
 from lightning_modules.attacks.text.templates import fill, read_templates
-from lightning_modules.models.chat import ChatModel, Conversation
+from lightning_modules.attacks.text.variants import Variant
+from lightning_modules.models.chat import ChatModel
 from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.requests import Request
 
 SYNONYMS = (
     ("answer", "reply", "respond"),
@@ -40,6 +45,7 @@ REWRITE = (
 )
 
 
+@checked
 class AutoDAN:
     """A population of prompt templates per request, bred towards the target's likelihood.
 
@@ -60,27 +66,17 @@ class AutoDAN:
     def __init__(
         self,
         templates: str = "all",
-        num_steps: int = 100,
-        population: int = 64,
-        elites: float = 0.1,
-        crossover: float = 0.5,
-        points: int = 5,
-        mutation: float = 0.01,
+        num_steps: Count = 100,
+        population: Annotated[int, Ge(2)] = 64,
+        elites: Probability = 0.1,
+        crossover: Probability = 0.5,
+        points: Count = 5,
+        mutation: Probability = 0.01,
         mutator: ChatModel | None = None,
-        stop_loss: float | None = None,
-        max_rows: int = 64,
-        max_new_tokens: int = 64,
+        stop_loss: StopLoss | None = None,
+        max_rows: Count = 64,
+        max_new_tokens: Count = 64,
     ) -> None:
-        for name, count, least in (
-            ("num_steps", num_steps, 1),
-            ("population", population, 2),
-            ("points", points, 1),
-        ):
-            if count < least:
-                raise ValueError(f"AutoDAN.{name}: expected >= {least}, got {count}")
-        for name, share in (("elites", elites), ("crossover", crossover), ("mutation", mutation)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"AutoDAN.{name}: expected within [0, 1], got {share}")
         self.templates = templates
         self.num_steps = num_steps
         self.population = population
@@ -94,12 +90,12 @@ class AutoDAN:
         self.max_new_tokens = max_new_tokens
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts."""
         with model.frozen():
             search = TextSearch(model, batch, self.max_rows, self.max_new_tokens)
-            seeds = [draw_seed(own) for own in example_generators(batch, generator)]
+            seeds = [draw_seed(own) for own in example_rngs(batch, rng)]
             rngs = [random.Random(seed) for seed in seeds]
             pool = read_templates(self.templates)
             populations = {row: self._first(pool, rng) for row, rng in enumerate(rngs)}
@@ -108,7 +104,7 @@ class AutoDAN:
                 done = {
                     row
                     for row in populations
-                    if self.stop_loss is not None and search.best_loss[row] < self.stop_loss
+                    if self.stop_loss is not None and search.ledger.best_loss[row] < self.stop_loss
                 }
                 populations = {row: p for row, p in populations.items() if row not in done}
                 if not populations or step == self.num_steps - 1:
@@ -132,7 +128,7 @@ class AutoDAN:
         ]
         rows, variants = [row for row, _ in flat], [variant for _, variant in flat]
         losses = search.losses(rows, variants)
-        search.record(rows, variants, losses)
+        search.ledger.record(rows, variants, losses)
         by_row: dict[int, list[float]] = {row: [] for row in populations}
         for row, loss in zip(rows, losses.tolist(), strict=True):
             by_row[row].append(loss)
@@ -159,7 +155,7 @@ class AutoDAN:
     def _reworded(self, texts: list[str], rng: random.Random) -> list[str]:
         assert self.mutator is not None
         return self.mutator.replies(
-            [Conversation(REWRITE.format(text=text)) for text in texts], seed=rng.getrandbits(31)
+            [Request(REWRITE.format(text=text)) for text in texts], seed=rng.getrandbits(31)
         )
 
     def _mutate(
@@ -181,8 +177,8 @@ class AutoDAN:
                 if chosen
                 else []
             )
-            for row, _ in chosen:
-                search.queries[row] += 1
+            if chosen:
+                search.ledger.count_queries([row for row, _ in chosen])
         for (row, i), text in zip(chosen, new, strict=True):
             populations[row][i] = text.strip() or populations[row][i]
         return populations

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from datamodules.batch import AdversarialBatch
+from datamodules.fields import NonNegative, checked
 from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class Mixture:
     """Draws one attack per batch.
 
@@ -19,9 +21,9 @@ class Mixture:
         weights: how often each is drawn, in proportion; null draws all alike.
     """
 
-    def __init__(self, attacks: list[Attack], weights: list[float] | None = None) -> None:
+    def __init__(self, attacks: list[Attack], weights: list[NonNegative] | None = None) -> None:
         weights = weights or [1.0] * len(attacks)
-        if not attacks or len(weights) != len(attacks) or min(weights) < 0 or not sum(weights) > 0:
+        if not attacks or len(weights) != len(attacks) or not sum(weights) > 0:
             raise ValueError(
                 f"Mixture.weights: expected one weight >= 0 for each of {len(attacks)} attacks, not "
                 f"all 0, got {weights}"
@@ -30,13 +32,13 @@ class Mixture:
         self.weights = weights
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
-        """Run the drawn attack; without a generator the first. Raises: what that attack raises."""
-        if generator is None:
+        """Run the drawn attack; without a rng the first. Raises: what that attack raises."""
+        if rng is None:
             return self.attacks[0](model, batch)
-        drawn = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
-        return self.attacks[drawn](model, batch, generator)
+        drawn = int(torch.multinomial(torch.tensor(self.weights), 1, generator=rng))
+        return self.attacks[drawn](model, batch, rng)
 
     def state_dict(self) -> dict[str, Any]:
         """What the attacks keep between batches."""

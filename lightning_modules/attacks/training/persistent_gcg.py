@@ -8,34 +8,30 @@ from typing import Any
 import torch
 
 from datamodules.batch import AdversarialBatch
+from datamodules.fields import Count, Probability, checked
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.suffix.gcg import GCG
+from lightning_modules.attacks.training.per_rank import gathered, own_states
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class PersistentGCG:
     """A pool of (example, suffix) that lives as long as training and is saved with it.
+
+    Every process has a pool of the examples that it has seen, and resumes with it. Where the number of
+    processes has changed, all resume with all pools: of two visits to an example the later one counts.
 
     The pool's size is the number of training rows; a smaller pool is a smaller data set (e.g. `limit` of a
     source).
 
     Args:
         gcg: the search at each visit: a few steps, without an early stop [5 steps, width 512, topk 256].
-        reset_fraction: share of the pool that starts anew from the initial suffix at every reset.
+        reset_fraction: share of the pool that starts anew from the initial suffix at every reset; 0 for none.
         reset_every: visits (micro-batches) between two resets.
     """
 
-    def __init__(self, gcg: GCG, reset_fraction: float = 0.2, reset_every: int = 50) -> None:
-        if not 0 <= reset_fraction <= 1:
-            raise ValueError(
-                f"PersistentGCG.reset_fraction: expected within [0, 1], got {reset_fraction}; it is a "
-                "share of the pool"
-            )
-        if reset_every < 1:
-            raise ValueError(
-                f"PersistentGCG.reset_every: expected >= 1, got {reset_every}; set reset_fraction: 0 "
-                "for no reset"
-            )
+    def __init__(self, gcg: GCG, reset_fraction: Probability = 0.2, reset_every: Count = 50) -> None:
         self.gcg = gcg
         self.reset_fraction = reset_fraction
         self.reset_every = reset_every
@@ -43,46 +39,38 @@ class PersistentGCG:
         self._visits = 0
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Go on from the pool and put the results back. Raises: as GCG."""
         examples = batch.example_id.tolist()
         if self._visits and self._visits % self.reset_every == 0:
-            self._reset(generator)
+            self._reset(rng)
         suffixes = [self._pool[example][1] if example in self._pool else None for example in examples]
-        attacked, found = self.gcg.go_on(model, batch, suffixes, generator)
+        attacked, found = self.gcg.go_on(model, batch, suffixes, rng)
         self._pool |= {
             example: (self._visits, list(suffix)) for example, suffix in zip(examples, found, strict=True)
         }
         self._visits += 1
         return attacked
 
-    def _reset(self, generator: torch.Generator | None) -> None:
+    def _reset(self, rng: torch.Generator | None) -> None:
         """Forget each suffix with the given chance, drawn for each example alone."""
-        seed = (
-            int(torch.randint(0, 2**62, (1,), generator=generator).item())
-            if generator is not None
-            else self._visits
-        )
+        seed = int(torch.randint(0, 2**62, (1,), generator=rng).item()) if rng is not None else self._visits
         for example in list(self._pool):
             own = torch.Generator().manual_seed((seed ^ example) & (2**63 - 1))
             if torch.rand((), generator=own).item() < self.reset_fraction:
                 del self._pool[example]
 
     def state_dict(self) -> dict[str, Any]:
-        """The pool over all processes; where two have visited an example, the later visit counts."""
-        pools = [self._pool]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            pools = [{} for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(pools, self._pool)
-        merged: dict[int, tuple[int, list[int]]] = {}
-        for example, entry in (item for pool in pools for item in pool.items()):
-            merged[example] = max(merged.get(example, entry), entry)
-        return {
-            "pool": {example: [visit, suffix] for example, (visit, suffix) in merged.items()},
-            "visits": self._visits,
-        }
+        """The pools of all processes."""
+        pool = {example: [visit, list(suffix)] for example, (visit, suffix) in self._pool.items()}
+        return gathered({"pool": pool, "visits": self._visits})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pool = {example: (visit, list(suffix)) for example, (visit, suffix) in state["pool"].items()}
-        self._visits = state["visits"]
+        """Raises: ValueError for a state without pools."""
+        own = own_states(state, self)
+        self._pool = {}
+        for example, (visit, suffix) in (item for state in own for item in state["pool"].items()):
+            entry = visit, list(suffix)
+            self._pool[example] = max(self._pool.get(example, entry), entry)
+        self._visits = max(state["visits"] for state in own)

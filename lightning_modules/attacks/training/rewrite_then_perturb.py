@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from datamodules.batch import AdversarialBatch, pad
+from datamodules.fields import Share, checked
 from datamodules.text.chat_format import Attackable, ChatFormat
 from lightning_modules.attacks.base import (
     Attack,
     AttackedPrompt,
-    example_generators,
+    example_rngs,
     load_attack_state,
     require_texts,
     state_of,
@@ -22,6 +23,7 @@ from lightning_modules.attacks.base import (
 from lightning_modules.models.language_model import LanguageModel
 
 
+@checked
 class RewriteThenPerturb:
     """Rewrites each prompt with a given probability and then perturbs the embeddings of all of them.
 
@@ -34,35 +36,30 @@ class RewriteThenPerturb:
     """
 
     def __init__(
-        self, rewrite: Attack, perturb: Attack, probability: float = 0.5, attackable: Attackable = "user"
+        self, rewrite: Attack, perturb: Attack, probability: Share = 0.5, attackable: Attackable = "user"
     ) -> None:
-        if not 0 < probability <= 1:
-            raise ValueError(
-                f"RewriteThenPerturb.probability: expected within (0, 1], got {probability}; use the "
-                "second attack alone for 0"
-            )
         self.rewrite = rewrite
         self.perturb = perturb
         self.probability = probability
         self.attackable: Attackable = attackable
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts, or for a rewrite that nobody can type."""
         require_texts(batch)
-        coins = [torch.rand((), generator=own).item() for own in example_generators(batch, generator)]
+        coins = [torch.rand((), generator=own).item() for own in example_rngs(batch, rng)]
         rows = [row for row, coin in enumerate(coins) if coin < self.probability]
         if not rows:
-            return self.perturb(model, batch, generator)
-        rewritten = self.rewrite(model, batch.select(rows), generator)
+            return self.perturb(model, batch, rng)
+        rewritten = self.rewrite(model, batch.select(rows), rng)
         if not rewritten.texts or any(rewritten.forced):
             raise ValueError(
                 "RewriteThenPerturb.rewrite: expected an attack whose result a user can type, got "
                 f"{type(self.rewrite).__name__}; "
                 "use templates, noise or a suffix search"
             )
-        found = self.perturb(model, self._replaced(model.chat, batch, rows, rewritten), generator)
+        found = self.perturb(model, self._replaced(model.chat, batch, rows, rewritten), rng)
         forward, backward = found.forward_passes.clone(), found.backward_passes.clone()
         index = torch.tensor(rows, device=forward.device)
         forward[index] += rewritten.forward_passes.to(forward)

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, pad
-from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_generators, require_counts
+from datamodules.fields import Count, NonNegative, NonNegativeInt, Positive, checked
+from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_rngs
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.attacks.training.per_rank import gathered, own_states, process
+from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.loading import ModelConfig, load_seeded
@@ -31,13 +34,15 @@ class _Beam:
     nll: float = 0.0
 
 
+@checked
 class SuffixGenerator:
     """Writes a suffix per prompt by a beam search that the generator steers, then trains the generator on the
     suffixes.
 
     A candidate q is scored by weight_target * CE(harmful target | x, q) + mean NLL of q under the generator.
-    Passes are counted of the model, not of the generator. Every process has a generator of its own, and a
-    checkpoint holds the first one's.
+    Passes are counted of the model, not of the generator. Every process trains a generator of its own; a
+    checkpoint holds them all. Where the number of processes has changed, process r resumes with the generator
+    of process r modulo the old number.
 
     Args:
         generator: the language model that writes; it needs the model's tokenizer.
@@ -60,33 +65,19 @@ class SuffixGenerator:
     def __init__(
         self,
         generator: ModelConfig,
-        num_tokens: int = 30,
-        candidates: int = 48,
-        beams: int = 4,
-        weight_target: float = 100.0,
-        temperature: float = 0.6,
-        lr: float = 5e-4,
-        updates: int = 8,
-        buffer_size: int = 256,
-        batch_size: int = 8,
+        num_tokens: Count = 30,
+        candidates: Count = 48,
+        beams: Count = 4,
+        weight_target: Positive = 100.0,
+        temperature: NonNegative = 0.6,
+        lr: Positive = 5e-4,
+        updates: NonNegativeInt = 8,
+        buffer_size: Count = 256,
+        batch_size: Count = 8,
         ascii_only: bool = True,
-        max_rows: int | None = None,
-        seed: int = 0,
+        max_rows: Count | None = None,
+        seed: NonNegativeInt | None = None,
     ) -> None:
-        require_counts(
-            self,
-            num_tokens=num_tokens,
-            candidates=candidates,
-            beams=beams,
-            buffer_size=buffer_size,
-            batch_size=batch_size,
-        )
-        if updates < 0 or temperature < 0 or not weight_target > 0 or not lr > 0:
-            raise ValueError(
-                "SuffixGenerator.updates, temperature, weight_target and lr: expected >= 0, >= 0, > 0 "
-                "and > 0, "
-                f"got {updates}, {temperature}, {weight_target} and {lr}"
-            )
         self.generator = generator
         self.num_tokens = num_tokens
         self.candidates = candidates
@@ -99,14 +90,14 @@ class SuffixGenerator:
         self.batch_size = batch_size
         self.ascii_only = ascii_only
         self.max_rows = max_rows
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self._writer: LanguageModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._buffer: list[tuple[list[int], list[int]]] = []
         self._pending: dict[str, Any] | None = None
 
     def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch, then train the generator. Raises: ValueError without texts or with another
         vocabulary."""
@@ -114,23 +105,23 @@ class SuffixGenerator:
         with model.frozen(), writer.frozen():
             search = SuffixSearch(model, batch, 1, " x", self.max_rows, lead=1)
             proposals = SuffixSearch(writer, batch, 1, " x", self.max_rows, lead=1)
-            allowed = typable_tokens(model.chat, model.embedding_weight.shape[0], self.ascii_only)
-            generators = example_generators(batch, generator)
+            allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
+            rngs = example_rngs(batch, rng)
             search.record_start()
             beams = {row: [_Beam([])] for row in range(len(batch))}
             for _ in range(self.num_tokens):
                 if not beams:
                     break
-                beams = self._grow(search, proposals, beams, allowed, generators)
+                beams = self._grow(search, proposals, beams, allowed, rngs)
             attacked = search.result()
             # The writer reads what it proposed after: everything before the suffix, template included.
             self._buffer += [
-                (slot.before, suffix) for slot, suffix in zip(search.slots, search.best, strict=True)
+                (slot.before, suffix) for slot, suffix in zip(search.slots, search.ledger.best, strict=True)
             ]
             del self._buffer[: -self.buffer_size]
         self._learn(
             writer,
-            torch.Generator().manual_seed(draw_seed(generator or torch.Generator().manual_seed(self.seed))),
+            torch.Generator().manual_seed(draw_seed(rng or torch.Generator().manual_seed(self.seed))),
         )
         return attacked
 
@@ -140,7 +131,7 @@ class SuffixGenerator:
         proposals: SuffixSearch,
         beams: dict[int, list[_Beam]],
         allowed: Tensor,
-        generators: list[torch.Generator],
+        rngs: list[torch.Generator],
     ) -> dict[int, list[_Beam]]:
         """One more token for every beam of every row."""
         flat = [(row, beam) for row, own in beams.items() for beam in own]
@@ -152,7 +143,7 @@ class SuffixGenerator:
         for (row, beam), own in zip(flat, log_chances, strict=True):
             chances = own.exp()
             count = min(self.candidates, int((chances > 0).sum()))
-            for token in torch.multinomial(chances, count, generator=generators[row]).tolist():
+            for token in torch.multinomial(chances, count, generator=rngs[row]).tolist():
                 grown.append((row, _Beam([*beam.suffix, token], beam.nll - own[token].item())))
         texts = search.texts([row for row, _ in grown], [beam.suffix for _, beam in grown])
         grown = [entry for entry, text in zip(grown, texts, strict=True) if text is not None]
@@ -167,26 +158,28 @@ class SuffixGenerator:
         for i, (row, _) in enumerate(grown):
             places.setdefault(row, []).append(i)
         best = {row: min(own, key=lambda i: float(losses[i])) for row, own in places.items()}
-        search.record(list(best), [grown[i][1].suffix for i in best.values()], losses[list(best.values())])
+        search.ledger.record(
+            list(best), [grown[i][1].suffix for i in best.values()], losses[list(best.values())]
+        )
         return {
-            row: [grown[i][1] for i in self._chosen(own, scores, generators[row])]
+            row: [grown[i][1] for i in self._chosen(own, scores, rngs[row])]
             for row, own in sorted(places.items())
         }
 
-    def _chosen(self, places: list[int], scores: Tensor, generator: torch.Generator) -> list[int]:
+    def _chosen(self, places: list[int], scores: Tensor, rng: torch.Generator) -> list[int]:
         """The beams that go on: drawn without replacement in proportion to exp(-score / temperature), by
         Gumbel noise."""
         merits = -scores[places]
         if self.temperature > 0:
-            uniform = torch.rand(len(places), generator=generator).clamp_min(1e-20)
+            uniform = torch.rand(len(places), generator=rng).clamp_min(1e-20)
             merits = merits / self.temperature - (-uniform.log()).clamp_min(1e-20).log()
         return [places[i] for i in merits.topk(min(self.beams, len(places))).indices.tolist()]
 
-    def _learn(self, writer: LanguageModel, generator: torch.Generator) -> None:
+    def _learn(self, writer: LanguageModel, rng: torch.Generator) -> None:
         """Regress the generator on pairs of the buffer: CE of the suffix after its prompt."""
         assert self._optimizer is not None
         for _ in range(self.updates):
-            picked = torch.randperm(len(self._buffer), generator=generator)[: self.batch_size].tolist()
+            picked = torch.randperm(len(self._buffer), generator=rng)[: self.batch_size].tolist()
             prompts, prompt_mask = pad([self._buffer[i][0] for i in picked], "left")
             suffixes, suffix_mask = pad([self._buffer[i][1] for i in picked], "right")
             device = writer.device
@@ -216,7 +209,7 @@ class SuffixGenerator:
                 weights.load_state_dict(self._pending["weights"])
                 self._optimizer.load_state_dict(self._pending["optimizer"])
                 self._pending = None
-        rows = self._writer.embedding_weight.shape[0], model.embedding_weight.shape[0]
+        rows = embedding_weight(self._writer).shape[0], embedding_weight(model).shape[0]
         if rows[0] != rows[1]:
             raise ValueError(
                 f"SuffixGenerator.generator: expected the model's vocabulary of {rows[1]} tokens, got "
@@ -225,15 +218,18 @@ class SuffixGenerator:
         return self._writer
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's weights, its optimiser and its buffer."""
+        """The generators' weights, their optimisers and their buffers, of all processes."""
         state: dict[str, Any] = {"buffer": [list(pair) for pair in self._buffer]}
         if self._pending is not None:
-            return {**self._pending, **state}
-        if self._writer is not None and self._optimizer is not None:
+            state |= self._pending
+        elif self._writer is not None and self._optimizer is not None:
             state |= {"weights": self._writer.module.state_dict(), "optimizer": self._optimizer.state_dict()}
-        return state
+        return gathered(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._buffer = [(list(prompt), list(suffix)) for prompt, suffix in state["buffer"]]
+        """Raises: ValueError for a state without generators."""
+        states = own_states(state, self)
+        own = states[process()[0] % len(states)]
+        self._buffer = [(list(prompt), list(suffix)) for prompt, suffix in own["buffer"]]
         self._writer = self._optimizer = None
-        self._pending = {key: state[key] for key in ("weights", "optimizer")} if "weights" in state else None
+        self._pending = {key: own[key] for key in ("weights", "optimizer")} if "weights" in own else None

@@ -1,0 +1,115 @@
+"""Prompts in which only a suffix changes, as the model reads them: what stands before it is computed once.
+
+A candidate costs a forward pass over its suffix, the template's end and the target, with logits at the
+target's positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import pad
+from lightning_modules.attacks.suffix.slots import SuffixSlot
+from lightning_modules.models.cached_scoring import (
+    continued_log_probs,
+    extend_cache,
+    next_token_logits,
+    prefix_cache,
+)
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.prefix_cache import PrefixCache
+
+
+class Frames:
+    """B slots with their targets, ready to be scored with any suffix. The model must be frozen meanwhile.
+
+    Args:
+        model: the model under attack.
+        slots: the prompts around the suffix.
+        target: (B, R) what is scored after them.
+        lead: tokens before the suffix that every candidate computes again; 1 lets an empty suffix have a next
+            token.
+    """
+
+    def __init__(
+        self, model: LanguageModel, slots: Sequence[SuffixSlot], target: Reply, lead: int = 0
+    ) -> None:
+        self.model, self.target = model, target
+        device = target.ids.device
+        # Every continuation is given one length by letting shorter template ends borrow tokens from before
+        # the suffix.
+        end = lead + max(len(slot.after) for slot in slots)
+        borrowed = [end - len(slot.after) for slot in slots]
+        heads = [slot.before[: max(0, len(slot.before) - n)] for slot, n in zip(slots, borrowed, strict=True)]
+        frames = [(slot.before[len(head) :], slot.after) for slot, head in zip(slots, heads, strict=True)]
+        ids, prefix_mask = (tensor.to(device) for tensor in pad([head or [0] for head in heads], "left"))
+        prefix_mask &= torch.tensor([[bool(head)] for head in heads], device=device)
+        frame_ids, frame_mask = pad([lead + after for lead, after in frames], "left")
+        self.frame_ids, self.frame_mask = frame_ids.to(device), frame_mask.to(device)
+        self.place = torch.tensor([end - len(after) for _, after in frames], device=device)
+        self.prefix = prefix_cache(model, ids, prefix_mask)
+
+    def extended(self, rows: Tensor, suffixes: Tensor) -> PrefixCache:
+        """The cache of these rows, held on over their (A, S) suffixes."""
+        return extend_cache(
+            self.model, self.prefix, rows, *self._frame(rows, suffixes, self.model.embed(suffixes))
+        )
+
+    def token_losses(
+        self,
+        rows: Tensor,
+        suffixes: Tensor,
+        embeds: Tensor,
+        cache: PrefixCache | None = None,
+        cached_rows: Tensor | None = None,
+        skip: int = 0,
+    ) -> Tensor:
+        """(N, R) losses with (N, S, D) suffix embeddings put into their frames.
+
+        `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns
+        are taken from its rows.
+        """
+        whole, mask = self._frame(rows, suffixes, embeds)
+        longest = int(self.target.mask[rows].sum(1).max())
+        reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest])
+        prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)
+        index = rows if cached_rows is None else cached_rows
+        losses = -continued_log_probs(self.model, prefix, index, whole[:, skip:], mask[:, skip:], reply)
+        return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - longest))
+
+    def next_token_logits(self, rows: Tensor, suffixes: Tensor) -> Tensor:
+        """(N, V) logits of the token that the model itself would put after each unfinished suffix."""
+        lead = int(self.place.max())
+        ids, mask = self.frame_ids[rows, :lead], self.frame_mask[rows, :lead]
+        # The frame's lead is left-aligned for a row that borrows fewer tokens; without its end it must be
+        # right-aligned.
+        shift = lead - self.place[rows]
+        column = torch.arange(lead, device=ids.device) - shift[:, None]
+        kept = column.clamp_min(0)
+        lead_ids, lead_mask = ids.gather(1, kept), mask.gather(1, kept) & (column >= 0)
+        return next_token_logits(
+            self.model,
+            self.prefix,
+            rows,
+            torch.cat([lead_ids, suffixes], 1),
+            torch.cat([lead_mask, torch.ones_like(suffixes, dtype=torch.bool)], 1),
+        )
+
+    def _frame(self, rows: Tensor, suffixes: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, M, D) embeddings and (N, M) mask of the prompts after the fixed beginning, with (N, S, D)
+        suffix embeddings put in."""
+        size = suffixes.shape[1]
+        frame, place = self.model.embed(self.frame_ids[rows]), self.place[rows]
+        column = torch.arange(frame.shape[1], device=frame.device)
+        target = column + size * (column >= place[:, None])
+        whole = frame.new_zeros(len(rows), frame.shape[1] + size, frame.shape[2])
+        whole = whole.scatter(1, target[..., None].expand_as(frame), frame)
+        slot = place[:, None] + torch.arange(size, device=frame.device)
+        whole = whole.scatter(1, slot[..., None].expand(-1, -1, frame.shape[2]), embeds)
+        mask = torch.ones(whole.shape[:2], dtype=torch.bool, device=frame.device).scatter(
+            1, target, self.frame_mask[rows]
+        )
+        return whole, mask

@@ -1,0 +1,97 @@
+"""What is read off a causal LM's modules, plain or wrapped by PEFT: its decoder stack, head and logits.
+
+Here and in `masks.py` live the quirks of architectures: logit scales and soft caps, LoRA-wrapped and
+quantised heads, eager attention's additive masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from lightning_modules.models.passes import count_backward, count_forward
+from lightning_modules.models.token_log_probs import LogitTransform, token_log_probs
+
+
+def causal_lm(module: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model, unwrapped from PEFT; adapters that were injected into it stay active."""
+    wrapped = hasattr(module, "peft_config")
+    model: PreTrainedModel = module.get_base_model() if wrapped else module  # type: ignore[operator, assignment]
+    return model
+
+
+def text_config(module: nn.Module) -> PreTrainedConfig:
+    """The configuration of the language part, where the model has others."""
+    config: PreTrainedConfig = causal_lm(module).config.get_text_config()  # type: ignore[operator, union-attr]
+    return config
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of the input embedding, in which the decoder takes its inputs."""
+    return next(causal_lm(module).get_input_embeddings().parameters()).dtype
+
+
+def decode(
+    module: nn.Module,
+    embeds: Float[Tensor, "batch token dim"],
+    attention_mask: Any,
+    positions: Int[Tensor, "batch token"],
+    cache: Cache | None = None,
+    replies: int = 1,
+) -> Float[Tensor, "batch token dim"]:
+    """Final hidden states; a cache is read and filled. Open pass counters hear of it.
+
+    Args:
+        module: the model.
+        embeds: inputs as the decoder receives them.
+        attention_mask: (batch, token), or additive masks as `branching_attention` makes them.
+        positions: position ids.
+        cache: keys and values of what stands before.
+        replies: how many scored replies each row holds.
+    """
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        attention_mask = attention_mask.long()
+    out = causal_lm(module).get_decoder()(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    hidden: Tensor = out.last_hidden_state
+    count_forward(len(hidden) * replies)
+    count_backward(hidden, len(hidden) * replies)
+    return hidden
+
+
+def logits_of(module: nn.Module, hidden: Float[Tensor, "row dim"]) -> Float[Tensor, "row token"]:
+    """Logits over the vocabulary in fp32."""
+    logits: Tensor = _logit_transform(module)(causal_lm(module).get_output_embeddings()(hidden).float())
+    return logits
+
+
+def log_probs_where(
+    module: nn.Module,
+    hidden: Float[Tensor, "row dim"],
+    targets: Int[Tensor, " row"],
+    mask: Bool[Tensor, "batch token"],
+) -> Float[Tensor, "batch token"]:
+    """Log-probabilities of the targets at the True positions of a mask, 0 elsewhere."""
+    head = causal_lm(module).get_output_embeddings()
+    if type(head) is nn.Linear:
+        scores = token_log_probs(hidden, head.weight, head.bias, targets, _logit_transform(module))
+    else:  # a LoRA-wrapped or quantised head: its own forward, full logits of the scored positions only
+        logits = logits_of(module, hidden)
+        scores = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+    return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
+
+
+def _logit_transform(module: nn.Module) -> LogitTransform:
+    config = text_config(module)
+    # Cohere multiplies, Granite divides; most do neither.
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale=float(scale), softcap=getattr(config, "final_logit_softcapping", None))

@@ -1,0 +1,140 @@
+"""What the audit found about signals and several processes; these tests start processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from callbacks.report.training_log import read_training_log
+from tests.support.small_run import equal, small_config, start, trained
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fit(thundercat: Run, tmp_path: Path) -> Run:
+    config = small_config(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return thundercat("fit", "--config", str(config), *arguments)
+
+    return run
+
+
+# kill, SIGTERM, Ctrl-C
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_b_a_signal_ends_a_run_at_once_and_it_resumes_bit_for_bit(
+    fit: Run, tmp_path: Path, number: signal.Signals
+) -> None:
+    config, whole = small_config(tmp_path), tmp_path / "whole"
+    assert fit(f"--trainer.default_root_dir={whole}")[0] == 0
+    running = start("fit", config, "--model.attack.num_steps=2")
+    first = tmp_path / "run" / "checkpoints" / "step_000001.ckpt"
+    while running.poll() is None and not first.exists():
+        time.sleep(0.01)
+    running.send_signal(number)
+    out, _ = running.communicate(timeout=60)
+    assert running.returncode in (0, 128 + number)
+    if running.returncode:
+        assert out.count("thundercat: stopped by") == 1
+        assert "Traceback" not in out
+    assert fit("--ckpt_path=last")[0] == 0
+    assert equal(trained(tmp_path / "run"), trained(whole))
+
+
+def test_b_sigterm_ends_an_evaluation_within_seconds(thundercat: Run, tmp_path: Path) -> None:
+    evaluation = {
+        "class_path": "callbacks.evaluations.robustness.RobustnessEvaluation",
+        "init_args": {
+            "attacks": {
+                "long": {
+                    "class_path": "lightning_modules.attacks.embedding.pgd.EmbeddingPGD",
+                    "init_args": {"epsilon": 0.1, "num_steps": 1_000_000},
+                }
+            }
+        },
+    }
+    rows = "[{class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: heldout}}]"
+    stopping = threading.Thread(target=_terminate_once, args=(tmp_path / "run" / "rows",))
+    stopping.start()
+    status, _, error = thundercat(
+        "test",
+        "--config",
+        str(small_config(tmp_path)),
+        f"--trainer.callbacks={json.dumps([evaluation])}",
+        f"--data.evaluation={{harmful: {rows}}}",
+    )
+    ended = time.monotonic()
+    stopping.join()
+    assert status == 128 + signal.SIGTERM
+    assert "thundercat: stopped by SIGTERM" in error
+    assert ended - _asked[0] < 5
+
+
+_asked: list[float] = []
+
+
+def _terminate_once(folder: Path) -> None:
+    """Send this process SIGTERM two seconds after an evaluation has begun to write."""
+    while not folder.exists():
+        time.sleep(0.05)
+    time.sleep(2)
+    _asked[:] = [time.monotonic()]
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# several processes
+
+
+def two_processes(config: Path, *arguments: str) -> None:
+    running = start("fit", config, "--trainer.devices=2", "--trainer.strategy=ddp", *arguments)
+    out, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, out[-2000:]
+
+
+def test_a11_logs_and_costs_are_of_all_processes(fit: Run, tmp_path: Path) -> None:
+    same = ("--model.attack.random_start=false", "--model.base.lora.dropout=0.0", "--trainer.max_steps=2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert fit(*same, f"--trainer.default_root_dir={one}")[0] == 0
+    two_processes(tmp_path / "small.yaml", *same, f"--trainer.default_root_dir={two}")
+    for alone, together in zip(read_training_log(one), read_training_log(two), strict=True):
+        for name in (
+            "train/loss",
+            "train/loss_away",
+            "train/loss_toward",
+            "train/loss_utility",
+            "cost/passes",
+        ):
+            assert float(together[name]) == pytest.approx(float(alone[name]), abs=1e-4), name
+    costs = [json.loads((folder / "cost.json").read_text()) for folder in (one, two)]
+    for name in ("steps", "adversarial_examples", "utility_examples", "attack_forward", "passes", "tokens"):
+        assert costs[0][name] == costs[1][name] > 0
+
+
+def test_a10_every_process_resumes_with_its_own_suffixes(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    gcg = {"class_path": "lightning_modules.attacks.suffix.gcg.GCG",
+           "init_args": {"num_tokens": 4, "num_steps": 1, "width": 4, "stop_at_target": False}}  # fmt: skip
+    pool = {"class_path": "lightning_modules.attacks.training.persistent_gcg.PersistentGCG",
+            "init_args": {"gcg": gcg, "reset_fraction": 0.5, "reset_every": 3}}  # fmt: skip
+    # Few rows, so that every process meets rows that the other one has visited.
+    rows = "[{class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: train, limit: 4}}]"
+    common = (
+        f"--model.attack={json.dumps(pool)}",
+        f"--data.harmful={rows}",
+        "--model.optimizer.schedule=constant",
+    )
+    whole, parts = (f"--trainer.default_root_dir={tmp_path / name}" for name in ("whole", "parts"))
+    two_processes(config, *common, whole, "--trainer.max_steps=6")
+    two_processes(config, *common, parts, "--trainer.max_steps=3")
+    two_processes(config, *common, parts, "--trainer.max_steps=6", "--ckpt_path=last")
+    assert equal(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
