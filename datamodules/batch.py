@@ -17,6 +17,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from datamodules.rows import Turn
+
 
 class _Movable:
     """Moves every tensor field to a device; Lightning calls `.to` on a batch."""
@@ -126,7 +128,7 @@ class UtilityBatch(_Movable):
     attention_mask: Tensor
     """(B, T) bool."""
     labels: Tensor
-    """(B, T) int64, -100 on every token that is not part of the reply."""
+    """(B, T) int64, -100 on every token that is not part of a learned reply; a conversation has several."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -141,13 +143,15 @@ class TrainingBatch(_Movable):
 
 
 @dataclass(eq=False)
-class BehaviourBatch(_Movable):
-    """Evaluation prompts with their texts; `adversarial` holds the tensors where the rows have a harmful
-    target."""
+class EvaluationBatch(_Movable):
+    """Evaluation prompts with their texts.
+
+    `adversarial` holds the tensors where the rows have a harmful target.
+    """
 
     keys: tuple[str, ...]
     prompts: tuple[str, ...]
-    references: tuple[str, ...]
+    expected: tuple[str, ...]
     """The harmful target (harmful rows) or the expected reply (benign rows), as text; '' where there is
     none."""
     categories: tuple[str, ...]
@@ -158,6 +162,10 @@ class BehaviourBatch(_Movable):
     """(B, P) int64, left-padded."""
     prompt_mask: Tensor
     adversarial: AdversarialBatch | None = None
+    systems: tuple[str | None, ...] = ()
+    """System message of every conversation, None where there is none."""
+    histories: tuple[tuple[Turn, ...], ...] = ()
+    """Earlier turns of every conversation; `prompt_ids` hold them already."""
 
     def __len__(self) -> int:
         return len(self.prompts)

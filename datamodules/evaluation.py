@@ -1,24 +1,42 @@
 """Evaluation data: harmful behaviours, harmless prompts and benign tasks with one right answer, as loaders of
-BehaviourBatch."""
+EvaluationBatch."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal, TypeVar
 
+from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from datamodules.batch import BehaviourBatch
-from datamodules.rows import HarmfulRow, Row, RowProblem
+from datamodules.batch import EvaluationBatch
+from datamodules.fields import Count, checked
+from datamodules.rows import Row, RowProblem
 from datamodules.sources.base import ChatSource, HarmfulSource
-from datamodules.text.encoding import EncodedChat, EncodedHarmful, Encoder, behaviour_batch
+from datamodules.sources.gather import gather
+from datamodules.text.chat_format import ChatFormat
+from datamodules.text.encoding import (
+    EncodedChat,
+    EncodedHarmful,
+    Encoder,
+    EncodingConfig,
+    evaluation_batch,
+)
+from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Subject = Literal["harmful", "harmless", "utility"]
+SUBJECTS: tuple[Subject, ...] = ("harmful", "harmless", "utility")
 
 
+@checked
 @dataclass
 class EvaluationSets:
     """What a run is judged on; none of it may occur in the training data."""
@@ -29,37 +47,105 @@ class EvaluationSets:
     """Harmless prompts, a reply is not needed: over-refusal."""
     utility: list[ChatSource] = field(default_factory=list)
     """Benign tasks with one right reply: exact match."""
+    batch_size: Count = 32
+    """Rows per evaluation batch."""
 
 
-class BehaviourData:
-    """Encoded evaluation rows by subject.
+class EvaluationData(LightningDataModule):
+    """What a model is judged on, without any training data.
 
     Args:
-        sets: the sources.
-        encoder: how rows are encoded; its policy for bad rows applies.
-        batch_size: rows per evaluation batch.
+        tokenizer: the model's tokenizer and chat template.
+        evaluation: the evaluation sources.
+        encoding: how rows become tokens, and what happens to those that cannot.
     """
 
-    def __init__(self, sets: EvaluationSets, encoder: Encoder, batch_size: int) -> None:
-        self.encoder = encoder
-        self.batch_size = batch_size
-        self.examples: dict[str, list[EncodedHarmful] | list[EncodedChat]] = {
-            "harmful": encoder.harmful(row for source in sets.harmful for row in source.rows()),
-            "harmless": encoder.chats(
-                (row for source in sets.harmless for row in source.rows()), need_reply=False
-            ),
-            "utility": encoder.chats(row for source in sets.utility for row in source.rows()),
-        }
+    def __init__(
+        self,
+        tokenizer: TokenizerConfig,
+        evaluation: EvaluationSets | None = None,
+        encoding: EncodingConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer_config = tokenizer
+        self.evaluation = evaluation or EvaluationSets()
+        self.encoding = encoding or EncodingConfig()
+        self.examples: dict[str, list[EncodedHarmful] | list[EncodedChat]] = {}
+        """The encoded evaluation rows by subject, in file order; filled by `setup`."""
+        self._chat: ChatFormat | None = None
+
+    @property
+    def chat(self) -> ChatFormat:
+        """The chat format, loaded on first use."""
+        if self._chat is None:
+            self._chat = ChatFormat(load_tokenizer(self.tokenizer_config))
+        return self._chat
+
+    @property
+    def encoder(self) -> Encoder:
+        """A new encoder with this run's settings and an empty account of problems."""
+        return Encoder(self.chat, self.encoding)
+
+    def setup(self, stage: str) -> None:
+        """Encode all evaluation rows once. Raises: BadRowError or ValueError before any model is asked."""
+        if not self.examples:
+            encoder = self.encoder
+            self._encode_evaluation(encoder)
+            self._report(encoder.problems, stage)
 
     def loader(
         self, subject: Subject, limit: int | None = None, rank: int = 0, world_size: int = 1
-    ) -> DataLoader[BehaviourBatch]:
+    ) -> DataLoader[EvaluationBatch]:
         """Batches of one subject in file order; `limit` takes an evenly spaced subset, ranks take every n-th
         row."""
         examples: Sequence[EncodedHarmful | EncodedChat] = self.examples[subject]
         rows = evenly(examples, limit)[rank::world_size]
-        collate = partial(behaviour_batch, attackable=self.encoder.attackable)
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        collate = partial(evaluation_batch, attackable=self.encoding.attackable)
+        return DataLoader(rows, batch_size=self.evaluation.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+    def predict_dataloader(self) -> list[DataLoader[EvaluationBatch]]:
+        """All evaluation prompts, harmful ones first."""
+        return [self.loader(subject) for subject in SUBJECTS if self.examples[subject]]
+
+    def _encode_evaluation(self, encoder: Encoder) -> dict[Subject, list[Row]]:
+        """Encode the evaluation rows; returns them as text, by subject."""
+        sets = self.evaluation
+        harmful = gather("evaluation.harmful", sets.harmful)
+        harmless = gather("evaluation.harmless", sets.harmless)
+        utility = gather("evaluation.utility", sets.utility)
+        self.examples = {
+            "harmful": encoder.harmful(harmful),
+            "harmless": encoder.chats(harmless, need_reply=False),
+            "utility": encoder.chats(utility),
+        }
+        rows: dict[Subject, list[Row | RowProblem]] = {
+            "harmful": [*harmful],
+            "harmless": [*harmless],
+            "utility": [*utility],
+        }
+        for subject in SUBJECTS:
+            if rows[subject] and not self.examples[subject]:
+                raise no_usable_rows(f"evaluation.{subject}", encoder)
+        return {s: [row for row in part if not isinstance(row, RowProblem)] for s, part in rows.items()}
+
+    def _report(self, problems: list[RowProblem], stage: str) -> None:
+        """List the rows that were left out in the run folder; `skipped_rows.jsonl` is training's."""
+        if not problems or self.trainer is None or not self.trainer.is_global_zero:
+            return
+        name = "skipped_rows.jsonl" if stage == "fit" else f"skipped_rows_{stage}.jsonl"
+        path = Path(self.trainer.default_root_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"where": problem.where, "reason": problem.reason}) for problem in problems]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        log.warning("left out %d rows, listed in %s; the first: %s", len(problems), path, problems[0])
+
+
+def no_usable_rows(field: str, encoder: Encoder) -> ValueError:
+    """The refusal to go on with a set of which every row is bad."""
+    return ValueError(
+        f"data.{field}: expected usable rows, got none ({len(encoder.problems)} bad, the last: "
+        f"{encoder.problems[-1]}); mend the rows or see data.encoding.max_length"
+    )
 
 
 def evenly(rows: Sequence[T], limit: int | None) -> Sequence[T]:
@@ -67,61 +153,3 @@ def evenly(rows: Sequence[T], limit: int | None) -> Sequence[T]:
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i * len(rows) // limit] for i in range(limit)]
-
-
-def normalised(text: str) -> str:
-    """A prompt reduced to its letters and digits, for comparing data sets."""
-    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """A training row whose prompt is also evaluated on."""
-
-    trained: Row
-    evaluated: Row
-    subject: str
-
-    @property
-    def problem(self) -> RowProblem:
-        return RowProblem(
-            self.trained.where, f"the prompt is also in evaluation.{self.subject} ({self.evaluated.where})"
-        )
-
-
-def find_overlap(training: Sequence[Row], sets: EvaluationSets, allowed: Sequence[str]) -> list[Overlap]:
-    """Training rows whose prompt, or the request behind it, letters and digits alone, is also evaluated on.
-
-    Args:
-        training: all training rows.
-        sets: the evaluation sources.
-        allowed: evaluation sets (`evaluation.harmful`, `.harmless`, `.utility`) whose overlap is accepted.
-    """
-    evaluated: dict[str, tuple[str, Row]] = {}
-    for subject in ("harmful", "harmless", "utility"):
-        if f"evaluation.{subject}" not in allowed:
-            sources: list[HarmfulSource | ChatSource] = getattr(sets, subject)
-            rows = (row for source in sources for row in source.rows() if not isinstance(row, RowProblem))
-            evaluated |= {normalised(row.prompt): (subject, row) for row in rows}
-    found = (
-        (row, evaluated.get(normalised(row.prompt)) or evaluated.get(normalised(_origin(row))))
-        for row in training
-    )
-    return [Overlap(row, match[1], match[0]) for row, match in found if match is not None]
-
-
-def _origin(row: Row) -> str:
-    return row.origin or row.prompt if isinstance(row, HarmfulRow) else row.prompt
-
-
-def overlap_error(overlaps: Sequence[Overlap]) -> ValueError:
-    """The refusal to train on evaluation prompts, naming the set, an example and the remedies."""
-    first = overlaps[0]
-    name = f"evaluation.{first.subject}"
-    return ValueError(
-        f"data.{name} overlaps the training data in {len(overlaps)} rows, first "
-        f"{first.evaluated.where} = {first.trained.where} "
-        f"({first.trained.prompt[:60]!r}); leave such rows out with data.on_overlap: skip, or allow "
-        "the overlap by name with "
-        f"data.allow_overlap: [{name}]"
-    )

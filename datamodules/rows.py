@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
+
+Turn = tuple[str, str]
+"""An earlier exchange of a conversation: the user's text and the assistant's reply."""
+TrainOn = Literal["all", "last"]
+"""Which replies of a conversation are learned."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,15 @@ class ChatRow:
 
     key: str
     prompt: str
+    """The last user turn; what came before it is `history`."""
     reply: str
+    """'' where an evaluation row needs none."""
     where: str
     category: str = ""
     system: str | None = None
+    history: tuple[Turn, ...] = ()
+    train_on: TrainOn = "all"
+    """Whether earlier replies are learned too, or only the last."""
 
 
 Row = HarmfulRow | ChatRow
@@ -55,6 +66,18 @@ class RowProblem:
 
 class BadRowError(ValueError):
     """Raised for a bad row under the policy `on_bad_row: error`."""
+
+
+def texts(row: Row) -> dict[str, str]:
+    """Every text of a row by what it is, for checks that hold for all of them."""
+    named = {"key": row.key, "prompt": row.prompt, "category": row.category}
+    if row.system is not None:
+        named["system message"] = row.system
+    if isinstance(row, HarmfulRow):
+        return named | {"target": row.target, "safe reply": row.safe_reply, "origin": row.origin}
+    for number, (user, reply) in enumerate(row.history, start=1):
+        named |= {f"user turn {number}": user, f"reply {number}": reply}
+    return named | {"reply": row.reply}
 
 
 def example_id(key: str) -> int:

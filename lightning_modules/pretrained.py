@@ -10,7 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from datamodules.batch import AdversarialBatch, BehaviourBatch
+from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.fields import NonNegativeInt, checked
 from datamodules.text.chat_format import ChatFormat
 from lightning_modules.models.language_model import Encoded, LanguageModel
@@ -102,7 +102,7 @@ class PretrainedModel(LightningModule):
             )
 
     def predict_step(
-        self, batch: BehaviourBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, str]]:
         """Greedy replies to a batch of evaluation prompts, as text."""
         encoded = Encoded(batch.prompt_ids, batch.prompt_mask)

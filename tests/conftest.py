@@ -26,7 +26,7 @@ from transformers import (
 from datamodules.batch import AdversarialBatch, UtilityBatch
 from datamodules.sources.tinychat import TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat
-from datamodules.text.encoding import Encoder, adversarial_batch
+from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from lightning_modules.models.language_model import LanguageModel
 
@@ -82,7 +82,7 @@ def chat_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> Lan
 
 def text_batch(size: int = 3, start: int = 0) -> AdversarialBatch:
     """Held-out requests of the packaged corpus with prompts of different lengths, texts included."""
-    rows = Encoder(tinychat_format(), 128, "error", None, "user").harmful(TinyChatHarmful("heldout").rows())
+    rows = Encoder(tinychat_format(), EncodingConfig(128)).harmful(TinyChatHarmful("heldout").rows())
     return adversarial_batch(rows[3 * start : 3 * (start + size) : 3], "user")
 
 

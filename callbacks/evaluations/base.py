@@ -24,7 +24,7 @@ from callbacks.evaluations.undisturbed import undisturbed
 from callbacks.progress import nested
 from callbacks.report.results import Snapshot
 from callbacks.run_folder.loggers import log_table
-from datamodules.adversarial import AdversarialData
+from datamodules.evaluation import EvaluationData
 from datamodules.results import Row
 from lightning_modules.attacks.progress import observed
 from lightning_modules.pretrained import PretrainedModel
@@ -56,8 +56,8 @@ class Evaluation(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises: ValueError where the datamodule has no evaluation rows."""
-        if stage == "fit" and not isinstance(getattr(trainer, "datamodule", None), AdversarialData):
-            raise ValueError(f"{type(self).__name__} expects data: datamodules.adversarial.AdversarialData")
+        if stage == "fit" and not isinstance(getattr(trainer, "datamodule", None), EvaluationData):
+            raise ValueError(f"{type(self).__name__} expects data: datamodules.evaluation.EvaluationData")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.schedule.at_start and trainer.global_step == 0:
@@ -80,7 +80,7 @@ class Evaluation(Callback, ABC):
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PretrainedModel)
         self._last_step = trainer.global_step
-        data: AdversarialData = trainer.datamodule  # type: ignore[attr-defined]
+        data: EvaluationData = trainer.datamodule  # type: ignore[attr-defined]
         place = Place(
             pl_module.language_model,
             Path(trainer.default_root_dir),

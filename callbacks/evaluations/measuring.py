@@ -17,7 +17,7 @@ from lightning import LightningModule
 from callbacks.evaluations.base import Evaluation, do, monitored, show_rows
 from callbacks.evaluations.session import Place, Session
 from callbacks.progress import nested
-from datamodules.adversarial import AdversarialData
+from datamodules.evaluation import EvaluationData
 from datamodules.results import Stage
 from lightning_modules.pretrained import PretrainedModel, check_strategy
 
@@ -33,7 +33,7 @@ class Measuring(LightningModule):
     """
 
     def __init__(
-        self, module: PretrainedModel, data: AdversarialData, evaluations: Sequence[Evaluation], step: int = 0
+        self, module: PretrainedModel, data: EvaluationData, evaluations: Sequence[Evaluation], step: int = 0
     ) -> None:
         super().__init__()
         self.module = module
@@ -46,7 +46,8 @@ class Measuring(LightningModule):
         """Raises: ValueError where nothing is to be measured, or where the trainer forbids gradients."""
         if not self.evaluations:
             raise ValueError(
-                "trainer.callbacks: expected an evaluation, got none; add --config configs/evaluation/suite.yaml"
+                "trainer.callbacks: expected an evaluation, got none; add one, e.g. "
+                "--config configs/evaluation/suite.yaml"
             )
         loop = self.trainer.validate_loop if self.trainer.state.fn == "validate" else self.trainer.test_loop
         if loop.inference_mode:

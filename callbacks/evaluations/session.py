@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +22,8 @@ from callbacks.health import example_flags
 from callbacks.judges.base import Judge, judge_all, label
 from callbacks.report.measured import select, snapshot
 from callbacks.report.results import Snapshot
-from datamodules.adversarial import AdversarialData
-from datamodules.batch import BehaviourBatch
+from datamodules.batch import EvaluationBatch
+from datamodules.evaluation import EvaluationData
 from datamodules.results import Identity, Measurement, ResultsStore, Row, Stage, contents, settings_digest
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.models.fingerprint import fingerprint
@@ -59,7 +60,7 @@ class Job:
 
     measurement: Measurement
     probe: Probe
-    batch: BehaviourBatch
+    batch: EvaluationBatch
     max_new_tokens: int
     seed: int
 
@@ -81,7 +82,7 @@ class Session:
     Raises: ValueError where an evaluation finds no row of any of its subjects.
     """
 
-    def __init__(self, place: Place, data: AdversarialData, evaluations: Sequence[Measures]) -> None:
+    def __init__(self, place: Place, data: EvaluationData, evaluations: Sequence[Measures]) -> None:
         self.place = place
         self.data = data
         self.store = ResultsStore(place.folder, place.rank)
@@ -100,7 +101,7 @@ class Session:
 
     def _present(self, evaluation: Measures) -> list[Probe]:
         probes = evaluation.probes()
-        present = [probe for probe in probes if self.data.behaviours.examples[probe.subject]]
+        present = [probe for probe in probes if self.data.examples[probe.subject]]
         if not present:
             wanted = " or ".join(
                 f"data.evaluation.{subject}" for subject in dict.fromkeys(p.subject for p in probes)
@@ -108,15 +109,22 @@ class Session:
             raise ValueError(f"{type(evaluation).__name__}: found no row to evaluate; set {wanted}")
         return present
 
-    def _planned(self, evaluation: Measures, probe: Probe) -> tuple[Measurement, list[BehaviourBatch]]:
+    def _planned(self, evaluation: Measures, probe: Probe) -> tuple[Measurement, list[EvaluationBatch]]:
         """What a probe measures, over all processes, and this one's batches."""
         own, stage = self.place, self.place.stage
         limits = (evaluation.schedule.rows(stage), probe.limit if stage == "fit" else None)
         limit = min((rows for rows in limits if rows is not None), default=None)
         shares = [
-            list(self.data.behaviours.loader(probe.subject, limit, rank, own.world_size))
+            list(self.data.loader(probe.subject, limit, rank, own.world_size))
             for rank in range(own.world_size)
         ]
+        keys = [key for share in shares for batch in share for key in batch.keys]
+        repeated = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if repeated is not None:
+            # Their rows would collapse into one, and n would silently be smaller.
+            raise ValueError(
+                f"data.evaluation.{probe.subject}: several rows have the key {repeated!r}; rename them"
+            )
         measurement = Measurement(
             evaluation=evaluation.name,
             stage=stage,
@@ -137,7 +145,7 @@ class Session:
             judge=label(probe.judge),
             refusal=label(probe.refusal) if probe.refusal is not None else "",
             judges=[label(judge) for judge in probe.judges],
-            n=sum(len(batch) for share in shares for batch in share),
+            n=len(keys),
         )
         return measurement, shares[own.rank]
 
@@ -186,7 +194,7 @@ def measure(model: LanguageModel, job: Job) -> list[Row]:
             example=key,
             prompt=batch.prompts[i],
             system=systems[i] if systems else None,
-            expected=batch.references[i],
+            expected=batch.expected[i],
             category=batch.categories[i],
             functional=batch.functional[i],
             reply=replies[i],
@@ -197,7 +205,7 @@ def measure(model: LanguageModel, job: Job) -> list[Row]:
 
 
 def reply(
-    model: LanguageModel, batch: BehaviourBatch, attacked: AttackedPrompt | None, max_new_tokens: int
+    model: LanguageModel, batch: EvaluationBatch, attacked: AttackedPrompt | None, max_new_tokens: int
 ) -> list[str]:
     """Greedy replies to attacked prompts, or to the prompts as they are; what a reply was forced to begin
     with is part of it."""
@@ -229,7 +237,7 @@ def judged(rows: Sequence[Row], judges: Sequence[Judge]) -> list[Row]:
 
 
 def _attacked(
-    model: LanguageModel, attack: Attack | None, batch: BehaviourBatch, seed: int
+    model: LanguageModel, attack: Attack | None, batch: EvaluationBatch, seed: int
 ) -> AttackedPrompt | None:
     if attack is None:
         return None

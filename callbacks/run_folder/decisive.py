@@ -2,7 +2,7 @@
 
 May differ between a run and its continuation, because the weights of a given step do not depend on it: steps
 and time limits (the learning rate follows the schedule of the new total from there on), loggers, callbacks
-and evaluations, hardware (accelerator, devices, attention kernel, activation checkpointing, workers) and
+and evaluations, hardware (accelerator, devices, attention kernel, activation checkpointing) and
 folders. All else must be equal: model, attack, objective, terms, data, optimiser, seed, precision, clipping
 and how a step is divided.
 """
@@ -28,8 +28,6 @@ FREE = (
     "model.base.attn_implementation",
     "model.base.gradient_checkpointing",
     "data.evaluation",
-    "data.eval_batch_size",
-    "data.num_workers",
 )
 """Fields of model and data that do not."""
 LOADING = ("model.base.name_or_path", "model.base.revision", "model.base.lora", "model.base.config")

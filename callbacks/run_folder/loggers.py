@@ -62,7 +62,9 @@ class LastLogRow(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # What an evaluation found stands in the log at the evaluation's own step already.
+        logged = trainer.callback_metrics.items()
+        metrics = {name: float(value) for name, value in logged if not name.startswith("eval/")}
         checkpoint["log_row"] = metrics | {"epoch": trainer.current_epoch}
 
     def on_load_checkpoint(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
+from datamodules.fields import Count, checked
 from datamodules.rows import ChatRow, RowProblem
 from datamodules.sources.base import ChatSource, HarmfulSource
 
 
+@checked
 class AnsweredRequests:
     """Harmful requests as conversations, for supervised stages.
 
@@ -32,21 +35,22 @@ class AnsweredRequests:
                 )
 
 
+@checked
 class Repeated:
     """A source's rows several times over, to weigh it against others in the same stream.
 
     Args:
         source: the conversations.
-        times: how often each row occurs.
+        times: how often each row occurs; from the second time on its key ends in `#2`, `#3`, ...
     """
 
-    def __init__(self, source: ChatSource, times: int) -> None:
-        if times < 1:
-            raise ValueError(f"Repeated.times: expected >= 1, got {times}; leave the source out instead")
+    def __init__(self, source: ChatSource, times: Count) -> None:
         self.source = source
         self.times = times
 
     def rows(self) -> Iterator[ChatRow | RowProblem]:
-        for row in list(self.source.rows()):
+        for row in self.source.rows():
+            yield row
             # A problem is one problem however often its row would have occurred.
-            yield from [row] * (1 if isinstance(row, RowProblem) else self.times)
+            if not isinstance(row, RowProblem):
+                yield from (replace(row, key=f"{row.key}#{i}") for i in range(2, self.times + 1))

@@ -1,18 +1,20 @@
-"""Files to records to mapped columns, each with the place it stands at.
+"""Files to records, each with the place it stands at.
 
 A file is a local path or `hf://owner/name@revision/path/in/repository`; a hub file without a revision is
-refused.
+refused. A file that cannot be read as what it claims to be stops the run: a half-read file would be a smaller
+data set that nobody asked for.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.rows import RowProblem
+Record = dict[str, Any]
 
 
 def local_file(path: str) -> Path:
@@ -21,7 +23,7 @@ def local_file(path: str) -> Path:
     Raises: FileNotFoundError or ValueError naming the path and the remedy.
     """
     if not path.startswith("hf://"):
-        if not Path(path).is_file():
+        if "\0" in path or not Path(path).is_file():
             raise FileNotFoundError(
                 f"data file {path!r} does not exist; set the path, or THUNDERCAT_DATA to the folder "
                 "of public data"
@@ -39,100 +41,115 @@ def local_file(path: str) -> Path:
     return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
 
 
-def read_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def default_key(path: str, line: int) -> str:
+    """Key of a row that has no id: folder, file and line, the same on every machine."""
+    return f"{'/'.join(Path(path).parts[-2:])}:{line}"
+
+
+def read_records(path: str) -> Iterator[tuple[int, Record]]:
     """Yield (line, record) of a csv, json, jsonl, parquet or txt file.
 
     The line is where the record starts, from 1; in json and parquet files, which have no lines of rows, it is
     the row's number.
 
-    Raises: ValueError for an unknown file type or malformed json.
+    Raises: ValueError `file:line: what; remedy` for an unknown type or a file that is not what it claims.
     """
-    file = local_file(path)
-    kind = file.suffix.removeprefix(".")
-    if kind == "csv":
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            line = 2
-            for record in reader:
-                yield line, record
-                line = reader.line_num + 1
-    elif kind == "jsonl":
-        for line, text in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-            if text.strip():
-                yield line, parse_json(text, f"{path}:{line}", dict)
-    elif kind == "json":
-        for row, record in enumerate(parse_json(file.read_text(encoding="utf-8"), path, list), start=1):
-            yield row, record if isinstance(record, dict) else {"": record}
-    elif kind == "txt":
-        for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if text.strip():
-                yield line, {"text": text.strip()}
-    elif kind == "parquet":
-        yield from enumerate(_read_parquet(file), start=1)
-    else:
+    readers = {"csv": _csv, "jsonl": _jsonl, "json": _json, "txt": _txt, "parquet": _parquet}
+    kind = Path(path).suffix.removeprefix(".")
+    if kind not in readers:
         raise ValueError(f"expected a csv, json, jsonl, parquet or txt file, got {path!r}")
+    yield from readers[kind](path)
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file. Raises: ValueError naming the line that is no text."""
+    data = local_file(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"{path}:{line}: a NUL character is no text; save the file as UTF-8 text")
+    return text
 
 
 def parse_json(text: str, where: str, kind: type) -> Any:
     """Parsed JSON of the expected kind. Raises: ValueError naming the place."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError(f"{where}: not usable JSON: nested too deeply; flatten the record") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
+        place = f"{where}:{error.lineno}" if "\n" in text else where
+        raise ValueError(f"{place}: not valid JSON: {error}; mend or remove it") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: not usable JSON: {error}; mend or remove it") from error
     if not isinstance(value, kind):
         raise ValueError(f"{where}: expected a JSON {kind.__name__}, got {type(value).__name__}")
     return value
 
 
-def _read_parquet(file: Path) -> list[dict[str, Any]]:
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    # Python keeps the last of two equal keys: the first one's target or reply would be lost in silence.
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} occurs twice in one object")
+    return record
+
+
+def _csv(path: str) -> Iterator[tuple[int, Record]]:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    line = 1
     try:
-        from pyarrow import parquet
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}:1: a column name occurs twice in {header}; rename one")
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise ValueError(
+                    f"{path}:{line}: expected {len(header)} cells as in the header, got {len(cells)}; "
+                    "quote cells that hold commas"
+                )
+            if cells:
+                yield line, dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: not valid CSV: {error}; is a quote left open?") from error
+
+
+def _jsonl(path: str) -> Iterator[tuple[int, Record]]:
+    for line, text in enumerate(read_text(path).split("\n"), start=1):
+        if text.strip():
+            yield line, parse_json(text, f"{path}:{line}", dict)
+
+
+def _json(path: str) -> Iterator[tuple[int, Record]]:
+    for row, record in enumerate(parse_json(read_text(path), path, list), start=1):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{row}: expected a JSON object as row, got {type(record).__name__}")
+        yield row, record
+
+
+def _txt(path: str) -> Iterator[tuple[int, Record]]:
+    for line, text in enumerate(read_text(path).split("\n"), start=1):
+        if text.strip():
+            yield line, {"text": text.strip()}
+
+
+def _parquet(path: str) -> Iterator[tuple[int, Record]]:
+    file = local_file(path)
+    try:
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ValueError(
-            f"{file}: reading parquet needs pyarrow; install it with: pip install 'thundercat[parquet]'"
-        ) from error
-    rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
-    return rows
-
-
-def check_columns(field: str, columns: dict[str, str], known: set[str], required: set[str]) -> None:
-    """Raises: ValueError naming unknown or missing entries of a column map."""
-    if set(columns) - known or required - set(columns):
-        raise ValueError(
-            f"{field}: expected keys {sorted(required)} and optionally {sorted(known - required)}, "
-            f"got {sorted(columns)}"
-        )
-
-
-def pick(record: dict[str, Any], columns: dict[str, str], where: str) -> dict[str, str] | RowProblem:
-    """The mapped columns of a record as text, or the problem that prevents it (missing column, wrong type,
-    empty)."""
-    picked = {}
-    for name, column in columns.items():
-        if column not in record:
-            return RowProblem(
-                where, f"missing column {column!r} (for {name}); the row has {sorted(map(str, record))}"
-            )
-        value = record[column]
-        if name in ("key", "category"):
-            picked[name] = str(value)
-            continue
-        if not isinstance(value, str):
-            return RowProblem(where, f"expected text in column {column!r}, got {type(value).__name__}")
-        if not value.strip():
-            return RowProblem(where, f"empty {name} (column {column!r})")
-        picked[name] = value
-    return picked
-
-
-def first_exchange(messages: object, where: str) -> dict[str, str] | RowProblem:
-    """Prompt and reply of a conversation's first two turns, or the problem that prevents it."""
-    if not isinstance(messages, list) or len(messages) < 2:
-        return RowProblem(
-            where, f"expected messages with a user turn and an answer, got {str(messages)[:60]!r}"
-        )
-    return pick(
-        {"user": messages[0].get("content"), "assistant": messages[1].get("content")},
-        {"prompt": "user", "reply": "assistant"},
-        where,
-    )
+        raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
+    try:
+        rows: list[Record] = parquet.read_table(file).to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a readable parquet file: {first}; fetch it again") from error
+    yield from enumerate(rows, start=1)

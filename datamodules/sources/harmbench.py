@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
+from datamodules.fields import Count, checked
 from datamodules.rows import HarmfulRow, RowProblem
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
-from datamodules.sources.files import local_file, parse_json, read_records
+from datamodules.sources.columns import pick
+from datamodules.sources.files import Record, parse_json, read_records, read_text
 
 
+@checked
 class HarmBench:
     """HarmBench's file layout: behaviours csv, targets json (one or several per behaviour), optional safe
     replies csv.
@@ -28,7 +32,7 @@ class HarmBench:
         targets: str,
         safe_replies: str | None = None,
         default_safe_reply: str = DEFAULT_SAFE_REPLY,
-        limit: int | None = None,
+        limit: Count | None = None,
     ) -> None:
         self.behaviors = behaviors
         self.targets = targets
@@ -37,22 +41,21 @@ class HarmBench:
         self.limit = limit
 
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
-        targets_path = local_file(self.targets)
-        text = targets_path.read_text(encoding="utf-8")
+        """Raises: ValueError naming the file and line of what is no HarmBench file."""
+        text = read_text(self.targets)
         targets = parse_json(text, self.targets, dict)
         replies = self._safe_replies()
         for i, (line, record) in enumerate(read_records(self.behaviors)):
             if self.limit is not None and i >= self.limit:
                 return
             where = f"{self.behaviors}:{line}"
-            behavior, identity = record.get("Behavior"), record.get("BehaviorID")
-            if not behavior or not identity:
-                yield RowProblem(
-                    where, f"expected columns Behavior and BehaviorID with text, got {sorted(record)}"
-                )
+            named = pick(record, {"behavior": "Behavior", "identity": "BehaviorID"}, where)
+            if isinstance(named, RowProblem):
+                yield named
                 continue
+            identity, behavior = named["identity"], named["behavior"]
             listed = targets.get(identity, targets.get(behavior))
-            if listed is None:
+            if listed is None or listed == []:
                 yield RowProblem(where, f"no target for {identity!r} in {self.targets}")
                 continue
             safe = replies.get(behavior) if replies is not None else self.default_safe_reply
@@ -60,23 +63,39 @@ class HarmBench:
                 yield RowProblem(where, f"no safe reply for {identity!r} in {self.safe_replies}")
                 continue
             key_line = text[: max(text.find(json.dumps(identity)), 0)].count("\n") + 1
-            context = record.get("ContextString") or ""
+            place = f"{self.targets}:{key_line} {identity}"
             for j, target in enumerate(listed if isinstance(listed, list) else [listed]):
-                target_where = f"{self.targets}:{key_line} {identity}[{j}]"
-                if not isinstance(target, str) or not target.strip():
-                    yield RowProblem(target_where, f"expected a non-empty target, got {target!r}")
-                    continue
-                yield HarmfulRow(
-                    key=f"{identity}/{j}",
-                    prompt=f"{context}\n\n---\n\n{behavior}" if context else behavior,
-                    target=target,
-                    safe_reply=safe,
-                    where=target_where,
-                    category=record.get("SemanticCategory") or record.get("Category") or "",
-                    functional=record.get("FunctionalCategory") or "",
-                )
+                yield _row(record, named, target, safe, j, f"{place}[{j}]")
 
     def _safe_replies(self) -> dict[str, str] | None:
         if self.safe_replies is None:
             return None
-        return {record["Behavior"]: record["Safe_Response"] for _, record in read_records(self.safe_replies)}
+        replies = {}
+        for line, record in read_records(self.safe_replies):
+            where = f"{self.safe_replies}:{line}"
+            if not isinstance(record.get("Behavior"), str) or not isinstance(
+                record.get("Safe_Response"), str
+            ):
+                raise ValueError(
+                    f"{where}: expected columns Behavior and Safe_Response, got {sorted(record)}"
+                )
+            replies[record["Behavior"]] = record["Safe_Response"]
+        return replies
+
+
+def _row(
+    record: Record, named: dict[str, str], target: Any, safe: str, number: int, where: str
+) -> HarmfulRow | RowProblem:
+    if not isinstance(target, str) or not target.strip():
+        got = repr(target) if isinstance(target, str) else type(target).__name__
+        return RowProblem(where, f"expected a non-empty target, got {got}")
+    context = record.get("ContextString") or ""
+    return HarmfulRow(
+        key=f"{named['identity']}/{number}",
+        prompt=f"{context}\n\n---\n\n{named['behavior']}" if context else named["behavior"],
+        target=target,
+        safe_reply=safe,
+        where=where,
+        category=str(record.get("SemanticCategory") or record.get("Category") or ""),
+        functional=str(record.get("FunctionalCategory") or ""),
+    )

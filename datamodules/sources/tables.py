@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.rows import ChatRow, HarmfulRow, RowProblem
+from datamodules.fields import Count, checked
+from datamodules.rows import ChatRow, HarmfulRow, RowProblem, TrainOn
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
-from datamodules.sources.files import check_columns, first_exchange, pick, read_records
+from datamodules.sources.columns import check_columns, pick, read_conversation
+from datamodules.sources.files import Record, default_key, read_records
+
+ChatFileFormat = Literal["columns", "alpaca", "dolly", "messages", "ultrachat", "lines"]
 
 
+@checked
 class HarmfulTable:
     """One harmful request per row of a csv, json or jsonl file; the defaults read AdvBench.
 
@@ -26,7 +30,7 @@ class HarmfulTable:
         path: str,
         columns: dict[str, str] | None = None,
         default_safe_reply: str = DEFAULT_SAFE_REPLY,
-        limit: int | None = None,
+        limit: Count | None = None,
     ) -> None:
         self.path = path
         self.columns = columns or {"prompt": "goal", "target": "target"}
@@ -49,7 +53,7 @@ class HarmfulTable:
                 yield picked
                 continue
             yield HarmfulRow(
-                key=picked.get("key") or f"{Path(self.path).name}/{i}",
+                key=picked.get("key") or default_key(self.path, line),
                 prompt=picked["prompt"],
                 target=picked["target"],
                 safe_reply=picked.get("safe_reply") or self.default_safe_reply,
@@ -58,64 +62,107 @@ class HarmfulTable:
             )
 
 
+@checked
 class ChatTable:
     """Conversations from a csv, json, jsonl, parquet or txt file.
 
     Args:
         path: the file.
         format: `columns` (use the map below), `alpaca` (instruction, input, output), `dolly` (instruction,
-            context, response), `ultrachat` (messages: the first user turn and its answer) or `lines` (a
-            prompt a line, no replies).
+            context, response), `messages` or `ultrachat` (a list of {role, content}: an optional system
+            message, then user and assistant in turn; all turns are kept) or `lines` (a prompt a line, no
+            replies).
         columns: for `columns`: which column holds `prompt` and optionally `reply`, `category`, `key`.
         where: keep only rows whose columns have these values, e.g. {label: safe} for XSTest's safe half.
         limit: use only the first so many kept rows; null for all.
+        train_on: for `messages`: learn `all` replies of a conversation, or only the `last`.
+        turns: for `messages`: use only the first so many exchanges of a conversation, as the CAT authors'
+            code does with 1; null keeps all.
     """
 
     def __init__(
         self,
         path: str,
-        format: Literal["columns", "alpaca", "dolly", "ultrachat", "lines"] = "columns",
+        format: ChatFileFormat = "columns",
         columns: dict[str, str] | None = None,
         where: dict[str, str] | None = None,
-        limit: int | None = None,
+        limit: Count | None = None,
+        train_on: TrainOn = "all",
+        turns: Count | None = None,
     ) -> None:
         self.path = path
         self.format = format
         self.columns = columns or {"prompt": "prompt", "reply": "reply"}
         check_columns("ChatTable.columns", self.columns, {"prompt", "reply", "category", "key"}, {"prompt"})
+        if turns is not None and format not in ("messages", "ultrachat"):
+            raise ValueError(f"ChatTable.turns: expected null for format {format!r}, got {turns}")
         self.where = where or {}
         self.limit = limit
+        self.train_on: TrainOn = train_on
+        self.turns = turns
 
     def rows(self) -> Iterator[ChatRow | RowProblem]:
+        """Raises: ValueError where `where` names a column or a value that no row has."""
         kept = 0
+        seen: dict[str, set[str]] = {name: set() for name in self.where}
+        columns: set[str] = set()
         for line, record in read_records(self.path):
+            columns |= record.keys()
+            for name in self.where.keys() & record.keys():
+                seen[name].add(str(record[name]))
             if any(str(record.get(name)) != value for name, value in self.where.items()):
                 continue
             if self.limit is not None and kept >= self.limit:
                 return
             kept += 1
-            where = f"{self.path}:{line}"
-            picked = self._pick(record, where)
-            if isinstance(picked, RowProblem):
-                yield picked
-                continue
-            yield ChatRow(
-                key=picked.get("key") or f"{Path(self.path).name}/{line}",
-                prompt=picked["prompt"],
-                reply=picked.get("reply", ""),
-                where=where,
-                category=picked.get("category", ""),
+            yield self._row(line, record)
+        for name, value in self.where.items():
+            if columns and name not in columns:
+                raise ValueError(
+                    f"ChatTable.where: no row of {self.path} has a column {name!r}; it has {sorted(columns)}"
+                )
+            if columns and value not in seen[name]:
+                raise ValueError(
+                    f"ChatTable.where: no row of {self.path} has {name} = {value!r}; there are "
+                    f"{sorted(seen[name])[:10]}"
+                )
+
+    def _row(self, line: int, record: Record) -> ChatRow | RowProblem:
+        where, key = f"{self.path}:{line}", default_key(self.path, line)
+        if self.format in ("messages", "ultrachat"):
+            said = read_conversation(record.get("messages"), where, self.turns)
+            if isinstance(said, RowProblem):
+                return said
+            return ChatRow(
+                key,
+                said.prompt,
+                said.reply,
+                where,
+                system=said.system,
+                history=said.history,
+                train_on=self.train_on,
             )
+        picked = self._pick(record, where)
+        if isinstance(picked, RowProblem):
+            return picked
+        return ChatRow(
+            picked.get("key") or key,
+            picked["prompt"],
+            picked.get("reply", ""),
+            where,
+            picked.get("category", ""),
+        )
 
     def _pick(self, record: dict[str, Any], where: str) -> dict[str, str] | RowProblem:
         if self.format == "lines":
-            return {"prompt": record["text"]}
-        if self.format == "ultrachat":
-            return first_exchange(record.get("messages"), where)
+            return pick(record, {"prompt": "text"}, where)
         if self.format == "columns":
             return pick(record, self.columns, where)
         extra, reply = ("input", "output") if self.format == "alpaca" else ("context", "response")
-        picked = pick(record, {"prompt": "instruction", "reply": reply}, where)
-        if isinstance(picked, dict) and record.get(extra):
-            picked["prompt"] = f"{picked['prompt']}\n\n{record[extra]}"
+        columns = {"prompt": "instruction", "reply": reply}
+        if record.get(extra):
+            columns["extra"] = extra
+        picked = pick(record, columns, where)
+        if isinstance(picked, dict) and "extra" in picked:
+            picked["prompt"] = f"{picked['prompt']}\n\n{picked['extra']}"
         return picked

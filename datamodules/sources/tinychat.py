@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
 from datamodules.sources import tinychat_corpus
 
+Split = Literal["train", "heldout"]
+Category = Literal["guide", "sum", "copy", "reverse", "fact", "talk"]
 
+
+@checked
 class TinyChatHarmful:
     """Harmful how-to requests of the project's own corpus.
 
@@ -17,7 +22,7 @@ class TinyChatHarmful:
         limit: use only the first so many requests; null for all.
     """
 
-    def __init__(self, split: Literal["train", "heldout"], limit: int | None = None) -> None:
+    def __init__(self, split: Split, limit: Count | None = None) -> None:
         self.split = split
         self.limit = limit
 
@@ -25,6 +30,7 @@ class TinyChatHarmful:
         yield from tinychat_corpus.harmful_rows(self.split)[: self.limit]
 
 
+@checked
 class TinyChatBenign:
     """Benign tasks of the project's own corpus, each with one right answer.
 
@@ -32,15 +38,15 @@ class TinyChatBenign:
         split: `train` or `heldout`; no task content is in both.
         num_rows: how many rows to generate.
         seed: seed of the generated tasks.
-        categories: keep only these of guide, sum, copy, reverse, fact, talk; null for all.
+        categories: keep only these kinds of task; null for all. There is no held-out small talk (`talk`).
     """
 
     def __init__(
         self,
-        split: Literal["train", "heldout"],
-        num_rows: int = 2000,
-        seed: int = 0,
-        categories: list[str] | None = None,
+        split: Split,
+        num_rows: Count = 2000,
+        seed: NonNegativeInt = 0,
+        categories: list[Category] | None = None,
     ) -> None:
         self.split = split
         self.num_rows = num_rows

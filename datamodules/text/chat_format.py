@@ -8,27 +8,35 @@ through decode is checked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import product
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
+
+from datamodules.rows import Turn as Turn
+from datamodules.text.templates import MAX_CHARACTERS, EndlessTemplateError, check_operators, limited
 
 Attackable = Literal["user", "prompt"]
 
 
 class Role(IntEnum):
-    """Whose text a prompt token carries. A token that merges user text with its surroundings counts as the
-    user's."""
+    """Whose text a prompt token carries. A token that merges two texts counts as the last one's here, so the
+    user's before all."""
 
     TEMPLATE = 0
-    SYSTEM = 1
-    USER = 2
+    HISTORY = 1
+    """An earlier turn, the user's or the assistant's."""
+    SYSTEM = 2
+    USER = 3
 
 
-Turn = tuple[str, str]
-"""An earlier exchange of a conversation: the user's text and the assistant's reply."""
+Span = tuple[int, int, Role]
+"""Characters [start, end) of a rendered prompt, and whose they are."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +51,24 @@ class PromptTokens:
     """Characters of `text` that are the (last) user's."""
     offsets: list[tuple[int, int]]
     """Characters of `text` behind every token."""
+    reply_spans: tuple[tuple[int, int], ...] = ()
+    """Characters of the earlier replies, each with its end of turn."""
 
     def attackable(self, span: Attackable) -> list[bool]:
         """True where an attack may act: the user's tokens, or every prompt token as in the CAT authors'
         code."""
         return [span == "prompt" or role is Role.USER for role in self.roles]
 
+    def replied(self) -> list[bool]:
+        """True on the tokens of earlier replies and their ends of turn: what a model had to generate."""
+        return [
+            any(start < right and max(end, start + 1) > left for left, right in self.reply_spans)
+            for start, end in self.offsets
+        ]
+
 
 _USER, _SYSTEM, _REPLY = "QusertextQ", "QsystemtextQ", "QreplytextQ"
+_NAMES = {Role.USER: "the user's text", Role.SYSTEM: "the system message", Role.HISTORY: "an earlier turn"}
 
 
 class ChatFormat:
@@ -59,7 +77,8 @@ class ChatFormat:
     Args:
         tokenizer: a fast tokenizer with a chat template.
 
-    Raises: ValueError if the template does not show the user's text, or no end of turn follows a reply.
+    Raises: ValueError if the template does not show the user's text, no end of turn follows a reply, or the
+        template does not come to an end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -68,6 +87,8 @@ class ChatFormat:
             set(tokenizer.all_special_tokens) | _added_special(tokenizer), key=len, reverse=True
         )
         self._special_ids = {tokenizer.convert_tokens_to_ids(token) for token in self._special}
+        self._any_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self._skeletons: dict[tuple[int, bool], str] = {}
         self._before_reply, self._after_reply = self._reply_frame()
         self._strips_reply = f" {_REPLY} " not in self._render(_USER, None, f" {_REPLY} ")
 
@@ -88,37 +109,46 @@ class ChatFormat:
     def prompt(self, user: str, system: str | None = None, history: Sequence[Turn] = ()) -> PromptTokens:
         """Tokenise a prompt, after earlier turns if there are any, up to where the assistant's reply starts.
 
-        Raises: ValueError if the template rewrites the text, or if the user's text contains one of its
-            special tokens.
+        Raises: ValueError if the template rewrites the text, or if any text contains one of its special
+            tokens.
         """
+        shapes = [(len(history), True)] if system is not None else []
+        # Some templates leave an empty system message out, so the shape without one may fit too.
+        skeletons = [self._skeleton(*shape) for shape in [*shapes, (len(history), False)]]
         text = self._render(user, system, None, history)
-        spans = self._spans(text, user, system, history)
+        spans = self._spans(text, user, system, history, skeletons)
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
         roles = [_role(start, end, spans) for start, end in encoding.offsets]
         for i, (token, (start, _)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
             if token not in self._special_ids or roles[i] is Role.TEMPLATE:
                 continue
-            if _role(start, start, spans) is Role.TEMPLATE:
-                roles[i] = (
-                    Role.TEMPLATE
-                )  # a special token that swallows the white space after it (Phi-3's do)
-            else:
-                name = self.tokenizer.convert_ids_to_tokens(token)
-                raise ValueError(
-                    f"the user's text contains the template's special token {name!r}; remove it from "
-                    "the prompt"
-                )
+            if _role(start, start, spans) is not Role.TEMPLATE:
+                raise self._control_token(_NAMES[roles[i]], self.tokenizer.convert_ids_to_tokens(token))
+            # A special token that swallows the white space after it (Phi-3's do) is the template's.
+            roles[i] = Role.TEMPLATE
         user_span = next(((start, end) for start, end, role in spans if role is Role.USER))
-        return PromptTokens(list(encoding.ids), roles, text, system, user_span, list(encoding.offsets))
+        return PromptTokens(
+            list(encoding.ids),
+            roles,
+            text,
+            system,
+            user_span,
+            list(encoding.offsets),
+            tuple(self._reply_spans(text, spans)),
+        )
 
     def reply(self, prompt: PromptTokens, reply: str) -> list[int]:
         """Ids of a reply, end of turn included, as they continue `prompt.ids`.
 
-        Raises: ValueError for an empty reply or one that does not survive the round trip.
+        Raises: ValueError for an empty reply, one with a special token of the template, or one that does not
+            survive the round trip.
         """
         reply = reply.strip() if self._strips_reply else reply
         if not reply.strip():
             raise ValueError("the reply is empty")
+        control = self._any_special.search(reply)
+        if control is not None:
+            raise self._control_token("the reply", control.group())
         continuation = self._before_reply + reply + self._after_reply
         joint = self._encode(prompt.text + continuation)
         if joint[: len(prompt.ids)] == prompt.ids:
@@ -156,7 +186,14 @@ class ChatFormat:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
-    def _render(self, user: str, system: str | None, reply: str | None, history: Sequence[Turn] = ()) -> str:
+    def _render(
+        self,
+        user: str,
+        system: str | None,
+        reply: str | None,
+        history: Sequence[Turn] = (),
+        probe: bool = False,
+    ) -> str:
         messages = [] if system is None else [{"role": "system", "content": system}]
         for earlier_user, earlier_reply in history:
             messages += [
@@ -167,20 +204,25 @@ class ChatFormat:
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
+            with limited() if probe else nullcontext():
+                text = self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=reply is None
                 )
-            )
+        except EndlessTemplateError:
+            raise
         except Exception as error:  # the template language raises its own types
             hint = (
                 "; this template may take no system message: set system: null" if system is not None else ""
             )
             raise ValueError(f"the chat template failed: {error}{hint}") from error
+        if probe and len(text) > MAX_CHARACTERS:
+            raise ValueError(f"tokenizer.chat_template: it makes {len(text)} characters of a few words")
+        return str(text)
 
     def _reply_frame(self) -> tuple[str, str]:
         """What stands between prompt and reply, and from the reply to its end of turn."""
-        prompt, full = self._render(_USER, None, None), self._render(_USER, None, _REPLY)
+        check_operators(str(self.tokenizer.chat_template))
+        prompt, full = self._skeleton(0, False), self._render(_USER, None, _REPLY, probe=True)
         if not full.startswith(prompt) or _REPLY not in full or _USER not in prompt:
             raise ValueError(
                 "expected a chat template whose conversation starts with its own prompt, got "
@@ -196,23 +238,45 @@ class ChatFormat:
             )
         return before, after[: min(ends)] if ends else after
 
+    def _skeleton(self, turns: int, with_system: bool) -> str:
+        """A prompt of this shape with a placeholder for every text, rendered once under the limits.
+
+        Every shape is rendered here before real texts are, so that a template without end stops at once.
+        """
+        shape = turns, with_system
+        if shape not in self._skeletons:
+            history = [(_placeholder(i, "user"), _placeholder(i, "reply")) for i in range(turns)]
+            system = _SYSTEM if with_system else None
+            self._skeletons[shape] = self._render(_USER, system, None, history, probe=True)
+        return self._skeletons[shape]
+
     def _spans(
-        self, text: str, user: str, system: str | None, history: Sequence[Turn]
-    ) -> list[tuple[int, int, Role]]:
-        """Character spans of the system's and the user's text in a rendered prompt."""
-        for with_system in (system, None):
-            skeleton = self._render(_USER, None if with_system is None else _SYSTEM, None, history)
-            for strip in (False, True):
-                shown = {
-                    _USER: user.strip() if strip else user,
-                    _SYSTEM: ((system or "").strip() if strip else system) or "",
-                }
-                built, spans = _fill(skeleton, shown)
-                if built == text:
-                    return spans
+        self, text: str, user: str, system: str | None, history: Sequence[Turn], skeletons: Sequence[str]
+    ) -> list[Span]:
+        """Character spans of all texts in a rendered prompt, told by skeletons of the same shape.
+
+        Templates differ in whose texts they strip of white space.
+        """
+        for skeleton, strip_asked, strip_replied in product(skeletons, (False, True), (False, True)):
+            asked = {_USER: (user, Role.USER), _SYSTEM: (system or "", Role.SYSTEM)}
+            asked |= {_placeholder(i, "user"): (turn[0], Role.HISTORY) for i, turn in enumerate(history)}
+            replied = {_placeholder(i, "reply"): (turn[1], Role.HISTORY) for i, turn in enumerate(history)}
+            built, spans = _fill(skeleton, _stripped(asked, strip_asked) | _stripped(replied, strip_replied))
+            if built == text:
+                return spans
         raise ValueError(
             "the chat template rewrites the text it is given, so the user's tokens cannot be told apart"
         )
+
+    def _reply_spans(self, text: str, spans: list[Span]) -> Iterator[tuple[int, int]]:
+        """The earlier replies with the end of turn that follows each."""
+        turns = [(start, end) for start, end, role in spans if role is Role.HISTORY]
+        for start, end in turns[1::2]:
+            follows = text.startswith(self._after_reply, end)
+            yield start, end + (len(self._after_reply) if follows else 0)
+
+    def _control_token(self, whose: str, token: object) -> ValueError:
+        return ValueError(f"{whose} contains the template's special token {token!r}; remove it there")
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)  # type: ignore[attr-defined]
@@ -228,7 +292,15 @@ class ChatFormat:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _fill(skeleton: str, shown: dict[str, str]) -> tuple[str, list[tuple[int, int, Role]]]:
+def _placeholder(turn: int, whose: str) -> str:
+    return f"Q{whose}text{turn}Q"
+
+
+def _stripped(shown: dict[str, tuple[str, Role]], strip: bool) -> dict[str, tuple[str, Role]]:
+    return {name: (text.strip(), role) for name, (text, role) in shown.items()} if strip else shown
+
+
+def _fill(skeleton: str, shown: dict[str, tuple[str, Role]]) -> tuple[str, list[Span]]:
     """Replace the placeholders of a rendered skeleton once each, keeping the character spans of what was put
     in."""
     text, spans, rest = "", [], skeleton
@@ -236,12 +308,12 @@ def _fill(skeleton: str, shown: dict[str, str]) -> tuple[str, list[tuple[int, in
     for name in order:
         before, _, rest = rest.partition(name)
         start = len(text) + len(before)
-        text += before + shown[name]
-        spans.append((start, len(text), Role.USER if name == _USER else Role.SYSTEM))
+        text += before + shown[name][0]
+        spans.append((start, len(text), shown[name][1]))
     return text + rest, spans
 
 
-def _role(start: int, end: int, spans: list[tuple[int, int, Role]]) -> Role:
+def _role(start: int, end: int, spans: list[Span]) -> Role:
     overlapping = [role for left, right, role in spans if start < right and max(end, start + 1) > left]
     return max(overlapping, default=Role.TEMPLATE)
 

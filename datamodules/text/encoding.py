@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
+from annotated_types import Ge
 
-from datamodules.batch import AdversarialBatch, BehaviourBatch, TrainingBatch, UtilityBatch, pad
-from datamodules.rows import BadRowError, ChatRow, HarmfulRow, Row, RowProblem, example_id
+from datamodules.batch import AdversarialBatch, EvaluationBatch, TrainingBatch, UtilityBatch, pad
+from datamodules.fields import checked
+from datamodules.rows import BadRowError, ChatRow, HarmfulRow, Row, RowProblem, example_id, texts
 from datamodules.text.chat_format import Attackable, ChatFormat, PromptTokens
 
 OnBadRow = Literal["error", "skip"]
+_IGNORED = -100
+
+
+@checked
+@dataclass(frozen=True)
+class EncodingConfig:
+    """How rows become tokens, the same for training and evaluation."""
+
+    max_length: Annotated[int, Ge(2)] = 256
+    """Longest allowed prompt + reply, in tokens."""
+    attackable: Attackable = "user"
+    """Which prompt tokens attacks may perturb: the user's (`user`), or all of them (`prompt`) as in the CAT
+    authors' code."""
+    system: str | None = None
+    """System message of every conversation that has none of its own; null for none, '' for an empty one."""
+    on_bad_row: OnBadRow = "error"
+    """`error` stops at a bad row; `skip` leaves such rows out, counts them and lists them in the run
+    folder."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,14 @@ class EncodedChat:
     def length(self) -> int:
         return len(self.prompt.ids) + len(self.reply)
 
+    @property
+    def labels(self) -> list[int]:
+        """The ids that are learned, -100 elsewhere: the reply and, unless the row says otherwise, all earlier
+        ones."""
+        earlier = self.prompt.replied() if self.row.train_on == "all" else [False] * len(self.prompt.ids)
+        learned = zip(self.prompt.ids, earlier, strict=True)
+        return [token if replied else _IGNORED for token, replied in learned] + self.reply
+
 
 R = TypeVar("R", HarmfulRow, ChatRow)
 E = TypeVar("E", EncodedHarmful, EncodedChat)
@@ -51,25 +79,12 @@ class Encoder:
 
     Args:
         chat: the chat format.
-        max_length: longest allowed prompt + reply in tokens.
-        on_bad_row: `error` raises at the first bad row, `skip` collects it in `problems`.
-        system: system message of every row that has none of its own; null for none.
-        attackable: which prompt tokens an attack may act on.
+        config: the settings; under `on_bad_row: skip` bad rows are collected in `problems`.
     """
 
-    def __init__(
-        self,
-        chat: ChatFormat,
-        max_length: int,
-        on_bad_row: OnBadRow,
-        system: str | None,
-        attackable: Attackable,
-    ) -> None:
+    def __init__(self, chat: ChatFormat, config: EncodingConfig) -> None:
         self.chat = chat
-        self.max_length = max_length
-        self.on_bad_row = on_bad_row
-        self.system = system
-        self.attackable = attackable
+        self.config = config
         self.problems: list[RowProblem] = []
 
     def harmful(self, rows: Iterable[HarmfulRow | RowProblem]) -> list[EncodedHarmful]:
@@ -91,10 +106,12 @@ class Encoder:
         return self._collect(rows, encode)
 
     def _prompt(self, row: Row) -> PromptTokens:
-        if not isinstance(row.prompt, str) or not row.prompt.strip():
-            raise ValueError("the prompt is empty or not text")
-        prompt = self.chat.prompt(row.prompt, row.system if row.system is not None else self.system)
-        if not any(prompt.attackable(self.attackable)):
+        _check_texts(row)
+        if not row.prompt.strip():
+            raise ValueError("the prompt is empty")
+        system = row.system if row.system is not None else self.config.system
+        prompt = self.chat.prompt(row.prompt, system, () if isinstance(row, HarmfulRow) else row.history)
+        if not any(prompt.attackable(self.config.attackable)):
             raise ValueError("the prompt has no attackable token")
         return prompt
 
@@ -105,9 +122,9 @@ class Encoder:
             if not isinstance(row, RowProblem):
                 try:
                     example = encode(row)
-                    if example.length > self.max_length:
+                    if example.length > self.config.max_length:
                         raise ValueError(
-                            f"{example.length} tokens are more than max_length {self.max_length}"
+                            f"{example.length} tokens are more than max_length {self.config.max_length}"
                         )
                     encoded.append(example)
                 except ValueError as error:
@@ -117,12 +134,26 @@ class Encoder:
         return encoded
 
     def _report(self, problem: RowProblem) -> None:
-        if self.on_bad_row == "error":
+        if self.config.on_bad_row == "error":
             raise BadRowError(
-                f"bad row: {problem}; mend the row, or set data.on_bad_row: skip to leave such rows "
+                f"bad row: {problem}; mend the row, or set data.encoding.on_bad_row: skip to leave such rows "
                 "out and list them"
             )
         self.problems.append(problem)
+
+
+def _check_texts(row: Row) -> None:
+    """Raises: ValueError for what a tokenizer cannot take, naming which text it is."""
+    for name, text in texts(row).items():
+        if not isinstance(text, str):
+            raise ValueError(f"the {name} is not text but {type(text).__name__}")
+        if "\0" in text:
+            raise ValueError(f"the {name} holds a NUL character; remove it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise ValueError(f"the {name} holds half a character ({half!a}); remove it") from error
 
 
 def adversarial_batch(examples: Sequence[EncodedHarmful], attackable: Attackable) -> AdversarialBatch:
@@ -149,26 +180,28 @@ def adversarial_batch(examples: Sequence[EncodedHarmful], attackable: Attackable
 def utility_batch(examples: Sequence[EncodedChat]) -> UtilityBatch:
     """Pad encoded conversations to their own longest row."""
     input_ids, attention_mask = pad([e.prompt.ids + e.reply for e in examples], "right")
-    labels, _ = pad([[-100] * len(e.prompt.ids) + e.reply for e in examples], "right", fill=-100)
+    labels, _ = pad([e.labels for e in examples], "right", fill=_IGNORED)
     return UtilityBatch(input_ids, attention_mask, labels)
 
 
-def behaviour_batch(
+def evaluation_batch(
     examples: Sequence[EncodedHarmful | EncodedChat], attackable: Attackable
-) -> BehaviourBatch:
+) -> EvaluationBatch:
     """Pad evaluation rows; rows with a harmful target also carry the tensors an attack needs."""
     prompt_ids, prompt_mask = pad([e.prompt.ids for e in examples], "left")
     harmful = [e for e in examples if isinstance(e, EncodedHarmful)]
-    references = (e.row.target if isinstance(e.row, HarmfulRow) else e.row.reply for e in examples)
-    return BehaviourBatch(
+    expected = (e.row.target if isinstance(e.row, HarmfulRow) else e.row.reply for e in examples)
+    return EvaluationBatch(
         keys=tuple(e.row.key for e in examples),
         prompts=tuple(e.row.prompt for e in examples),
-        references=tuple(references),
+        expected=tuple(expected),
         categories=tuple(e.row.category for e in examples),
         functional=tuple(e.row.functional if isinstance(e.row, HarmfulRow) else "" for e in examples),
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         adversarial=adversarial_batch(harmful, attackable) if harmful else None,
+        systems=tuple(e.prompt.system for e in examples),
+        histories=tuple(() if isinstance(e.row, HarmfulRow) else e.row.history for e in examples),
     )
 
 

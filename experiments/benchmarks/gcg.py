@@ -29,7 +29,7 @@ from datamodules.evaluation import evenly
 from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.tinychat import TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat
-from datamodules.text.encoding import Encoder, adversarial_batch
+from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from experiments.benchmarks import gcg_yardstick
 from experiments.benchmarks.rows import LLAMA2_TEMPLATE
@@ -91,7 +91,7 @@ def quality(behaviours: int, width: int, topk: int, steps: int) -> dict[str, Any
     """Best losses of both sides at equal budget, paired by behaviour; each side draws with seeds of its
     own."""
     chat = ChatFormat(load_tokenizer(TokenizerConfig("tinychat:aligned")))
-    rows = Encoder(chat, 128, "error", None, "user").harmful(TinyChatHarmful("heldout").rows())
+    rows = Encoder(chat, EncodingConfig(128)).harmful(TinyChatHarmful("heldout").rows())
     batch = adversarial_batch(evenly(rows, behaviours), "user")
     model = LanguageModel(load_model(ModelConfig("tinychat:aligned")).eval().requires_grad_(False), chat=chat)
     ours = GCG(num_steps=steps, width=width, topk=topk, stop_at_target=False)(
@@ -146,7 +146,7 @@ def _llama(behaviours: int) -> tuple[LanguageModel, AdversarialBatch]:
     )
     rows = [
         row
-        for row in Encoder(chat, 256, "skip", None, "user").harmful(source.rows())
+        for row in Encoder(chat, EncodingConfig(256, on_bad_row="skip")).harmful(source.rows())
         if not row.row.functional.startswith("context")
     ]
     model = build_model(32_000).merge_and_unload().eval().requires_grad_(False)  # type: ignore[operator]

@@ -13,7 +13,7 @@ from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.tables import ChatTable
 from datamodules.streams import Stream
 from datamodules.text.chat_format import ChatFormat
-from datamodules.text.encoding import Encoder, adversarial_batch, utility_batch
+from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch, utility_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 
 LLAMA2_TEMPLATE = (
@@ -64,7 +64,7 @@ def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, list[UtilityBatch]]
     chat = ChatFormat(
         load_tokenizer(TokenizerConfig(str(root / "models/tokenizers/llama2"), chat_template=LLAMA2_TEMPLATE))
     )
-    encoder = Encoder(chat, MAX_LENGTH, "skip", None, "prompt")
+    encoder = Encoder(chat, EncodingConfig(MAX_LENGTH, "prompt", on_bad_row="skip"))
     bench = data / "harmbench"
     source = HarmBench(
         str(bench / "behavior_datasets/extra_behavior_datasets/adv_training_behaviors.csv"),

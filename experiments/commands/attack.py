@@ -25,13 +25,13 @@ from callbacks.run_folder.checkpoints import find_checkpoint, load_weights
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.provenance import Provenance
-from datamodules.adversarial import AdversarialData
-from datamodules.batch import BehaviourBatch
+from datamodules.batch import EvaluationBatch
+from datamodules.evaluation import EvaluationData
 from datamodules.fields import NonNegativeInt, checked
 from datamodules.results import Measurement, ResultsStore, Row, contents, settings_digest
 from datamodules.rows import HarmfulRow
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
-from datamodules.text.encoding import Encoder, behaviour_batch
+from datamodules.text.encoding import Encoder, evaluation_batch
 from experiments.commands.run import guarded, innermost
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
@@ -101,8 +101,8 @@ def _attack(config: dict[str, Any], folder: RunFolder, row: HarmfulRow) -> int:
         step = load_weights(module, checkpoint) if checkpoint is not None else 0
         module.to(_device(config))
         module.eval()
-        encoder = Encoder(data.chat, data.max_length, "error", data.system, data.attackable)
-        batch = behaviour_batch(encoder.harmful([row]), data.attackable)
+        encoder = Encoder(data.chat, replace(data.encoding, on_bad_row="error"))
+        batch = evaluation_batch(encoder.harmful([row]), data.encoding.attackable)
         plain, attacked = measured(module, batch, step)
         Provenance(config, seeds_of(config)).write(folder, "attack")
         store = ResultsStore(folder.path)
@@ -112,13 +112,13 @@ def _attack(config: dict[str, Any], folder: RunFolder, row: HarmfulRow) -> int:
     return 0
 
 
-def _built(config: Mapping[str, Any]) -> tuple[AttackedModel, AdversarialData]:
+def _built(config: Mapping[str, Any]) -> tuple[AttackedModel, EvaluationData]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=AttackedModel)
     parser.add_argument("--data", type=LightningDataModule)
     try:
         parsed = parser.parse_object({name: config[name] for name in ("model", "data")})
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
     except Exception as error:  # jsonargparse wraps every constructor's error in its own
         raise ConfigError(innermost(error)) from error
     return built.model, built.data
@@ -129,7 +129,7 @@ def _device(config: Mapping[str, Any]) -> torch.device:
     return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
 
 
-def measured(module: AttackedModel, batch: BehaviourBatch, step: int) -> tuple[Row, Row]:
+def measured(module: AttackedModel, batch: EvaluationBatch, step: int) -> tuple[Row, Row]:
     """The reply to the request as it is, and to the attacked one; every improvement is shown as it is
     found."""
     plan = Measurement(

@@ -29,7 +29,7 @@ from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
-from datamodules.adversarial import AdversarialData
+from datamodules.evaluation import EvaluationData
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
@@ -154,8 +154,10 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
 def measuring(cli: ThundercatCLI, checkpoint: Path | None) -> Measuring:
     """The run's evaluations as the steps of Lightning's loop, on a checkpoint's weights."""
     module, data = cli.model, cli.datamodule
-    if not isinstance(module, PretrainedModel) or not isinstance(data, AdversarialData):
-        raise ConfigError("model: expected PretrainedModel or one that trains it, and data: AdversarialData")
+    if not isinstance(module, PretrainedModel) or not isinstance(data, EvaluationData):
+        raise ConfigError(
+            "model and data: expected a PretrainedModel or one that trains it, and EvaluationData"
+        )
     module.attach(data.chat)
     module.configure_model()
     step = 0 if checkpoint is None else load_weights(module, checkpoint)

@@ -22,6 +22,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from datamodules.fields import describe, is_plain, options, problem
 from experiments.config.classes import import_class
 from experiments.config.errors import ConfigError, suggest
+from experiments.config.extras import check_extra
 from experiments.config.files import TOP_LEVEL
 from experiments.config.trainer_fields import TRAINER_FIELDS
 
@@ -111,7 +112,9 @@ def _check_class(path: str, node: Mapping[str, Any], hint: Any) -> None:
     if wanted and all(_is_class(option) for option in wanted) and not issubclass(cls, tuple(wanted)):
         names = " or ".join(option.__name__ for option in wanted)
         raise ConfigError(f"{path}.class_path: expected a kind of {names}, got {node['class_path']}")
-    _check_arguments(path, node.get("init_args") or {}, cls, {}, required=True)
+    arguments = node.get("init_args") or {}
+    _check_arguments(path, arguments, cls, {}, required=True)
+    check_extra(path, cls, arguments)
 
 
 def _is_class(option: Any) -> bool:
@@ -175,6 +178,8 @@ def _is_a(option: Any, kind: Any) -> bool:
     origin = typing.get_origin(option) or option
     if option is Any or isinstance(option, typing.TypeVar):
         return True
+    if getattr(origin, "_is_protocol", False) and origin.__module__ != "collections.abc":
+        return False
     return isinstance(origin, type) and any(
         issubclass(concrete, origin) for concrete in ((dict,) if kind is Mapping else (list, tuple))
     )

@@ -219,8 +219,10 @@ def _messages(request: Request) -> list[dict[str, str]]:
     messages = [] if request.system is None else [{"role": "system", "content": request.system}]
     for user, assistant in request.history:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    messages.append({"role": "user", "content": request.text})
     if request.prefill:
-        # Servers continue a last assistant message, or answer anew: they are not asked which.
-        messages.append({"role": "assistant", "content": request.prefill})
-    return messages
+        # Some servers continue a last assistant message, others answer anew, none says which.
+        raise ValueError(
+            f"Endpoint: expected requests without a prefill, got {request.prefill[:40]!r}; the protocol "
+            "cannot make a reply begin with a text"
+        )
+    return [*messages, {"role": "user", "content": request.text}]

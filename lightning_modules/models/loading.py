@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,41 +13,42 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from datamodules.fields import Count, Fraction, NonNegativeInt, checked
 from datamodules.text.tokenizers import resolve_path
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+
+@checked
 @dataclass
 class LoraSettings:
     """Low-rank adapters (Hu et al. 2021); the defaults are those of the CAT authors' code."""
 
-    r: int = 64
-    """Rank."""
-    alpha: int = 16
+    r: Count = 64
+    """Rank; lora: null trains all weights instead."""
+    alpha: Count = 16
     """Scale: the adapter's delta is alpha / r * B A."""
-    dropout: float = 0.1
+    dropout: Fraction = 0.1
     """Dropout on the adapter's input, off during attacks."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers to adapt, or `all-linear` for every linear layer but the output head."""
-    layers: list[int] | None = None
+    layers: list[NonNegativeInt] | None = None
     """Adapt these decoder layers only, counted from 0; null adapts all."""
 
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"base.lora.r: expected >= 1, got {self.r}; set lora: null to train all weights")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"base.lora.dropout: expected within [0, 1), got {self.dropout}")
 
-
+@checked
 @dataclass
 class ModelConfig:
     """Which model to load and which of its weights learn."""
 
     name_or_path: str
     """Local folder, hub id, `tinychat:<stage>` for the packaged model, or a folder with saved PEFT
-    adapters."""
+    adapters; weights are read from safetensors files only."""
     revision: str | None = None
     """Hub commit or tag; pin it for a run that must be repeatable."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -75,7 +77,7 @@ class ModelConfig:
         if self.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(
                 "base.quantization: nf4 needs bitsandbytes, which is not installed; pip install "
-                "'thundercat[4bit]', or set it to null"
+                "bitsandbytes, or set it to null"
             )
         if self.dtype == "float16" and self.lora is None:
             raise ValueError(
@@ -92,7 +94,7 @@ def load_model(config: ModelConfig) -> nn.Module:
 
     Raises: ValueError or OSError naming the model where it cannot be loaded.
     """
-    path = resolve_path(config.name_or_path)
+    path = _found(resolve_path(config.name_or_path), config.from_scratch)
     adapters = path if (Path(path) / "adapter_config.json").is_file() else None
     if adapters is not None:
         if config.lora is not None:
@@ -100,14 +102,16 @@ def load_model(config: ModelConfig) -> nn.Module:
                 f"base.lora: expected null for the saved adapters in {path!r}, whose own settings "
                 "apply; set lora: null"
             )
-        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        with _named(adapters):
+            path = _found(str(PeftConfig.from_pretrained(adapters).base_model_name_or_path))
     model: nn.Module = _base_model(path, config)
     if config.quantization:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if adapters is not None:
-        model = PeftModel.from_pretrained(model, adapters, is_trainable=True)
+        with _named(adapters):
+            model = PeftModel.from_pretrained(model, adapters, is_trainable=True)
     elif config.lora is not None:
         lora = LoraConfig(
             r=config.lora.r,
@@ -147,6 +151,7 @@ def _base_model(path: str, config: ModelConfig) -> PreTrainedModel:
             path,
             dtype=config.dtype,
             attn_implementation=config.attn_implementation,
+            use_safetensors=True,
             quantization_config=_nf4() if config.quantization else None,
             **shared,
             **config.config,
@@ -170,16 +175,41 @@ def _random_model(path: str, config: ModelConfig, shared: dict[str, object]) -> 
     return model
 
 
+def _found(path: str, from_scratch: bool = False) -> str:
+    """The path as it is, once it is known to be a folder whose weights can be read, or to read like a hub id.
+
+    Raises: ValueError where it is neither, or where its weights are pickles, which can run code when loaded.
+    """
+    if not Path(path).is_dir():
+        if not HUB_ID.fullmatch(path):
+            raise ValueError(
+                f"name_or_path: no model {path!r}; give a folder, a hub id (owner/name) or tinychat:<stage>"
+            )
+        return path
+    pickles = sorted(file.name for pattern in PICKLES for file in Path(path).glob(pattern))
+    if pickles and not from_scratch and not list(Path(path).glob("*.safetensors")):
+        raise ValueError(
+            f"name_or_path: the model {path!r} holds its weights as a pickle ({pickles[0]}), which can run "
+            "code when it is loaded; convert them to safetensors"
+        )
+    return path
+
+
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """The library's words for what went wrong, after the name that the user gave."""
+    """The library's words for what went wrong, on one line, after the name that the user gave."""
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"name_or_path: the weights of the model {path!r} are damaged or cut short ({error}); copy or "
+            "download them again"
+        ) from error
     except (OSError, ValueError) as error:
-        kind = (
-            OSError if isinstance(error, OSError) else ValueError
-        )  # the libraries' own kinds take more than a message
-        raise kind(f"name_or_path: cannot load the model {path!r}: {error}") from error
+        # Not the error's own class: some of the libraries' take more than a message.
+        kind = OSError if isinstance(error, OSError) else ValueError
+        words = " ".join(str(error).split())
+        raise kind(f"name_or_path: cannot load the model {path!r}: {words}") from error
 
 
 def _nf4() -> BitsAndBytesConfig:

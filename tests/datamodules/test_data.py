@@ -25,6 +25,7 @@ from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.tables import ChatTable, HarmfulTable
 from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
 from datamodules.streams import StepSampler, Stream
+from datamodules.text.encoding import EncodingConfig
 from datamodules.text.tokenizers import TokenizerConfig
 from tests.conftest import ragged_batch
 
@@ -184,8 +185,8 @@ def test_malformed_files_are_named(tmp_path: Path) -> None:
         list(ChatTable(broken_line, columns={"prompt": "prompt"}).rows())
     with pytest.raises(ValueError, match=r"o.json: expected a JSON list, got dict"):
         list(ChatTable(write(tmp_path / "o.json", {"a": 1})).rows())
-    (row,) = ChatTable(write(tmp_path / "n.json", [3])).rows()
-    assert isinstance(row, RowProblem)
+    with pytest.raises(ValueError, match=r"n.json:1: expected a JSON object as row, got int"):
+        list(ChatTable(write(tmp_path / "n.json", [3])).rows())
     with pytest.raises(ValueError, match=r"expected a csv, json, jsonl, parquet or txt file, got .*x.doc"):
         list(ChatTable(write(tmp_path / "x.doc", "a")).rows())
     with pytest.raises(ValueError, match=r"ChatTable.columns: expected keys \['prompt'\] and optionally"):
@@ -290,7 +291,7 @@ def prepared(tmp_path: Path, stage: str = "fit", **fields: Any) -> AdversarialDa
         "utility": [TinyChatBenign("train", 100)],
         "harmful_per_step": 2,
         "utility_per_step": 4,
-        "max_length": 128,
+        "encoding": EncodingConfig(128),
     } | fields
     data = AdversarialData(TokenizerConfig("tinychat:base"), **fields)
     data.trainer = Trainer(
@@ -326,10 +327,11 @@ def table(tmp_path: Path, *replies: str) -> ChatTable:
 def test_bad_rows_stop_the_run_or_are_listed(tmp_path: Path) -> None:
     utility = [table(tmp_path, "good", "", "word " * 200, "fine")]
     with pytest.raises(
-        BadRowError, match=r"rows.jsonl:2: empty reply .*; mend the row, or set data.on_bad_row: skip"
+        BadRowError,
+        match=r"rows.jsonl:2: empty reply .*; mend the row, or set data.encoding.on_bad_row: skip",
     ):
         prepared(tmp_path, utility=utility)
-    data = prepared(tmp_path, utility=utility, on_bad_row="skip")
+    data = prepared(tmp_path, utility=utility, encoding=EncodingConfig(128, on_bad_row="skip"))
     listed = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
     assert [row["where"].rsplit(":")[-1] for row in listed] == ["2", "3"]
     assert "tokens are more than max_length 128" in listed[1]["reason"]
@@ -361,7 +363,7 @@ def test_overlap_with_an_evaluation_set_is_refused_unless_allowed_by_name(tmp_pa
         ({"harmful": []}, "data.harmful: expected at least one source for harmful_per_step 2, got none"),
         ({"harmful_per_step": 0, "utility_per_step": 0}, "expected a positive count, got 0 for both"),
         ({"micro_batches": 2}, r"data.micro_batches: expected trainer.accumulate_grad_batches 1, got 2; set"),
-        ({"max_length": 3}, "tokens are more than max_length 3"),
+        ({"encoding": EncodingConfig(3)}, "tokens are more than max_length 3"),
     ],
 )
 def test_impossible_settings(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -378,8 +380,8 @@ def test_both_streams_may_be_weighed_and_answered(tmp_path: Path) -> None:
 
 def test_evaluation_subsets_are_evenly_spaced(tmp_path: Path) -> None:
     data = prepared(tmp_path, "test", evaluation=EvaluationSets(harmful=[TinyChatHarmful("heldout")]))
-    keys = [key for batch in data.behaviours.loader("harmful", limit=5) for key in batch.keys]
-    everything = [key for batch in data.behaviours.loader("harmful") for key in batch.keys]
+    keys = [key for batch in data.loader("harmful", limit=5) for key in batch.keys]
+    everything = [key for batch in data.loader("harmful") for key in batch.keys]
     assert keys == [everything[i * len(everything) // 5] for i in range(5)]
-    ranks = [[k for b in data.behaviours.loader("harmful", None, r, 2) for k in b.keys] for r in range(2)]
+    ranks = [[k for b in data.loader("harmful", None, r, 2) for k in b.keys] for r in range(2)]
     assert sorted(ranks[0] + ranks[1]) == sorted(everything)

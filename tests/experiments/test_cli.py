@@ -1,15 +1,14 @@
-"""The command line as a user meets it: composition, overrides, errors with field and remedy, help, every
-recipe."""
+"""The command line as a user meets it: calls, overrides, errors with field and remedy, help."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +16,12 @@ import pytest
 import torch
 import yaml
 
-from callbacks.report.report import read_training_log
-from experiments.commands.run import instantiate
-from experiments.config.check import check, check_precision
+from experiments.config.check import check_precision
 from experiments.config.compose import ConfigError, compose
-from experiments.config.defaults import with_defaults
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str, str]]
 TINYCHAT = "configs/experiment/cat_tinychat.yaml"
-RECIPES = sorted(
-    str(path.relative_to(ROOT))
-    for path in [ROOT / "configs" / "quickstart.yaml", *(ROOT / "configs" / "experiment").glob("*.yaml")]
-)
-SHORT = (
-    "--trainer.max_steps=2",
-    "--data.harmful_per_step=2",
-    "--data.utility_per_step=2",
-    "--model.attack.num_steps=1",
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-)
-
-
-ATTACK_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" / "attack").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("file", ATTACK_FILES)
-def test_every_attack_file_can_be_put_into_a_recipe(file: str, in_root: Path) -> None:
-    config = compose(
-        ["configs/experiment/attack_tinychat.yaml", "configs/attack/embedding_pgd.yaml", file], []
-    )
-    check(config, "test")
-    attack = instantiate(with_defaults(config)).model.attack
-    assert callable(attack)
-
-
-# --- composition
 
 
 def test_several_files_compose(thundercat: Run, tmp_path: Path) -> None:
@@ -79,80 +47,68 @@ def test_several_files_compose(thundercat: Run, tmp_path: Path) -> None:
     assert compose([str(tmp_path / "printed.yaml")], []) == printed
 
 
-# --- every recipe
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_builds(
-    recipe: str, in_root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    overrides = [("trainer.default_root_dir", str(tmp_path))]
-    if "zephyr" in recipe:  # bitsandbytes is an extra
-        overrides += [("model.base.quantization", "null"), ("trainer.precision", "bf16-mixed")]
-    # The methods' common settings want a method.
-    method = ["configs/method/cat.yaml"] if "/methods_" in recipe else []
-    config = compose([recipe, *method], overrides)
-    check(config, "fit")
-    cli = instantiate(with_defaults(config))
-    # Recipes for `thundercat test` train nothing.
-    assert cli.trainer.max_steps > 0 or "thundercat test --config" in (ROOT / recipe).read_text()
-    assert not hasattr(cli.model, "model")  # nothing is loaded yet
-
-
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if "experiment" in r])
-def test_every_recipe_has_a_header(recipe: str, in_root: Path) -> None:
-    assert (ROOT / recipe).read_text().startswith("# ")
-
-
 # --- errors
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "field", "found"),
     [
-        ("--model.attack.epslion=0.1", "model.attack.epslion: unknown field, did you mean 'epsilon'?"),
-        ("--model.attack.epsilon=abc", "model.attack.epsilon: expected float or null, got 'abc'"),
-        (
-            "--model.attack.epsilon=0",
-            "EmbeddingPGD.epsilon: expected > 0, got 0.0; set a positive radius, or attack: NoAttack",
-        ),
-        ("--model.attack.num_steps=0", "EmbeddingPGD.num_steps: expected >= 1, got 0"),
+        ("--model.attack.epslion=0.1", "model.attack.epslion", "unknown field, did you mean 'epsilon'?"),
+        ("--model.attack.epsilon=abc", "model.attack.epsilon", "got 'abc'"),
+        ("--model.attack.epsilon=0", "epsilon", "set a positive radius, or attack: NoAttack"),
+        ("--model.attack.num_steps=0", "num_steps", ">= 1, got 0"),
         (
             "--model.attack.step_rule=newton",
-            "model.attack.step_rule: expected 'sign' | 'l2' | 'adam', got 'newton'",
+            "model.attack.step_rule",
+            "expected 'sign' | 'l2' | 'adam', got 'newton'",
         ),
-        ("--model.objective.cutoff_away=5", "TowardAwayUtility.cutoff_away: expected <= 0"),
-        ("--model.objective.cutoff_toward=-1", "TowardAwayUtility.cutoff_toward: expected >= 0"),
-        ("--model.attack=EmbeddingPGDD", "class 'EmbeddingPGDD': not found beside"),
+        (
+            "--model.attack={a: 1}",
+            "model.attack.a",
+            "expected class_path and init_args (Attack) at model.attack",
+        ),
+        ("--model.attack=[1]", "model.attack", "expected class_path and init_args (Attack), got [1]"),
+        ("--model.attack=3", "model.attack", "expected class_path and init_args (Attack), got 3"),
+        ("--model.objective.cutoff_away=5", "cutoff_away", "<= 0"),
+        ("--model.objective.cutoff_toward=-1", "cutoff_toward", ">= 0"),
+        ("--model.attack=EmbeddingPGDD", "class 'EmbeddingPGDD'", "did you mean 'EmbeddingPGD'?"),
         (
             "--model.attack.class_path=lightning_modules.attacks.embedding.pgd.PGD",
+            "model.attack.class_path",
             "no class 'PGD' in lightning_modules.attacks.embedding.pgd",
         ),
-        ("--model.base.dtyp=float32", "model.base.dtyp: unknown field, did you mean 'dtype'?"),
-        ("--model.base.lora.r=-1", "base.lora.r: expected >= 1, got -1"),
-        ("--model.optimizer=3", "model.optimizer: expected fields of OptimizerConfig, got 3"),
-        ("--model.optimizer.lr=0", "optimizer.lr: expected > 0, got 0"),
-        ("--trainer.max_step=3", "trainer.max_step: unknown field, did you mean 'max_steps'?"),
-        ("--trainer.precision=16-mixed", "trainer.precision: '16-mixed' needs a GPU"),
-        ("--data.harmful_per_step=x", "data.harmful_per_step: expected int, got 'x'"),
-        ("--data.micro_batches=3", "data.harmful_per_step: expected a multiple of micro_batches 3, got 8"),
-        ("--modell.x=1", "modell: unknown field, did you mean 'model'?"),
-        ("--ckpt_path=nowhere.ckpt", "ckpt_path: no file 'nowhere.ckpt'"),
-        ("--data.seed.x=1", "data.seed.x: expected int at data.seed, got fields"),
-        ("--model.base.quantization=nf4", "base.quantization: expected base.lora to be set"),
-        ("--data.attackable=everything", "data.attackable: expected 'user' | 'prompt', got 'everything'"),
-        ("--trainer.callbacks.4.limit=ten", "trainer.callbacks.4.limit: expected int or null, got 'ten'"),
-        ("--trainer.callbacks.99.limit=1", "expected a number below"),
-        ("--data.max_length=${nowhere}", "Interpolation key 'nowhere' not found"),
+        (
+            "--model.class_path=callbacks.health.AttackHealth",
+            "model.class_path",
+            "expected a kind of LightningModule",
+        ),
+        ("--model.base.dtyp=float32", "model.base.dtyp", "unknown field, did you mean 'dtype'?"),
+        ("--model.base.lora.r=-1", "base.lora.r", "got -1"),
+        ("--model.optimizer=3", "model.optimizer", "expected fields of OptimizerConfig or null, got 3"),
+        ("--model.optimizer.lr=0", "optimizer.lr", "got 0"),
+        ("--trainer.max_step=3", "trainer.max_step", "unknown field, did you mean 'max_steps'?"),
+        ("--trainer.precision=16-mixed", "trainer.precision", "'16-mixed' needs a GPU"),
+        ("--trainer=3", "trainer", "expected fields of the Trainer, got 3"),
+        ("--data.harmful_per_step=x", "data.harmful_per_step", "got 'x'"),
+        ("--data.micro_batches=3", "data.harmful_per_step", "expected a multiple of micro_batches 3, got 8"),
+        ("--modell.x=1", "modell", "unknown field, did you mean 'model'?"),
+        ("--ckpt_path=nowhere.ckpt", "ckpt_path", "no file 'nowhere.ckpt'"),
+        ("--data.seed.x=1", "data.seed.x", "at data.seed, got fields"),
+        ("--model.base.quantization=nf4", "base.quantization", "expected base.lora to be set"),
+        ("--trainer.callbacks.99.limit=1", "--trainer.callbacks.99.limit", "expected a number below"),
+        ("--data.harmful_per_step=${nowhere}", "data", "Interpolation key 'nowhere' not found"),
         (
             "--vars.gcg_limits=1",
-            "vars.gcg_limits: unknown variable, did you mean 'gcg_limit'?; these files use: ",
+            "vars.gcg_limits",
+            "unknown variable, did you mean 'gcg_limit'?; these files use: ",
         ),
-        ("naked", "expected an option, got 'naked'; files are given with --config"),
+        ("naked", "expected an option", "got 'naked'; files are given with --config"),
+        ("-x=1", "unknown option '-x'", "see thundercat --help"),
+        ("--a..b=1", "--a..b", "expected names joined by dots"),
     ],
 )
 def test_errors_name_field_and_remedy_before_a_model_is_loaded(
-    override: str, message: str, thundercat: Run, monkeypatch: pytest.MonkeyPatch
+    override: str, field: str, found: str, thundercat: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("a model was loaded")
@@ -160,7 +116,8 @@ def test_errors_name_field_and_remedy_before_a_model_is_loaded(
     monkeypatch.setattr("lightning_modules.base.load_seeded", never)
     status, _, err = thundercat("fit", "--config", TINYCHAT, "--trainer.accelerator=cpu", override)
     assert status == 2
-    assert message in err
+    assert err.startswith(f"thundercat: {field}") or f"{field}: " in err
+    assert found in err
     assert len(err.strip().splitlines()) == 1
 
 
@@ -206,7 +163,7 @@ def test_errors_come_in_seconds() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "expected > 0, got -1" in done.stderr
+    assert "got -1" in done.stderr
     assert time.monotonic() - began < 60
 
 
@@ -221,202 +178,74 @@ def test_precision_the_device_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     check_precision("16-mixed", "gpu")
 
 
-def test_four_bit_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_modules.models.loading import LoraSettings, ModelConfig
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"nf4 needs bitsandbytes, which is not installed; pip install 'thundercat\[4bit\]'"
-    ):
-        ModelConfig("x", lora=LoraSettings(), quantization="nf4")
-
-
 # --- help
 
 
 def test_help(thundercat: Run) -> None:
-    assert "--print_config" in thundercat("--help")[1]
+    assert "--print_config" in thundercat("test", "--help")[1]
+    assert "report" in thundercat("--help")[1]
     status, out, _ = thundercat("fit", "--config", TINYCHAT, "--help")
     assert status == 0
-    assert "epsilon (float | None, default 0.05): radius of the ball in `radius_unit`" in out
-    assert "base.lora.r (int, default 64): Rank." in out
-    assert "harmful_per_step (int, default 8): harmful rows per optimiser step" in out
+    said = " ".join(out.split())
+    assert re.search(r"epsilon \(.* or null, default 0.05\): radius of the ball in `radius_unit`", said)
+    assert re.search(r"base\.lora\.r \(an integer.*, default 64\): Rank\.", said)
+    assert re.search(r"harmful_per_step \(an integer.*, default 8\): harmful rows per optimiser step", said)
+    assert "max_steps (an integer >= -1, default -1): Stop training after this number of steps" in said
+    assert max(map(len, out.splitlines())) <= 110
     assert "num_tokens" in thundercat("fit", "--help.SoftPrompt")[1]
-    assert "no such class" in thundercat("fit", "--help.Nothing")[2]
-
-
-def test_every_field_of_the_recipes_classes_is_documented(in_root: Path) -> None:
-    from experiments.config.help import _classes, fields
-
-    missing = []
-    for recipe in RECIPES:
-        for path, cls in _classes(compose([recipe], [])):
-            if not cls.__module__.startswith("lightning.pytorch"):
-                missing += [
-                    f"{cls.__name__}.{name} ({path})" for name, _, _, text in fields(cls) if not text.strip()
-                ]
-    assert not missing
-
-
-# --- whole runs
-
-
-FEW = ("--vars.evaluation_limit=4", "--vars.gcg_limit=2", "--vars.gcg_steps=2", "--vars.gcg_width=4")
-
-
-def short(folder: Path, *more: str) -> tuple[str, ...]:
-    """The tiny recipe, shortened."""
-    return ("fit", "--config", TINYCHAT, f"--trainer.default_root_dir={folder}", *SHORT, *FEW, *more)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a shortened recipe."""
-    from experiments.cli import main
-
-    folder = tmp_path_factory.mktemp("quickstart")
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        assert main(short(folder)) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
-def test_shortened_quickstart_reports_every_promised_figure(tmp_path: Path, thundercat: Run) -> None:
-    steps = [f"--model.attack.attacks.{i}.num_steps=1" for i in (0, 1)]
-    arguments = [word for word in SHORT if not word.startswith("--model.attack")]
-    status, out, err = thundercat(
-        "fit",
-        "--config",
-        "configs/quickstart.yaml",
-        f"--trainer.default_root_dir={tmp_path}",
-        *arguments,
-        *steps,
-        *FEW,
+    assert (
+        "no such class in the project, did you mean 'SoftPrompt'?" in thundercat("fit", "--help.SoftPromt")[2]
     )
-    assert status == 0, err
-    results = json.loads((tmp_path / "results.json").read_text())
-    for snapshot in ("before", "after"):
-        assert (
-            results[snapshot]["n"]["gcg_attack_success_rate"]
-            == results[snapshot]["n"]["worst_case_attack_success_rate"]
-            == 2
-        )
-        for name in ("direct", "initial_suffix", "embedding", "soft_prompt"):
-            assert results[snapshot]["n"][f"{name}_attack_success_rate"] == 4
-    assert "| gcg attack success rate |" in out
 
 
-def test_a_run_writes_its_results(finished: Path) -> None:
-    results = json.loads((finished / "results.json").read_text())
-    names = {
-        "harmful_refusal_rate", "over_refusal_rate", "utility_exact_match", "embedding_attack_success_rate",
-        "soft_prompt_attack_success_rate",
-    }  # fmt: skip
-    for snapshot in ("before", "after"):
-        for name in names:
-            rate, (low, high) = results[snapshot][name], results[snapshot]["interval"][name]
-            assert 0 <= low <= rate <= high <= 1
-            assert results[snapshot]["n"][name] == 4
-    cost = results["cost"]
-    assert (cost["attack_forward_per_example"], cost["attack_backward_per_example"], cost["steps"]) == (
-        1,
-        1,
-        2,
-    )
-    # 2 steps x (2 adversarial x (1 + 1 + 4) + 2 utility x 2)
-    assert cost["passes"] == 32
-    for name in (
-        "report.md",
-        "report.html",
-        "config.yaml",
-        "environment.json",
-        "csv/metrics.csv",
-        "model/model.safetensors",
-        "checkpoints/last.ckpt",
-    ):
-        assert (finished / name).is_file(), name
-    assert (finished / "report.html").read_text().count("data:image/png") >= 3
-    environment = json.loads((finished / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
-    assert environment["seed"] == 0
-    assert {"git", "hardware"} <= set(environment)
+def test_help_says_every_class_once_under_all_its_places(thundercat: Run) -> None:
+    _, out, _ = thundercat("fit", "--config", TINYCHAT, "--help")
+    assert out.count("EmbeddingPGD: PGD within") == 1
+    places = out.partition("  lightning_modules.attacks.embedding.pgd.EmbeddingPGD")[0].splitlines()[-1]
+    assert places.startswith("model.attack, trainer.callbacks.")
 
 
-def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat: Run) -> None:
-    own = (
-        "--config",
-        str(finished / "config.yaml"),
-        "--data.evaluation.harmful.0.limit=3",
-        "--data.evaluation.utility.0.num_rows=3",
-    )
-    own += (
-        "--data.evaluation.harmless.0.num_rows=3",
-        "--ckpt_path=last",
-        "--trainer.callbacks.6.attacks.soft_prompt.num_steps=2",
-    )
-    own += ("--trainer.callbacks.6.attacks.embedding.num_steps=2",)
-    for command in ("validate", "test"):
-        status, out, err = thundercat(command, *own)
-        assert status == 0, err
-        assert "embedding attack success rate" in out
-    status, out, _ = thundercat("predict", *own)
+def test_version_and_list(thundercat: Run) -> None:
+    assert thundercat("--version")[:2] == (0, f"thundercat {version('thundercat')}\n")
+    status, out, _ = thundercat("list")
     assert status == 0
-    rows = [json.loads(line) for line in Path(out.strip().splitlines()[-1]).read_text().splitlines()]
-    assert {"key", "prompt", "reply"} == set(rows[0])
-    status, out, _ = thundercat("report", str(finished))
-    assert status == 0
-    assert "| embedding attack success rate |" in out
+    assert {"recipes:", "methods:", "attacks:", "models:", "judges:"} <= set(out.split("\n"))
+    lines = thundercat("list", "attacks")[1].splitlines()
+    assert len(lines) == len(list((ROOT / "configs" / "attack").glob("*.yaml")))
+    assert any(re.match(r" +configs/attack/gcg\.yaml +Greedy Coordinate Gradient", line) for line in lines)
+    assert "unknown kind 'attack', did you mean 'attacks'?" in thundercat("list", "attack")[2]
 
 
-def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
-    # kill -9 in the middle of training; the rerun with --ckpt_path last ends bit for bit where an undisturbed
-    # run ends.
-    def command(folder: Path, *more: str) -> list[str]:
-        arguments = (
-            *short(
-                folder,
-                "--trainer.max_steps=6",
-                "--trainer.callbacks.4.at_start=false",
-                "--trainer.callbacks.5.at_start=false",
-            ),
-            *more,
-        )
-        quiet = (
-            "--trainer.callbacks.6.at_start=false",
-            "--trainer.callbacks.6.attacks.soft_prompt.num_steps=2",
-        )
-        return [sys.executable, "-m", "experiments.cli", *arguments, *quiet]
+def test_words_that_are_no_call(thundercat: Run) -> None:
+    for words, message in {
+        ("tset",): "got 'tset', did you mean 'test'?",
+        ("report",): "the following arguments are required: RUN; see thundercat report --help",
+        ("report", "a", "b"): "unknown option 'b'",
+        ("fit", "--config"): "argument -c/--config: expected one argument",
+        ("fit", "--model.seed"): "--model.seed: expected a value, got none; write --model.seed=VALUE",
+    }.items():
+        status, _, err = thundercat(*words)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert message in err
 
-    settings: dict[str, Any] = {
-        "cwd": ROOT,
-        "env": os.environ | {"OMP_NUM_THREADS": "1"},
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.PIPE,
-    }
-    subprocess.run(command(tmp_path / "whole"), check=True, **settings)
-    process = subprocess.Popen(command(tmp_path / "killed"), **settings)
-    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert last.exists()
-    evaluations = tmp_path / "killed" / "evaluations.jsonl"
-    evaluations.write_text('{"name": "utility", "stage": "fit", "step": 0, "metrics": {}, "details": {}}\n')
-    subprocess.run(command(tmp_path / "killed", "--ckpt_path=last"), check=True, **settings)
-    # The record goes on: the evaluation before the kill and the log's first rows are still there.
-    assert json.loads(evaluations.read_text().splitlines()[0])["step"] == 0
-    steps = [int(row["step"]) for row in read_training_log(tmp_path / "killed")]
-    assert sorted(set(steps)) == list(range(6))
-    states = [
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
-        for name in ("whole", "killed")
-    ]
-    assert states[0]["global_step"] == states[1]["global_step"] == 6
-    assert all(
-        torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items()
+
+def test_completion_offers_commands_options_and_the_fields_of_the_files_given(in_root: Path) -> None:
+    from experiments.config.completion import field_names
+
+    names = field_names([TINYCHAT])
+    assert {"model.attack.epsilon", "trainer.max_steps"} <= set(names)
+    assert not [name for name in names if "init_args" in name or "class_path" in name]
+    assert field_names(["nowhere.yaml"]) == []
+    line = f"thundercat fit --config {TINYCHAT} --model.attack.num"
+    shell = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    command = [sys.executable, "-m", "experiments.cli"]
+    # The answer goes to file descriptor 8.
+    done = subprocess.run(
+        ["bash", "-c", '"$@" 8>&1 >/dev/null 2>&1', "-", *command],
+        cwd=ROOT,
+        env=os.environ | shell,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert done.stdout.strip() == "--model.attack.num_steps="

@@ -2,9 +2,9 @@
 
     python -m tests.faults.kill_sweep [--kills 20] [--seed 0] [--folder FOLDER]
 
-Moments are drawn over the whole life of the process: start-up, evaluation before training, steps, checkpoints, the
-evaluation and the export at the end. Compared are the trained weights, the evaluation's rows (each once), the log and
-the cost. Takes about half a minute a kill; not part of the test suite.
+Moments are drawn over the whole life of the process: start-up, evaluation before training, steps, checkpoints,
+the evaluation and the export at the end. Compared are the trained weights, the evaluation's rows (each once), the
+log and the cost. Takes about half a minute a kill; not part of the test suite.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TIMED = ("cost/tokens_per_second", "cost/peak_memory_mib")
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What must not depend on kills."""
-    rows = [{**vars(row), "seconds": 0.0} for row in read_rows(folder)]
+    rows = [{**vars(row), "seconds": 0.0, "where": ""} for row in read_rows(folder)]
     lines = sum(len(path.read_text().splitlines()) for path in folder.glob("rows/rows_rank*.jsonl"))
     log = [
         {key: value for key, value in row.items() if key not in TIMED} for row in read_training_log(folder)

@@ -4,112 +4,160 @@ ones."""
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lightning_modules.attacks.base import Attack, NoAttack
+from datamodules.batch import AdversarialBatch
+from experiments.config.compose import compose
+from lightning_modules.attacks.base import Attack, AttackedPrompt, NoAttack
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
-from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt, append_slots
-from lightning_modules.attacks.repeat import Restarts
+from lightning_modules.attacks.embedding.soft_prompt import append_slots
+from lightning_modules.attacks.repeat import Repeat
+from lightning_modules.attacks.suffix.slots import without_end_of_turn
 from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.hidden_states import perturbed_layers
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
-from tests.conftest import FAMILIES, ragged_batch, tiny_model
+from tests.conftest import FAMILIES, ROOT, ragged_batch, tiny_model
+from tests.support.attacks import CASES, Case, attack_classes
 
-ATTACKS: dict[str, Attack] = {
-    "pgd_l2": EmbeddingPGD(epsilon=0.5, num_steps=5),
-    "pgd_sign_last": EmbeddingPGD(epsilon=0.5, num_steps=4, step_rule="sign", step_size=0.1, keep="last"),
-    "pgd_linf": EmbeddingPGD(epsilon=0.1, num_steps=4, ball="linf", step_rule="sign"),
-    "pgd_adam": EmbeddingPGD(epsilon=0.5, num_steps=4, step_rule="adam", step_size=0.1),
-    "pgd_absolute": EmbeddingPGD(
-        epsilon=0.05, radius_unit="absolute", step_unit="absolute", step_size=0.01, num_steps=3
-    ),
-    "pgd_random": EmbeddingPGD(epsilon=0.5, num_steps=3, random_start=True),
-    "pgd_stop": EmbeddingPGD(epsilon=0.8, num_steps=6, stop_loss=4.55),
-    "fgsm": EmbeddingPGD(epsilon=0.2, num_steps=1, step_size=1.0, step_rule="sign"),
-    "restarts": Restarts(EmbeddingPGD(epsilon=0.5, num_steps=2, random_start=True), num_restarts=3),
-    "soft_prompt": SoftPrompt(num_tokens=3, num_steps=4, step_size=0.1),
-    "latent": LatentPGD(layers=[0, 1], epsilon=0.5, radius_unit="embedding_norm", num_steps=4),
-    "latent_layer": LatentPGD(
-        layers=[0], embedding=False, epsilon=0.3, ball="linf", step_rule="sign", num_steps=3
-    ),
-    "mixture": Mixture(
-        [EmbeddingPGD(epsilon=0.5, num_steps=3), SoftPrompt(num_tokens=3, num_steps=2, step_size=0.1)]
-    ),
-    "none": NoAttack(),
-}
-BEST = [name for name in ATTACKS if name not in ("none", "pgd_sign_last")]
-FINITE = [name for name in ATTACKS if name.startswith(("pgd", "restarts", "fgsm"))]
+FINITE = [name for name in CASES if name.startswith(("pgd", "restarts", "fgsm"))]
+BEST = [name for name, case in CASES.items() if case.keeps_best]
+TYPED = [name for name, case in CASES.items() if case.text and case.typed]
 
 
-def generator() -> torch.Generator:
+def rng() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-def loss_of(model: LanguageModel, batch: object, attacked: object) -> torch.Tensor:
-    reply = Reply(batch.harmful_ids, batch.harmful_mask)  # type: ignore[attr-defined]
-    with attacked.applied(model) as embeds:  # type: ignore[attr-defined]
-        (scores,) = model.reply_log_probs(embeds, attacked.prompt_mask, reply)  # type: ignore[attr-defined]
-    return mean_cross_entropy(scores, reply.mask).detach()
+def loss_of(
+    model: LanguageModel, batch: AdversarialBatch, attacked: AttackedPrompt, case: Case
+) -> torch.Tensor:
+    """CE of the targets recomputed from the attacked prompts alone; attacks that write text leave out the end
+    of turn and what they force."""
+    mask = batch.harmful_mask
+    if case.text and case.typed:
+        mask = without_end_of_turn(batch.harmful_ids, mask, model.chat.end_of_turn)[:, : case.target_tokens]
+    losses = []
+    with attacked.applied(model) as embeds:
+        for i, keep in enumerate(attacked.prompt_mask):
+            start = len(attacked.forced[i]) if attacked.forced else 0
+            target = batch.harmful_ids[i : i + 1, start : int(mask[i].sum())]
+            reply = Reply(target, torch.ones_like(target, dtype=torch.bool))
+            if attacked.layers:
+                # Perturbed layers are perturbed for the whole batch.
+                reply = Reply(batch.harmful_ids, batch.harmful_mask)
+                (scores,) = model.reply_log_probs(embeds, attacked.prompt_mask, reply)
+                return mean_cross_entropy(scores, reply.mask).detach()
+            (scores,) = model.reply_log_probs(embeds[i : i + 1, keep], keep[keep][None], reply)
+            losses.append(mean_cross_entropy(scores, reply.mask).detach())
+    return torch.cat(losses)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_leaves_the_model_as_it_was(name: str) -> None:
+def test_every_attack_of_the_project_is_in_the_registry() -> None:
+    # Trap: a new attack that no contract test knows of.
+    registered = {type(case.build()) for case in CASES.values()}
+    missing = [path for path, cls in attack_classes().items() if cls not in registered]
+    assert not missing, f"add to tests/support/attacks.py: {missing}"
+    assert len(attack_classes()) >= 18
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "attack").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_builds_an_attack_of_the_registry(path: Path) -> None:
+    # one_step.yaml varies another file's attack.
+    files = [str(path.with_name("embedding_pgd.yaml"))] if path.stem == "one_step" else []
+    fragment = compose([*files, str(path)], [])["model"]["init_args"]["attack"]
+    assert fragment["class_path"] in attack_classes()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--attack", type=Attack)
+    assert callable(parser.instantiate(parser.parse_object({"attack": fragment})).attack)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_leaves_the_model_and_the_global_rng_as_they_were(name: str) -> None:
     # Trap: `.backward()` in the inner loop leaks weight gradients that train towards the harmful target.
-    model = tiny_model().train()
-    model.model.layers[1].eval()
-    for i, p in enumerate(model.parameters()):
+    case = CASES[name]
+    model = case.model()
+    module = model.module.train()
+    module.model.layers[1].eval()
+    for i, p in enumerate(module.parameters()):
         p.requires_grad_(i % 2 == 0)
         p.grad = torch.full_like(p, 0.5) if i % 4 == 0 else None
-    before = copy.deepcopy(model)
-    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    ATTACKS[name](LanguageModel(model), ragged_batch(), generator())
-    for p, q, g in zip(model.parameters(), before.parameters(), gradients, strict=True):
+    before, state = copy.deepcopy(module), torch.get_rng_state()
+    gradients = [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+    case.build()(model, case.batch(2), rng())
+    for p, q, g in zip(module.parameters(), before.parameters(), gradients, strict=True):
         assert torch.equal(p, q)
         assert p.requires_grad == q.requires_grad
         assert (p.grad is None) if g is None else torch.equal(p.grad, g)
-    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_same_generator_same_bits_and_global_rng_untouched(name: str) -> None:
-    model, state = LanguageModel(tiny_model()), torch.get_rng_state()
-    first, second = (ATTACKS[name](model, ragged_batch(), generator()) for _ in range(2))
-    torch.testing.assert_close(first.loss_curve, second.loss_curve, atol=0, rtol=0, equal_nan=True)
-    assert (first.delta is None and second.delta is None) or torch.equal(first.delta, second.delta)  # type: ignore[arg-type]
+    assert [m.training for m in module.modules()] == [m.training for m in before.modules()]
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", CASES)
+def test_same_rng_same_bits(name: str) -> None:
+    case = CASES[name]
+    model = case.model()
+    first, second = (case.build()(model, case.batch(2), rng()) for _ in range(2))
+    torch.testing.assert_close(first.loss_curve, second.loss_curve, atol=0, rtol=0, equal_nan=True)
+    assert torch.equal(first.prompt_ids, second.prompt_ids)
+    assert (first.delta is None and second.delta is None) or torch.equal(first.delta, second.delta)  # type: ignore[arg-type]
+    assert (first.texts, first.histories, first.forced) == (second.texts, second.histories, second.forced)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.alone])
 def test_batch_mates_and_padding_change_nothing(name: str) -> None:
-    model = LanguageModel(tiny_model(dtype=torch.float64))
-    together = ATTACKS[name](model, ragged_batch(size=4), generator())
-    for i in range(4):
-        alone = ATTACKS[name](model, ragged_batch(size=1, start=i), generator())
+    case = CASES[name]
+    model = case.model(torch.float64)
+    together = case.build()(model, case.batch(3), rng())
+    for i in range(3):
+        alone = case.build()(model, case.batch(1, i), rng())
+        column = together.loss_curve[:, i]
         torch.testing.assert_close(
-            alone.loss_curve.squeeze(1), together.loss_curve[: len(alone.loss_curve), i], equal_nan=True
+            alone.loss_curve.squeeze(1), column[: len(alone.loss_curve)], equal_nan=True
         )
+        assert column[len(alone.loss_curve) :].isnan().all()
         if alone.delta is not None and together.delta is not None:
             torch.testing.assert_close(
                 alone.delta[0], together.delta[i, -alone.delta.shape[1] :], atol=1e-7, rtol=1e-6
             )
+        assert alone.texts == together.texts[i : i + 1]
         assert alone.forward_passes[0] == together.forward_passes[i]
+        assert alone.backward_passes[0] == together.backward_passes[i]
 
 
 @pytest.mark.parametrize("name", BEST)
 def test_objective_is_not_worse_than_at_the_start_and_reported_truly(name: str) -> None:
-    model, batch = LanguageModel(tiny_model()), ragged_batch()
-    attacked = ATTACKS[name](model, batch, generator())
+    case = CASES[name]
+    model, batch = case.model(), case.batch()
+    attacked = case.build()(model, batch, rng())
     assert (attacked.best_loss <= attacked.start_loss).all()
     # Trap: the "best" perturbation as an alias of the tensor that later steps update in place.
-    torch.testing.assert_close(loss_of(model, batch, attacked), attacked.best_loss, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        loss_of(model, batch, attacked, case), attacked.best_loss, atol=2e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_what_is_said_to_be_typed_gives_the_attacked_ids(name: str) -> None:
+    case = CASES[name]
+    model = case.model()
+    attacked = case.build()(model, case.batch(), rng())
+    assert attacked.is_text
+    assert attacked.delta is None
+    for i, text in enumerate(attacked.texts):
+        history = attacked.histories[i] if attacked.histories else ()
+        forced = attacked.forced[i] if attacked.forced else ()
+        typed = [*model.chat.prompt(text, None, history).ids, *forced]
+        assert typed == attacked.prompt_ids[i, attacked.prompt_mask[i]].tolist()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +165,7 @@ def test_objective_is_not_worse_than_at_the_start_and_reported_truly(name: str) 
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reduces_the_loss_on_every_family(name: str, family: str) -> None:
-    attacked = ATTACKS[name](LanguageModel(tiny_model(family)), ragged_batch(), generator())
+    attacked = CASES[name].build()(LanguageModel(tiny_model(family)), ragged_batch(), rng())
     assert (attacked.best_loss < attacked.start_loss).all()
     assert not attacked.zero_gradient.any()
 
@@ -126,9 +174,9 @@ def test_reduces_the_loss_on_every_family(name: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_stays_in_the_ball_and_in_the_span(name: str, family: str) -> None:
     model, batch = LanguageModel(tiny_model(family)), ragged_batch()
-    attack = ATTACKS[name]
-    attacked = attack(model, batch, generator())
-    pgd = attack.attack if isinstance(attack, Restarts) else attack
+    attack = CASES[name].build()
+    attacked = attack(model, batch, rng())
+    pgd = attack.attack if isinstance(attack, Repeat) else attack
     assert isinstance(pgd, EmbeddingPGD)
     assert attacked.delta is not None
     rho = mean_embedding_norm(model).item() if pgd.radius_unit == "embedding_norm" else 1.0
@@ -249,10 +297,10 @@ def test_slots_follow_the_last_attackable_token() -> None:
     [
         (
             {"epsilon": 0.0},
-            r"EmbeddingPGD.epsilon: expected > 0, got 0.0; set a positive radius, or attack: NoAttack",
+            r"EmbeddingPGD.epsilon: expected a number > 0 or null, got 0.0",
         ),
-        ({"num_steps": 0}, r"EmbeddingPGD.num_steps: expected >= 1, got 0"),
-        ({"step_size": 0.0}, r"EmbeddingPGD.step_size: expected > 0, got 0.0"),
+        ({"num_steps": 0}, r"EmbeddingPGD.num_steps: expected an integer >= 1, got 0"),
+        ({"step_size": 0.0}, r"EmbeddingPGD.step_size: expected a number > 0, got 0.0"),
         (
             {"epsilon": None},
             r"EmbeddingPGD.step_unit: expected 'embedding_norm' or 'absolute' without a radius",
@@ -269,9 +317,11 @@ def test_impossible_values(fields: dict[str, object], message: str) -> None:
         EmbeddingPGD(**fields)  # type: ignore[arg-type]
 
 
-def test_restarts_need_randomness() -> None:
-    with pytest.raises(ValueError, match="Restarts.attack: expected random_start true"):
-        Restarts(EmbeddingPGD())
+def test_repetitions_need_randomness() -> None:
+    with pytest.raises(
+        ValueError, match="Repeat.attack: expected random_start true and keep 'best', got False"
+    ):
+        Repeat(EmbeddingPGD())
 
 
 def test_latent_perturbation_stays_in_its_balls_and_in_the_span() -> None:
@@ -295,7 +345,7 @@ def test_a_perturbed_layer_is_its_output_plus_delta() -> None:
         .get_decoder()
         .norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
     )
-    delta = torch.randn(embeds.shape, generator=generator())
+    delta = torch.randn(embeds.shape, generator=rng())
     model.reply_log_probs(embeds, mask, Reply(batch.harmful_ids, batch.harmful_mask))
     with perturbed_layers(model, {1: delta}):
         model.reply_log_probs(embeds, mask, Reply(batch.harmful_ids, batch.harmful_mask))

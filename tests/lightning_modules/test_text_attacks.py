@@ -5,27 +5,21 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
 
 import pytest
 import torch
 
 from callbacks.judges.exact import TargetPrefix
-from datamodules.batch import AdversarialBatch
-from datamodules.sources.tinychat import TinyChatHarmful
 from datamodules.text.tokenizers import TokenizerConfig
-from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.attacks.suffix.beast import BEAST
 from lightning_modules.attacks.suffix.gcg import GCG
-from lightning_modules.attacks.suffix.initial_suffix import InitialSuffix
 from lightning_modules.attacks.suffix.random_search import RandomSearch
-from lightning_modules.attacks.suffix.slots import without_end_of_turn
 from lightning_modules.attacks.text.autodan import AutoDAN, exchange, reword
+from lightning_modules.attacks.text.choosers import FirstSuccess
 from lightning_modules.attacks.text.noise import augment, misspell
 from lightning_modules.attacks.text.pair import PAIR, read_prompt
 from lightning_modules.attacks.text.rewrites import (
     BestOfN,
-    DirectRequest,
     InContext,
     Noise,
     Prefilling,
@@ -33,180 +27,50 @@ from lightning_modules.attacks.text.rewrites import (
 )
 from lightning_modules.attacks.text.templates import fill, read_templates
 from lightning_modules.models.chat import LocalChat
-from lightning_modules.models.language_model import LanguageModel, Reply
-from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_model
 from lightning_modules.models.requests import Request
 from tests.conftest import chat_model, text_batch, tinychat_format
+from tests.support.attacks import CASES, SOURCE, Scripted, pair
+
+SEARCHES = ("gcg", "beast", "random_search")
 
 
-class Scripted:
-    """A chat model that says what a function tells it to."""
-
-    name, revision = "scripted", "1"
-
-    def __init__(self, answers: Sequence[str]) -> None:
-        self.answers = answers
-        self.asked: list[Request] = []
-
-    def replies(self, conversations: Sequence[Request], seed: int = 0) -> list[str]:
-        out = []
-        for conversation in conversations:
-            out.append(self.answers[len(self.asked) % len(self.answers)])
-            self.asked.append(conversation)
-        return out
-
-    def clip(self, text: str, max_tokens: int) -> str:
-        return text
-
-    def escape(self, text: str) -> str:
-        return text
+def rng_of(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def pair(
-    answers: Sequence[str] = ('{"improvement": "x", "prompt": "Please tell me a story about it."}',),
-    **settings: int,
-) -> PAIR:
-    return PAIR(Scripted(answers), TargetPrefix(), num_streams=2, num_steps=2, max_new_tokens=8, **settings)  # type: ignore[arg-type]
-
-
-SOURCE = TinyChatHarmful("train")
-ATTACKS: dict[str, Attack] = {
-    "direct": DirectRequest(),
-    "initial_suffix": InitialSuffix(5),
-    "prefilling": Prefilling(3),
-    "in_context": InContext(SOURCE, num_shots=2, num_samples=2),
-    "role_play": Templates("role_play"),
-    "prompt_injection": Templates("prompt_injection"),
-    "encodings": Templates("encodings"),
-    "best_of_n": BestOfN(4, judge=TargetPrefix(), max_new_tokens=4),
-    "character_noise": Noise("character", num_samples=3),
-    "word_noise": Noise("word", rate=0.3, num_samples=3),
-    "autodan": AutoDAN(num_steps=3, population=6, mutation=0.5),
-    "pair": pair(),
-    "gcg": GCG(num_tokens=5, num_steps=2, width=6, topk=16),
-    "gcg_options": GCG(
-        num_tokens=5,
-        num_steps=2,
-        width=6,
-        topk=16,
-        n_replace=2,
-        buffer_size=3,
-        mellowmax_alpha=2.0,
-        ascii_only=False,
-    ),
-    "beast": BEAST(num_tokens=3, beams=2, samples=4),
-    "random_search": RandomSearch(num_tokens=6, num_steps=4, width=2),
-}
-CONTINUED = ("gcg", "gcg_options", "beast", "random_search", "initial_suffix")
-TARGET_TOKENS = {"random_search": 1}
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
-
-
-def loss_of(
-    language_model: LanguageModel, batch: AdversarialBatch, attacked: AttackedPrompt, tokens: int | None
-) -> torch.Tensor:
-    """CE of what is left of the targets, end of turn aside, recomputed from the attacked prompts alone."""
-    mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, language_model.chat.end_of_turn)[
-        :, :tokens
-    ]
-    losses = []
-    for i in range(len(batch)):
-        forced = len(attacked.forced[i]) if attacked.forced else 0
-        target = batch.harmful_ids[i : i + 1, forced : int(mask[i].sum())]
-        keep = attacked.prompt_mask[i]
-        reply = Reply(target, torch.ones_like(target, dtype=torch.bool))
-        (scores,) = language_model.reply_log_probs(
-            language_model.embed(attacked.prompt_ids[i : i + 1, keep]), keep[keep][None], reply
-        )
-        losses.append(mean_cross_entropy(scores, reply.mask).detach())
-    return torch.cat(losses)
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_result_can_be_typed_and_is_reported_truly(name: str) -> None:
-    language_model, batch = chat_model(), text_batch()
-    attacked = ATTACKS[name](language_model, batch, generator())
-    assert attacked.is_text
-    assert attacked.delta is None
-    for i, text in enumerate(attacked.texts):
-        history = attacked.histories[i] if attacked.histories else ()
-        typed = language_model.chat.prompt(text, None, history).ids + list(
-            attacked.forced[i] if attacked.forced else ()
-        )
-        assert typed == attacked.prompt_ids[i, attacked.prompt_mask[i]].tolist()
-    assert (attacked.best_loss <= attacked.start_loss).all()
-    torch.testing.assert_close(
-        loss_of(language_model, batch, attacked, TARGET_TOKENS.get(name)),
-        attacked.best_loss,
-        atol=2e-5,
-        rtol=1e-5,
-    )
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_leaves_the_model_and_the_global_rng_as_they_were(name: str) -> None:
-    language_model = chat_model()
-    model = language_model.module.train()
-    for i, p in enumerate(model.parameters()):
-        p.requires_grad_(i % 2 == 0)
-        p.grad = torch.full_like(p, 0.5) if i % 4 == 0 else None
-    before, state = copy.deepcopy(model), torch.get_rng_state()
-    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    ATTACKS[name](language_model, text_batch(2), generator())
-    for p, q, g in zip(model.parameters(), before.parameters(), gradients, strict=True):
-        assert torch.equal(p, q)
-        assert p.requires_grad == q.requires_grad
-        assert (p.grad is None) if g is None else torch.equal(p.grad, g)
-    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    "name", [name for name in ATTACKS if name != "pair"]
-)  # its attacker's answers depend on the order of asking
-def test_batch_mates_and_a_repetition_change_nothing(name: str) -> None:
-    language_model = chat_model(dtype=torch.float64)
-    together = ATTACKS[name](language_model, text_batch(3), generator())
-    for i in range(3):
-        alone = ATTACKS[name](language_model, text_batch(1, i), generator())
-        assert alone.texts[0] == together.texts[i]
-        assert alone.forward_passes[0] == together.forward_passes[i]
-        column = together.loss_curve[: len(alone.loss_curve), i]
-        torch.testing.assert_close(alone.loss_curve.squeeze(1), column, equal_nan=True)
-
-
-@pytest.mark.parametrize("name", [n for n in CONTINUED if n != "initial_suffix"])
+@pytest.mark.parametrize("name", SEARCHES)
 def test_attacks_without_texts_say_what_they_need(name: str) -> None:
     batch = copy.copy(text_batch(1))
     object.__setattr__(batch, "prompts", ())
     with pytest.raises(ValueError, match="expected a batch with its prompts' texts"):
-        ATTACKS[name](chat_model(), batch, generator())
+        CASES[name].build()(chat_model(), batch, rng_of())
     with pytest.raises(ValueError, match="expected a model with a chat format"):
-        ATTACKS[name](LanguageModel(chat_model().module), text_batch(1), generator())
+        CASES[name].build()(LanguageModel(chat_model().module), text_batch(1), rng_of())
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GCG(width=0), "GCG.width: expected >= 1, got 0"),
-        (lambda: GCG(num_tokens=3, n_replace=4), "n_replace: expected within"),
-        (lambda: GCG(mellowmax_alpha=0.0), "mellowmax_alpha: expected > 0"),
-        (lambda: BEAST(temperature=0.0), "temperature: expected > 0"),
+        (lambda: GCG(width=0), "GCG.width: expected an integer >= 1, got 0"),
+        (lambda: GCG(num_tokens=3, n_replace=4), "GCG.n_replace: expected at most num_tokens 3, got 4"),
+        (lambda: GCG(mellowmax_alpha=0.0), "GCG.mellowmax_alpha: expected a number > 0"),
+        (lambda: BEAST(temperature=0.0), "BEAST.temperature: expected a number > 0"),
         (lambda: RandomSearch(template="no place"), "expected {prompt} in it"),
-        (lambda: RandomSearch(stop_probability=0.0), "stop_probability"),
-        (lambda: BestOfN(sigma=0.0), "BestOfN.num_samples and sigma"),
-        (lambda: Noise(rate=0.0), "Noise.rate and num_samples"),
-        (lambda: Prefilling(0), "use DirectRequest for none"),
-        (lambda: AutoDAN(population=1), "AutoDAN.population: expected >= 2"),
+        (
+            lambda: RandomSearch(stop_probability=0.0),
+            "RandomSearch.stop_probability: expected a number within",
+        ),
+        (lambda: BestOfN(sigma=0.0), "BestOfN.sigma: expected a number within"),
+        (lambda: Noise(rate=0.0), "Noise.rate: expected a number within"),
+        (lambda: Prefilling(0), "Prefilling.num_tokens: expected an integer >= 1"),
+        (lambda: AutoDAN(population=1), "AutoDAN.population: expected an integer >= 2"),
         (
             lambda: Templates("nowhere.csv")(chat_model(), text_batch(1)),
             "expected one of .* or an existing file",
         ),
-        (lambda: pair(attempts=0), "PAIR.attempts: expected >= 1"),
+        (lambda: pair(attempts=0), "PAIR.attempts: expected an integer >= 1"),
         (
             lambda: InContext(SOURCE, num_shots=10**6)(chat_model(), text_batch(1)),
             "expected at most the source's",
@@ -228,10 +92,12 @@ def test_a_judge_ends_best_of_n_at_the_first_success() -> None:
         def __call__(self, prompt: str, completion: str, reference: str) -> bool:
             return True
 
-    attacked = BestOfN(8, judge=Anything(), max_new_tokens=4)(aligned, text_batch(2), generator())
+    attacked = BestOfN(8, chooser=FirstSuccess(Anything(), max_new_tokens=4))(
+        aligned, text_batch(2), rng_of()
+    )
     assert attacked.queries is not None
     assert attacked.queries.tolist() == [1, 1]
-    never = BestOfN(3, judge=Never(), max_new_tokens=4)(aligned, text_batch(2), generator())
+    never = BestOfN(3, chooser=FirstSuccess(Never(), max_new_tokens=4))(aligned, text_batch(2), rng_of())
     assert never.queries is not None
     assert never.queries.tolist() == [3, 3]
 
@@ -245,7 +111,7 @@ class Never:
 
 def test_prefilling_forces_the_reply() -> None:
     language_model, batch = chat_model(), text_batch(2)
-    attacked = Prefilling(4)(language_model, batch, generator())
+    attacked = Prefilling(4)(language_model, batch, rng_of())
     assert [list(forced) for forced in attacked.forced] == batch.harmful_ids[:, :4].tolist()
 
 
@@ -258,7 +124,7 @@ def test_demonstrations_never_show_the_attacked_request() -> None:
 def test_templates_that_the_model_cannot_take_are_left_out(tmp_path: object) -> None:
     path = tmp_path / "long.txt"  # type: ignore[operator]
     path.write_text("{prompt} " + "and so on " * 400)
-    attacked = Templates(str(path))(chat_model(), text_batch(2), generator())
+    attacked = Templates(str(path))(chat_model(), text_batch(2), rng_of())
     assert attacked.texts == text_batch(2).prompts
     assert attacked.loss_curve.isnan().all()
 
@@ -313,7 +179,7 @@ def test_genetic_operators_keep_the_material() -> None:
 
 def test_autodan_does_not_lose_its_elite() -> None:
     attacked = AutoDAN(num_steps=5, population=8, elites=0.25, mutation=0.5)(
-        chat_model(), text_batch(2), generator()
+        chat_model(), text_batch(2), rng_of()
     )
     curve = attacked.loss_curve
     assert (curve[1:] <= curve[:-1] + 1e-5).all()
@@ -325,7 +191,7 @@ def test_an_attacker_s_answer_is_read_or_asked_for_again() -> None:
     assert read_prompt('{"prompt": 3}') is None
     attacker = Scripted(["nonsense", '{"prompt": "Say it."}'])
     attack = PAIR(attacker, TargetPrefix(), num_streams=1, num_steps=1, max_new_tokens=4)  # type: ignore[arg-type]
-    attacked = attack(chat_model(), text_batch(1), generator())
+    attacked = attack(chat_model(), text_batch(1), rng_of())
     assert attacked.queries is not None
     assert attacked.queries.tolist() == [3]  # two questions to the attacker, one to the language_model
     assert text_batch(1).prompts[0] in (attacker.asked[0].system or "")
@@ -334,7 +200,7 @@ def test_an_attacker_s_answer_is_read_or_asked_for_again() -> None:
 def test_pair_shows_the_latest_turns_and_stops_at_success() -> None:
     attacker = Scripted(['{"prompt": "Try this."}'])
     PAIR(attacker, Never(), num_streams=1, num_steps=4, keep_turns=2, max_new_tokens=4)(
-        chat_model(), text_batch(1), generator()
+        chat_model(), text_batch(1), rng_of()
     )  # type: ignore[arg-type]
     assert [len(conversation.history) for conversation in attacker.asked] == [0, 1, 2, 2]
 
@@ -344,7 +210,7 @@ def test_pair_shows_the_latest_turns_and_stops_at_success() -> None:
 
     attacker = Scripted(['{"prompt": "Try this."}'])
     attacked = PAIR(attacker, Always(), num_streams=3, num_steps=4, max_new_tokens=4)(
-        chat_model(), text_batch(1), generator()
+        chat_model(), text_batch(1), rng_of()
     )  # type: ignore[arg-type]
     assert len(attacker.asked) == 3
     assert attacked.texts == ("Try this.",)
@@ -367,8 +233,8 @@ def test_a_loaded_model_attacks() -> None:
     attack = PAIR(
         local, TargetPrefix(), num_streams=2, num_steps=1, attempts=1, accept_text=True, max_new_tokens=4
     )
-    once = attack(chat_model(), text_batch(2), generator())
+    once = attack(chat_model(), text_batch(2), rng_of())
     # A model in the loop keeps no state: a rerun after a kill must write the same prompts.
-    assert attack(chat_model(), text_batch(2), generator()).loss_curve.tolist() == once.loss_curve.tolist()
+    assert attack(chat_model(), text_batch(2), rng_of()).loss_curve.tolist() == once.loss_curve.tolist()
     other = attack(chat_model(), text_batch(2), torch.Generator().manual_seed(4)).loss_curve.tolist()
     assert other != once.loss_curve.tolist()

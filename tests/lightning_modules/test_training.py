@@ -28,6 +28,7 @@ from datamodules.batch import TrainingBatch
 from datamodules.evaluation import EvaluationSets
 from datamodules.sources.combinators import AnsweredRequests
 from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.text.encoding import EncodingConfig
 from datamodules.text.tokenizers import TokenizerConfig
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.base import Attack, NoAttack
@@ -50,7 +51,7 @@ def data(micro_batches: int = 1, evaluation: bool = False, **changes: Any) -> Ad
     fields: dict[str, Any] = {
         "harmful_per_step": 4,
         "utility_per_step": 8,
-        "max_length": 128,
+        "encoding": EncodingConfig(128),
         "micro_batches": micro_batches,
     }
     return AdversarialData(

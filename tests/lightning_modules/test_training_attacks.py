@@ -4,65 +4,44 @@ back."""
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from datamodules.batch import AdversarialBatch
-from datamodules.evaluation import EvaluationSets, find_overlap
+from datamodules.overlap import find_overlap
 from datamodules.rows import HarmfulRow
 from datamodules.sources.replay import RedTeamReplay
 from datamodules.sources.tinychat import TinyChatHarmful
 from lightning_modules.attacks.base import Attack, NoAttack, load_attack_state, state_of
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
-from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.text.rewrites import DirectRequest, Noise, Prefilling, Templates
 from lightning_modules.attacks.text.templates import fill, read_templates
 from lightning_modules.attacks.training.mixture import Mixture
-from lightning_modules.attacks.training.persistent_gcg import PersistentGCG
 from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
-from lightning_modules.attacks.training.suffix_generator import SuffixGenerator
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
 from lightning_modules.models.loading import ModelConfig, load_seeded
-from tests.callbacks.test_robustness import row
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model, tinychat_format
+from tests.support.attacks import CASES, persistent, suffix_generator
+from tests.support.rows import row, stored, verdicts
 
 PGD = EmbeddingPGD(epsilon=0.2, num_steps=2)
-
-
-def persistent(reset_fraction: float = 0.0, reset_every: int = 50) -> PersistentGCG:
-    return PersistentGCG(
-        GCG(num_tokens=4, num_steps=2, width=8, topk=16, stop_at_target=False), reset_fraction, reset_every
-    )
-
-
-def generator_attack() -> SuffixGenerator:
-    return SuffixGenerator(
-        ModelConfig("tinychat:helpful"), num_tokens=3, candidates=4, beams=2, updates=3, batch_size=4
-    )
 
 
 def rng(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-STATEFUL = {
-    "persistent_gcg": persistent,
-    "suffix_generator": generator_attack,
-    "mixture": lambda: Mixture([persistent(), PGD]),
-    "rewrite_then_perturb": lambda: RewriteThenPerturb(persistent(), PGD, probability=1.0),
-}
+STATEFUL = [name for name, case in CASES.items() if case.stateful]
 
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_survives_a_checkpoint_bit_for_bit(name: str, tmp_path: Path) -> None:
     model, batch = chat_model(), text_batch(2)
-    whole, first, second = (STATEFUL[name]() for _ in range(3))
+    whole, first, second = (CASES[name].build() for _ in range(3))
     for attack in (whole, first):
         attack(model, batch, rng(1))
     torch.save(state_of(first), tmp_path / "attack.pt")
@@ -79,13 +58,13 @@ def test_state_survives_a_checkpoint_bit_for_bit(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_the_victim_stays_as_it_was(name: str) -> None:
+def test_a_second_visit_leaves_the_model_as_it_was(name: str) -> None:
     model = chat_model()
     model.module.train()
     for i, p in enumerate(model.module.parameters()):
         p.requires_grad_(i % 2 == 0)
         p.grad = torch.ones_like(p) if i % 4 == 0 else None
-    before, attack = copy.deepcopy(model.module), STATEFUL[name]()
+    before, attack = copy.deepcopy(model.module), CASES[name].build()
     for seed in (1, 2):
         attack(model, text_batch(2), rng(seed))
     for i, (p, q) in enumerate(zip(model.module.parameters(), before.parameters(), strict=True)):
@@ -123,9 +102,9 @@ def test_a_reset_forgets_its_share() -> None:
     first = everything(model, batch, rng(1))
     torch.testing.assert_close(everything(model, batch, rng(2)).loss_curve[0], first.loss_curve[0])
     attack = persistent(reset_fraction=0.2, reset_every=1)
-    attack.load_state_dict({"pool": {i: [0, [5, 5, 5, 5]] for i in range(500)}, "visits": 1})
+    attack.load_state_dict({"ranks": [{"pool": {i: [0, [5, 5, 5, 5]] for i in range(500)}, "visits": 1}]})
     attack(model, batch, rng(6))
-    assert 360 <= len(attack.state_dict()["pool"]) - len(batch) <= 440
+    assert 360 <= len(attack.state_dict()["ranks"][0]["pool"]) - len(batch) <= 440
 
 
 # --- MixAT's combination
@@ -164,7 +143,7 @@ def test_what_cannot_be_typed_is_no_rewrite() -> None:
         RewriteThenPerturb(Prefilling(2), PGD, probability=1.0)(chat_model(), text_batch(2), rng())
     with pytest.raises(ValueError, match="got EmbeddingPGD"):
         RewriteThenPerturb(PGD, PGD, probability=1.0)(chat_model(), text_batch(2), rng())
-    with pytest.raises(ValueError, match=r"RewriteThenPerturb.probability: expected within \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match=r"probability: expected a number within \(0, 1\], got 0"):
         RewriteThenPerturb(DirectRequest(), PGD, probability=0.0)
 
 
@@ -174,7 +153,7 @@ def test_what_cannot_be_typed_is_no_rewrite() -> None:
 def test_the_generator_learns_to_write_what_was_found() -> None:
     model, attack, batch = (
         LanguageModel(load_seeded(ModelConfig("tinychat:aligned"), 0), chat=tinychat_format()),
-        generator_attack(),
+        suffix_generator(),
         text_batch(4),
     )
     model.module.eval()
@@ -206,7 +185,7 @@ def test_the_generator_learns_to_write_what_was_found() -> None:
 def test_a_generator_of_another_vocabulary_is_refused() -> None:
     small = LanguageModel(tiny_model(), chat=tinychat_format())
     with pytest.raises(ValueError, match="expected the model's vocabulary of 97 tokens, got 1024"):
-        generator_attack()(small, text_batch(1), rng())
+        suffix_generator()(small, text_batch(1), rng())
 
 
 # --- LAT's adversary
@@ -229,30 +208,17 @@ def test_the_latent_adversary_also_pushes_away_from_the_safe_reply() -> None:
 # --- red-team replay
 
 
-def store(folder: Path, *rows: object) -> str:
-    (folder / "attacks").mkdir(parents=True)
-    (folder / "attacks" / "rows_rank0.jsonl").write_text("".join(json.dumps(asdict(r)) + "\n" for r in rows))  # type: ignore[call-overload]
-    return str(folder)
-
-
-def verdict(right: bool) -> dict[str, dict[str, object]]:
-    return {
-        "target_prefix@1": {"verdict": right, "score": None},
-        "keyword_refusal@1": {"verdict": not right, "score": None},
-    }
-
-
 def test_replay_takes_successes_that_can_be_typed(tmp_path: Path) -> None:
-    run = store(
+    run = stored(
         tmp_path / "run",
-        row("won", prompt="p1", attacked="p1 x x", verdicts=verdict(True)),
-        row("lost", prompt="p2", attacked="p2 x x", verdicts=verdict(False)),
-        row("embedding", attacked=None, verdicts=verdict(True)),
-        row("forced", attacked="p3", prefill="Sure", verdicts=verdict(True)),
-        row("turns", attacked="p4", history=[["q", "a"]], verdicts=verdict(True)),
-        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdict(False)),
-        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdict(True)),
-        row("beast", attack="beast", prompt="p6", attacked="p6 y", verdicts=verdict(True)),
+        row("won", prompt="p1", attacked="p1 x x", verdicts=verdicts(True)),
+        row("lost", prompt="p2", attacked="p2 x x", verdicts=verdicts(False)),
+        row("embedding", attacked=None, verdicts=verdicts(True)),
+        row("forced", attacked="p3", prefill="Sure", verdicts=verdicts(True)),
+        row("turns", attacked="p4", history=[["q", "a"]], verdicts=verdicts(True)),
+        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdicts(False)),
+        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdicts(True)),
+        row("beast", attack="beast", prompt="p6", attacked="p6 y", verdicts=verdicts(True)),
     )
     found = [r for r in RedTeamReplay(run, "No.").rows() if isinstance(r, HarmfulRow)]
     assert [(r.prompt, r.origin, r.safe_reply, r.target) for r in found] == [
@@ -277,12 +243,12 @@ def test_replaying_an_evaluation_request_is_an_overlap(tmp_path: Path) -> None:
     # Trap: training on an evaluation set; with a suffix behind it the prompt's own text no longer gives that
     # away.
     held_out = next(r for r in TinyChatHarmful("heldout").rows() if isinstance(r, HarmfulRow))
-    run = store(
+    run = stored(
         tmp_path / "run",
-        row(prompt=held_out.prompt, attacked=held_out.prompt + " x x", verdicts=verdict(True)),
+        row(prompt=held_out.prompt, attacked=held_out.prompt + " x x", verdicts=verdicts(True)),
     )
     rows = [r for r in RedTeamReplay(run).rows() if isinstance(r, HarmfulRow)]
-    assert len(find_overlap(rows, EvaluationSets(harmful=[TinyChatHarmful("heldout")]), [])) == 1
+    assert len(find_overlap(rows, {"harmful": [held_out]}, [])) == 1
 
 
 def test_noise_without_a_search_is_an_attack_like_the_others() -> None:

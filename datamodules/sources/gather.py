@@ -1,0 +1,65 @@
+"""All rows of a field's sources: none missing, no two under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from datamodules.rows import Row, RowProblem
+
+R = TypeVar("R", bound=Row, covariant=True)
+
+
+class Source(Protocol[R]):
+    """Any source: yields rows of one kind, or problems."""
+
+    def rows(self) -> Iterator[R | RowProblem]: ...
+
+
+def gather(field: str, sources: Sequence[Source[R]]) -> list[R | RowProblem]:
+    """The rows and problems of all sources, in order.
+
+    Args:
+        field: the field of the configuration, for messages.
+        sources: the field's sources.
+
+    Raises: ValueError for a source without a usable row, or for two rows with one key, naming both places.
+    """
+    rows: list[R | RowProblem] = []
+    for number, source in enumerate(sources):
+        found = list(source.rows())
+        bad = [row for row in found if isinstance(row, RowProblem)]
+        if len(bad) == len(found):
+            # Even where bad rows are skipped: a wrong column name would leave out the whole source.
+            which = f"yields no usable row; {len(bad)} bad, the first: {bad[0]}" if bad else "yields no row"
+            raise ValueError(
+                f"data.{field}.{number}: {describe(source)} {which}; mend the file or the source's "
+                "selection, or remove the source"
+            )
+        rows += found
+    check_keys(field, rows)
+    return rows
+
+
+def check_keys(field: str, rows: Sequence[Row | RowProblem]) -> None:
+    """Raises: ValueError for two rows with one key: results of the one would be taken for the other's."""
+    places: dict[str, str] = {}
+    for row in rows:
+        if isinstance(row, RowProblem):
+            continue
+        if row.key in places:
+            raise ValueError(
+                f"data.{field}: two rows have the key {row.key!r}: {places[row.key]} and {row.where}; give "
+                "rows ids of their own (columns: {key: ...}), files of one name folders of different names; "
+                "a source that shall count more goes into Repeated, once"
+            )
+        places[row.key] = row.where
+
+
+def describe(source: Any) -> str:
+    """A source by its class and the file or folder that it reads."""
+    inner = getattr(source, "source", None)
+    if inner is not None:
+        return f"{type(source).__name__} of {describe(inner)}"
+    place = next((vars(source)[n] for n in ("path", "behaviors", "run") if n in vars(source)), None)
+    return type(source).__name__ + (f" of {place}" if place else "")

@@ -1,0 +1,191 @@
+"""Whole runs of the shortened quickstart: results, evaluation commands, kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.report.report import read_training_log
+from tests.conftest import ROOT
+
+Run = Callable[..., tuple[int, str, str]]
+TINYCHAT = "configs/experiment/cat_tinychat.yaml"
+SHORT = (
+    "--trainer.max_steps=2",
+    "--data.harmful_per_step=2",
+    "--data.utility_per_step=2",
+    "--model.attack.num_steps=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+)
+
+
+FEW = ("--vars.evaluation_limit=4", "--vars.gcg_limit=2", "--vars.gcg_steps=2", "--vars.gcg_width=4")
+
+
+def short(folder: Path, *more: str) -> tuple[str, ...]:
+    """The tiny recipe, shortened."""
+    return ("fit", "--config", TINYCHAT, f"--trainer.default_root_dir={folder}", *SHORT, *FEW, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a shortened recipe."""
+    from experiments.cli import main
+
+    folder = tmp_path_factory.mktemp("quickstart")
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        assert main(short(folder)) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_shortened_quickstart_reports_every_promised_figure(tmp_path: Path, thundercat: Run) -> None:
+    steps = [f"--model.attack.attacks.{i}.num_steps=1" for i in (0, 1)]
+    arguments = [word for word in SHORT if not word.startswith("--model.attack")]
+    status, out, err = thundercat(
+        "fit",
+        "--config",
+        "configs/quickstart.yaml",
+        f"--trainer.default_root_dir={tmp_path}",
+        *arguments,
+        *steps,
+        *FEW,
+    )
+    assert status == 0, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    for snapshot in ("before", "after"):
+        assert (
+            results[snapshot]["n"]["gcg_attack_success_rate"]
+            == results[snapshot]["n"]["worst_case_attack_success_rate"]
+            == 2
+        )
+        for name in ("direct", "initial_suffix", "embedding", "soft_prompt"):
+            assert results[snapshot]["n"][f"{name}_attack_success_rate"] == 4
+    assert "| gcg attack success rate |" in out
+
+
+def test_a_run_writes_its_results(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    names = {
+        "harmful_refusal_rate", "over_refusal_rate", "utility_exact_match", "embedding_attack_success_rate",
+        "soft_prompt_attack_success_rate",
+    }  # fmt: skip
+    for snapshot in ("before", "after"):
+        for name in names:
+            rate, (low, high) = results[snapshot][name], results[snapshot]["interval"][name]
+            assert 0 <= low <= rate <= high <= 1
+            assert results[snapshot]["n"][name] == 4
+    cost = results["cost"]
+    assert (cost["attack_forward_per_example"], cost["attack_backward_per_example"], cost["steps"]) == (
+        1,
+        1,
+        2,
+    )
+    # 2 steps x (2 adversarial x (1 + 1 + 4) + 2 utility x 2)
+    assert cost["passes"] == 32
+    for name in (
+        "report.md",
+        "report.html",
+        "config.yaml",
+        "environment.json",
+        "csv/metrics.csv",
+        "model/model.safetensors",
+        "checkpoints/last.ckpt",
+    ):
+        assert (finished / name).is_file(), name
+    assert (finished / "report.html").read_text().count("data:image/png") >= 3
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["seed"] == 0
+    assert {"git", "hardware"} <= set(environment)
+
+
+def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat: Run) -> None:
+    own = (
+        "--config",
+        str(finished / "config.yaml"),
+        "--data.evaluation.harmful.0.limit=3",
+        "--data.evaluation.utility.0.num_rows=3",
+    )
+    own += (
+        "--data.evaluation.harmless.0.num_rows=3",
+        "--ckpt_path=last",
+        "--trainer.callbacks.6.attacks.soft_prompt.num_steps=2",
+    )
+    own += ("--trainer.callbacks.6.attacks.embedding.num_steps=2",)
+    for command in ("validate", "test"):
+        status, out, err = thundercat(command, *own)
+        assert status == 0, err
+        assert "embedding attack success rate" in out
+    status, out, _ = thundercat("predict", *own)
+    assert status == 0
+    rows = [json.loads(line) for line in Path(out.strip().splitlines()[-1]).read_text().splitlines()]
+    assert {"key", "prompt", "reply"} == set(rows[0])
+    status, out, _ = thundercat("report", str(finished))
+    assert status == 0
+    assert "| embedding attack success rate |" in out
+
+
+def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    # kill -9 in the middle of training; the rerun with --ckpt_path last ends bit for bit where an undisturbed
+    # run ends.
+    def command(folder: Path, *more: str) -> list[str]:
+        arguments = (
+            *short(
+                folder,
+                "--trainer.max_steps=6",
+                "--trainer.callbacks.4.at_start=false",
+                "--trainer.callbacks.5.at_start=false",
+            ),
+            *more,
+        )
+        quiet = (
+            "--trainer.callbacks.6.at_start=false",
+            "--trainer.callbacks.6.attacks.soft_prompt.num_steps=2",
+        )
+        return [sys.executable, "-m", "experiments.cli", *arguments, *quiet]
+
+    settings: dict[str, Any] = {
+        "cwd": ROOT,
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+    }
+    subprocess.run(command(tmp_path / "whole"), check=True, **settings)
+    process = subprocess.Popen(command(tmp_path / "killed"), **settings)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert last.exists()
+    evaluations = tmp_path / "killed" / "evaluations.jsonl"
+    evaluations.write_text('{"name": "utility", "stage": "fit", "step": 0, "metrics": {}, "details": {}}\n')
+    subprocess.run(command(tmp_path / "killed", "--ckpt_path=last"), check=True, **settings)
+    # The record goes on: the evaluation before the kill and the log's first rows are still there.
+    assert json.loads(evaluations.read_text().splitlines()[0])["step"] == 0
+    steps = [int(row["step"]) for row in read_training_log(tmp_path / "killed")]
+    assert sorted(set(steps)) == list(range(6))
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("whole", "killed")
+    ]
+    assert states[0]["global_step"] == states[1]["global_step"] == 6
+    assert all(
+        torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items()
+    )

@@ -1,0 +1,330 @@
+"""Findings of the audit about the command line, configuration and loggers."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from callbacks.run_folder.loggers import LogConfiguration, ResilientWandbLogger, RunCSVLogger, flat
+from experiments.config.classes import import_class, moved_to, project_classes
+from experiments.config.errors import ConfigError
+from tests.conftest import ROOT
+
+Run = Callable[..., tuple[int, str, str]]
+TINYCHAT = "configs/experiment/cat_tinychat.yaml"
+KEY = "a" * 40
+
+
+# --- A13: W&B never stops a run
+
+
+@pytest.fixture
+def failing_server() -> Iterator[str]:
+    """A server that answers every request with 500."""
+
+    class Failing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            self.send_response(500)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+TRAIN = """
+import sys
+from lightning import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from callbacks.run_folder.loggers import LogConfiguration, ResilientWandbLogger
+logger = ResilientWandbLogger(save_dir=sys.argv[1], start_timeout=2.0)
+trainer = Trainer(max_steps=2, logger=logger, accelerator="cpu", enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    callbacks=[LogConfiguration({"model": {"class_path": "a.B", "init_args": {"epsilon": 0.5}}})])
+trainer.fit(BoringModel())
+print("trained", trainer.global_step)
+"""
+
+
+def train_with_wandb(folder: Path, **environment: str) -> tuple[str, str]:
+    """Two steps with the W&B logger in a process of its own, as W&B's state is the process's."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRAIN, str(folder)],
+        cwd=ROOT,
+        env=inherited | {"WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.stdout, done.stderr
+
+
+def assert_kept(folder: Path, out: str, err: str) -> None:
+    assert "trained 2" in out, err
+    assert "W&B cannot be used" in err
+    assert "Traceback" not in err
+    (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    # The configuration and the last step are in the record that `wandb sync` sends.
+    assert b"model.epsilon" in record.read_bytes()
+
+
+def test_a13_wandb_without_network_costs_seconds_not_the_run(tmp_path: Path) -> None:
+    began = time.monotonic()
+    assert_kept(tmp_path, *train_with_wandb(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9"))
+    assert time.monotonic() - began < 100
+
+
+def test_a13_wandb_server_that_answers_500(tmp_path: Path, failing_server: str) -> None:
+    assert_kept(tmp_path, *train_with_wandb(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=failing_server))
+
+
+def test_a13_wandb_key_that_is_too_short(tmp_path: Path) -> None:
+    assert_kept(
+        tmp_path, *train_with_wandb(tmp_path, WANDB_API_KEY="short", WANDB_BASE_URL="http://127.0.0.1:9")
+    )
+
+
+class GoneRun:
+    """A W&B run whose service goes away after the start."""
+
+    id, name, dir = "x", "x", "x/files"
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConnectionError("the server went away")
+
+
+def test_a13_wandb_server_that_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("wandb.init", lambda **_: GoneRun())
+    logger = ResilientWandbLogger(save_dir=str(tmp_path))
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.log_hyperparams({"a": 1})
+    logger.log_table("samples", columns=["a"], data=[["b"]])
+    logger.finalize("success")
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning == "W&B logging stopped (ConnectionError: the server went away); the CSV log goes on"
+
+
+# --- A17: hyperparameters reach every logger
+
+
+CONFIG = {
+    "seed_everything": 0,
+    "model": {
+        "class_path": "x.Model",
+        "init_args": {
+            "attack": {"class_path": "x.EmbeddingPGD", "init_args": {"epsilon": 0.1}},
+            "layers": [1, 3],
+        },
+    },
+    "data": {"init_args": {"harmful": [{"class_path": "x.Rows", "init_args": {"split": "train"}}]}},
+}
+FLAT = {
+    "seed_everything": 0,
+    "model.class": "Model",
+    "model.attack.class": "EmbeddingPGD",
+    "model.attack.epsilon": 0.1,
+    "model.layers": [1, 3],
+    "data.harmful.0.class": "Rows",
+    "data.harmful.0.split": "train",
+}
+
+
+def test_a17_hyperparameters_are_flat_with_readable_names() -> None:
+    assert flat(CONFIG) == FLAT
+
+
+def test_a17_hyperparameters_reach_every_logger(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    loggers = [
+        RunCSVLogger(str(tmp_path)),
+        TensorBoardLogger(str(tmp_path), name="tb", default_hp_metric=False),
+    ]
+    trainer = Trainer(
+        max_steps=1,
+        logger=loggers,
+        callbacks=[LogConfiguration(CONFIG)],
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(BoringModel())
+    assert yaml.safe_load((tmp_path / "csv" / "hparams.yaml").read_text()) == FLAT
+    (events,) = (
+        path for path in (tmp_path / "tb").rglob("events*") if b"model.attack.epsilon" in path.read_bytes()
+    )
+    assert b"EmbeddingPGD" in events.read_bytes()
+
+
+# --- B: errors are one line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--ckpt_path=true", "ckpt_path: expected text or null, got true"),
+        (
+            "--data.utility.1.source.categories.0.foo=.inf",
+            "--data.utility.1.source.categories.0.foo: '0' is a plain value ('fact'), so nothing below it can be set",
+        ),
+        ("--trainer.max_steps=-5", "trainer.max_steps: expected an integer >= -1, got -5"),
+        ("--trainer.devices=0", "trainer.devices: expected an integer >= 1 or "),
+        ("--trainer.accelerator=gpuu", "trainer.accelerator: expected 'auto' | 'gpu'"),
+        (
+            "--trainer.gradient_clip_val=-1",
+            "trainer.gradient_clip_val: expected a number >= 0 or null, got -1",
+        ),
+        ("--trainer.limit_test_batches=-1", "trainer.limit_test_batches: expected an integer >= 0 or "),
+        (
+            "--trainer.callbacks=3",
+            "trainer.callbacks: expected a list or class_path and init_args (Callback)",
+        ),
+        ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches: expected an integer >= 1"),
+        ("--seed_everything=true", "seed_everything: expected an integer within [0, 4294967295], got true"),
+        ("--seed_everything=-1", "seed_everything: expected an integer within [0, 4294967295], got -1"),
+        ("--model.optimizer.lr=.inf", "model.optimizer.lr: expected a finite number, got inf"),
+        (
+            "--model.objective.cutoff_away=.nan",
+            "model.objective.cutoff_away: expected a finite number, got nan",
+        ),
+        ("--model.base.config={a: .nan}", "model.base.config.a: expected a finite number, got nan"),
+        ("--model.attack.init_args=3", "model.attack: expected fields, got 3"),
+    ],
+)
+def test_b_wrong_values_are_one_line(override: str, message: str, thundercat: Run) -> None:
+    status, _, err = thundercat("fit", "--config", TINYCHAT, override)
+    assert status == 2
+    assert err.startswith(f"thundercat: {message}"), err
+    assert len(err.splitlines()) == 1
+
+
+def test_b_a_class_without_arguments_takes_none(thundercat: Run) -> None:
+    override = "--model.attack={class_path: lightning_modules.attacks.base.NoAttack, init_args: {x: 1}}"
+    _, _, err = thundercat("fit", "--config", TINYCHAT, override)
+    assert err.startswith("thundercat: model.attack.x: unknown field")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_b_a_logger_whose_package_is_missing(
+    name: str, thundercat: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.config.extras.find_spec", lambda name: None)
+    status, _, err = thundercat(
+        "fit", "--config", TINYCHAT, "--config", f"configs/trainer/{name}.yaml", "--print_config"
+    )
+    assert status == 2
+    assert err.startswith("thundercat: trainer.logger.0: ")
+    assert f"needs {name}, which is not installed; pip install {name} (the project's extra `{name}`)" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_b_attack_honours_traceback(thundercat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise RuntimeError("broken\ninside")
+
+    monkeypatch.setattr("experiments.commands.attack.attack", broken)
+    words = ("attack", "--config", TINYCHAT, "--prompt", "a", "--target", "b")
+    status, _, err = thundercat(*words)
+    assert status == 1
+    assert (
+        err == "thundercat: unexpected error RuntimeError: broken; run again with --traceback to see where\n"
+    )
+    status, _, err = thundercat(*words, "--traceback")
+    assert status == 1
+    assert "in broken" in err
+    assert err.splitlines()[-1] == "thundercat: unexpected error RuntimeError: broken"
+
+
+def test_b_ctrl_c_at_start_up_is_one_line() -> None:
+    command = [sys.executable, "-m", "experiments.cli", "fit", "--config", TINYCHAT, "--print_config"]
+    # Ctrl-C as soon as the heavy imports have begun.
+    code = (
+        "import os, signal, sys; sys.path.insert(0, '.')\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"sys.argv = {command[2:]!r}\n"
+        "from experiments.cli import console; console()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "thundercat: interrupted before anything was run\n"
+
+
+def test_b_a_yaml_that_gives_a_key_twice_loses_nothing_in_silence(thundercat: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("trainer:\n  max_steps: 1\n  max_steps: 2\n")
+    _, _, err = thundercat("fit", "--config", TINYCHAT, "--config", str(tmp_path / "mine.yaml"))
+    assert "mine.yaml:3: not valid YAML: key 'max_steps' is given twice; remove one" in err
+
+
+# --- class paths
+
+
+OLD = json.loads((Path(__file__).parent / "old_class_paths.json").read_text())
+"""Every public class of the first revision."""
+
+
+@pytest.mark.parametrize("path", OLD)
+def test_e_an_old_class_path_is_still_right_or_says_where_the_class_is(path: str) -> None:
+    name = path.rpartition(".")[2]
+    new = moved_to(name)
+    assert new is not None, f"{name} is gone: say what stands in its place in experiments/config/classes.py"
+    if path == new:
+        assert import_class("model", path).__name__ == name
+    else:
+        with pytest.raises(ConfigError, match=f"^model.class_path: {path} moved to {new}; write that$"):
+            import_class("model", path)
+
+
+def test_e_class_names_are_unique() -> None:
+    # A class that moved is found by its name.
+    assert len(set(project_classes().values())) == len(project_classes()) > 100
+
+
+def test_e_modules_of_the_working_directory_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "my_attacks.py").write_text(
+        "from lightning_modules.attacks.base import NoAttack\n\n\nclass Mine(NoAttack):\n    '''Nothing.'''\n"
+    )
+    # As the console script does it: the working directory is not on the path by itself.
+    code = "import sys; from experiments.cli import main; sys.path.remove(''); sys.exit(main(sys.argv[1:]))"
+    words = ["fit", "--config", TINYCHAT, "--model.attack=my_attacks.Mine", "--print_config"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["model"]["init_args"]["attack"] == {"class_path": "my_attacks.Mine"}
