@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -229,9 +228,10 @@ def _parsed(line: bytes, where: str, kind: type[Line]) -> Line:
         raise ValueError(f"{where}: expected a JSON object, got {record!r:.60}; {remedy}")
     if record.get("schema") != SCHEMA:
         raise ValueError(
-            f"{where}: expected a {kind.__name__} of schema {SCHEMA}, got {record.get('schema')!r:.60}; {remedy}"
+            f"{where}: expected a {kind.__name__} of schema {SCHEMA}, got {record.get('schema')!r:.60}; "
+            f"{remedy}"
         )
-    hints = _hints(kind)
+    hints = FIELDS[kind.__name__]
     for name, hint in hints.items():
         found = "expected a value, got none" if name not in record else problem(record[name], hint)
         if found is not None:
@@ -242,8 +242,7 @@ def _parsed(line: bytes, where: str, kind: type[Line]) -> Line:
     return kind(**record, where=where)
 
 
-@cache
-def _hints(kind: type[Row] | type[Measurement]) -> dict[str, Any]:
+def _fields_of(kind: type[Row] | type[Measurement]) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {f.name: hints[f.name] for f in fields(kind) if f.name != "where"}
 
@@ -255,6 +254,10 @@ def _drop_torn_line(path: Path) -> None:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(path, whole)
+
+
+FIELDS = {kind.__name__: _fields_of(kind) for kind in (Row, Measurement)}
+"""Stored fields of a line with their types."""
 
 
 def contents(batch: EvaluationBatch) -> list[Any]:

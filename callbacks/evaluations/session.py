@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,6 +118,13 @@ class Session:
             list(self.data.loader(probe.subject, limit, rank, own.world_size))
             for rank in range(own.world_size)
         ]
+        keys = [key for share in shares for batch in share for key in batch.keys]
+        repeated = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if repeated is not None:
+            # Their rows would collapse into one, and n would silently be smaller.
+            raise ValueError(
+                f"data.evaluation.{probe.subject}: several rows have the key {repeated!r}; rename them"
+            )
         measurement = Measurement(
             evaluation=evaluation.name,
             stage=stage,
@@ -137,7 +145,7 @@ class Session:
             judge=label(probe.judge),
             refusal=label(probe.refusal) if probe.refusal is not None else "",
             judges=[label(judge) for judge in probe.judges],
-            n=sum(len(batch) for share in shares for batch in share),
+            n=len(keys),
         )
         return measurement, shares[own.rank]
 

@@ -12,7 +12,7 @@ import unicodedata
 
 JOINERS = "\u200c\u200d"
 """Invisible, but words of some scripts and composed emoji are wrong without them."""
-HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 SPECIAL = re.compile(r"[\\`*|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])")
 """What Markdown (GitHub's, with its mathematics) would take for markup in the middle of a line."""
 
@@ -29,7 +29,7 @@ def printable(text: str, one_line: bool = False) -> str:
 def markdown(text: str) -> str:
     """`text` as one line of Markdown that shows it literally, also within a table's cell."""
     text = SPECIAL.sub(r"\\\g<0>", printable(text, one_line=True))
-    return text.translate(str.maketrans(HTML))
+    return text.translate(HTML)
 
 
 def _visible(char: str) -> bool:

@@ -83,6 +83,9 @@ def trade_off(results: RunResults) -> Drawing | None:
         return None
     axes_names = "utility: exact match on benign tasks, %", "robustness: 100 % - attack success, %"
     figure = scatter(points, *axes_names, arrows=arrows, y_limits=(-5, 105))
+    # Room for the labels goes beyond 0 and 100 %; ticks do not.
+    (axes,) = figure.axes
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
     seen = "Hollow before training, filled after." if results.before else ""
     return Drawing("Robustness against utility", f"A point an attack, with 95 % intervals. {seen}", figure)
 

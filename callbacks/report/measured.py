@@ -1,4 +1,4 @@
-"""From rows to what they say: the typed measures of one model, with n, intervals, groups and warning signs."""
+"""From rows to what they say: the measures of one model, with n, intervals, groups and warning signs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import cast
 
 from callbacks.metrics.estimates import Estimate, mean, rate
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric, Quantity
-from callbacks.metrics.outcomes import BUDGETS, cross_flags, spent, success_by_budget, worst_case
+from callbacks.metrics.outcomes import BUDGETS, BudgetCurve, cross_flags, spent, success_by_budget, worst_case
 from callbacks.report.results import AttackFacts, Measure, SampleRow, Snapshot, Stage
 from datamodules.results import Measurement, Row
 
@@ -39,7 +39,7 @@ class Measured:
         return [row for own in self.rows.values() for row in own]
 
     def outcome(self, judge: str, every: bool = False, negated: bool = False) -> Outcome:
-        """Whether a judge's verdict is true in any repetition (in every one); over the examples it has judged.
+        """Whether a judge's verdict is true in any repetition (in every one), where it has judged.
 
         Args:
             negated: ask for a false verdict instead.
@@ -71,7 +71,7 @@ class Measured:
             for sign, raised in row.flags.items():
                 flags[sign] += raised
         success = self.outcome(self.measurement.judge)
-        budgets = {
+        budgets: dict[str, BudgetCurve] = {
             unit: success_by_budget(success, {key: spent(own, unit) for key, own in self.rows.items()})
             for unit in BUDGETS
         }

@@ -118,7 +118,7 @@ def _built(config: Mapping[str, Any]) -> tuple[AttackedModel, EvaluationData]:
     parser.add_argument("--data", type=LightningDataModule)
     try:
         parsed = parser.parse_object({name: config[name] for name in ("model", "data")})
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
     except Exception as error:  # jsonargparse wraps every constructor's error in its own
         raise ConfigError(innermost(error)) from error
     return built.model, built.data
