@@ -45,9 +45,7 @@ ATTACK_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" 
 
 @pytest.mark.parametrize("file", ATTACK_FILES)
 def test_every_attack_file_can_be_put_into_a_recipe(file: str, in_root: Path) -> None:
-    config = compose(
-        ["configs/experiment/attack_tinychat.yaml", "configs/attack/embedding_pgd.yaml", file], []
-    )
+    config = compose([TINYCHAT, file], [])
     check(config, "test")
     attack = instantiate(with_defaults(config)).model.attack
     assert callable(attack)
@@ -180,7 +178,7 @@ def test_every_recipe_has_a_header(recipe: str, in_root: Path) -> None:
         ("--data.micro_batches=3", "data.harmful_per_step: expected a multiple of micro_batches 3, got 8"),
         ("--modell.x=1", "modell: unknown field, did you mean 'model'?"),
         ("--ckpt_path=nowhere.ckpt", "ckpt_path: no file 'nowhere.ckpt'"),
-        ("--data.seed.x=1", "data.seed.x: expected int at data.seed, got fields"),
+        ("--data.seed.x=1", "data.seed.x: expected int or null at data.seed, got fields"),
         ("--model.base.quantization=nf4", "base.quantization: expected base.lora to be set"),
         (
             "--data.encoding.attackable=everything",
@@ -285,7 +283,7 @@ def test_help(thundercat: Run) -> None:
     assert status == 0
     assert "epsilon (float | None, default 0.05): radius of the ball in `radius_unit`" in out
     assert "base.lora.r (int, default 64): Rank." in out
-    assert "harmful_per_step (int, default 8): harmful rows per optimiser step" in out
+    assert "harmful_per_step (NonNegativeInt, default 8): harmful rows per optimiser step" in out
     assert "num_tokens" in thundercat("fit", "--help.SoftPrompt")[1]
     assert "no such class" in thundercat("fit", "--help.Nothing")[2]
 
