@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from callbacks.report.report import read_training_log
+from callbacks.report.training_log import read_training_log
 from experiments.commands.run import instantiate
 from experiments.config.check import check, check_precision
 from experiments.config.compose import ConfigError, compose, merge
