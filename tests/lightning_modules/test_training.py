@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from callbacks.evaluations.refusal import RefusalEvaluation
 from callbacks.evaluations.robustness import RobustnessEvaluation
 from callbacks.evaluations.utility import UtilityEvaluation
-from callbacks.report.report import read_training_log
+from callbacks.report.training_log import read_training_log
 from callbacks.run_folder.export import ExportModel
 from callbacks.run_folder.loggers import LastLogRow, RunCSVLogger
 from datamodules.adversarial import AdversarialData
