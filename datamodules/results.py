@@ -229,7 +229,8 @@ def _parsed(line: bytes, where: str, kind: type[Line]) -> Line:
         raise ValueError(f"{where}: expected a JSON object, got {record!r:.60}; {remedy}")
     if record.get("schema") != SCHEMA:
         raise ValueError(
-            f"{where}: expected a {kind.__name__} of schema {SCHEMA}, got {record.get('schema')!r:.60}; {remedy}"
+            f"{where}: expected a {kind.__name__} of schema {SCHEMA}, got {record.get('schema')!r:.60}; "
+            f"{remedy}"
         )
     hints = _hints(kind)
     for name, hint in hints.items():

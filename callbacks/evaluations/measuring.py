@@ -45,7 +45,8 @@ class Measuring(LightningModule):
         """Raises: ValueError where nothing is to be measured, or where the trainer forbids gradients."""
         if not self.evaluations:
             raise ValueError(
-                "trainer.callbacks: expected an evaluation, got none; add --config configs/evaluation/suite.yaml"
+                "trainer.callbacks: expected an evaluation, got none; add one, e.g. "
+                "--config configs/evaluation/suite.yaml"
             )
         loop = self.trainer.validate_loop if self.trainer.state.fn == "validate" else self.trainer.test_loop
         if loop.inference_mode:

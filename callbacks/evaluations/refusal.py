@@ -1,4 +1,4 @@
-"""Does the model refuse what it should, and only that: refusal on harmful, over-refusal on harmless prompts."""
+"""Does the model refuse what it should, and only that: refusals of harmful and of harmless prompts."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
     steps = sorted({item.step for item in measurements if item.stage == stage})
     if not steps:
         raise FileNotFoundError(
-            f"{folder / ROWS}: no results of `{stage}`; run `thundercat {stage}` with evaluation callbacks first"
+            f"{folder / ROWS}: no results of `{stage}`; run `thundercat {stage}` with evaluation callbacks "
+            "first"
         )
     rows = read_rows(folder)
     measured = {step: select(measurements, rows, stage, step) for step in steps}

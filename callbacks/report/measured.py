@@ -1,4 +1,4 @@
-"""From rows to what they say: the typed measures of one model, with n, intervals, groups and warning signs."""
+"""From rows to what they say: the measures of one model, with n, intervals, groups and warning signs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Measured:
         return [row for own in self.rows.values() for row in own]
 
     def outcome(self, judge: str, every: bool = False, negated: bool = False) -> Outcome:
-        """Whether a judge's verdict is true in any repetition (in every one); over the examples it has judged.
+        """Whether a judge's verdict is true in any repetition (in every one), where it has judged.
 
         Args:
             negated: ask for a false verdict instead.

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from datamodules.fields import checked
+from datamodules.results import ROWS, Row, read_rows
 from datamodules.rows import HarmfulRow, RowProblem
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
-from datamodules.sources.files import parse_json
 
 
 @checked
 class RedTeamReplay:
     """Successful prompts of an earlier evaluation as training data: red-team replay.
 
-    The rows come from the results store of a run (RUN/attacks); prompts that nobody can type, forced replies
-    and conversations of several turns are left out. Attack training requests, not evaluation ones: a row is
-    refused if the request behind it is evaluated on.
+    The rows are those of a run folder; prompts that nobody can type, forced replies and conversations of
+    several turns are left out. Attack training requests, not evaluation ones: a row is refused if the request
+    behind it is evaluated on.
 
     Args:
         run: the run folder.
@@ -41,47 +39,43 @@ class RedTeamReplay:
 
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
         """Raises: ValueError where the run holds no results, no such attack, or no verdict of the judge."""
-        paths = sorted((Path(self.run) / "attacks").glob("rows_rank*.jsonl"))
-        if not paths:
+        attacked = [row for row in read_rows(self.run) if row.attack and row.stage != "attack"]
+        if not attacked:
             raise ValueError(
-                f"RedTeamReplay.run: no attacks/rows_rank*.jsonl in {self.run!r}; attack the training "
-                "requests first"
+                f"RedTeamReplay.run: no attacked rows in {self.run}/{ROWS}; attack the training requests "
+                "first"
             )
-        latest: dict[tuple[object, ...], tuple[str, dict[str, Any]]] = {}
-        for path in paths:
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                record = parse_json(line, f"{path}:{number}", dict)
-                latest[
-                    tuple(record[key] for key in ("model", "attack", "settings", "example", "restart"))
-                ] = f"{path}:{number}", record
-        unknown = set(self.attacks or ()) - {record["attack"] for _, record in latest.values()}
+        unknown = set(self.attacks or ()) - {row.attack for row in attacked}
         if unknown:
             raise ValueError(f"RedTeamReplay.attacks: {sorted(unknown)} did not run in {self.run!r}")
         seen: set[str] = set()
-        for where, record in latest.values():
-            verdicts = [
-                v["verdict"]
-                for name, v in record["verdicts"].items()
-                if self.judge in (name, name.split("@")[0])
-            ]
-            if not verdicts:
-                raise ValueError(
-                    f"RedTeamReplay.judge: {where} has no verdict of {self.judge!r}, got "
-                    f"{sorted(record['verdicts'])}"
-                )
-            wanted = self.attacks is None or record["attack"] in self.attacks
-            replayable = record["attacked"] is not None and not record["prefill"] and not record["history"]
-            if wanted and replayable and any(verdicts) and record["attacked"] not in seen:
-                seen.add(record["attacked"])
-                parts = ("attack", "example", "restart", "settings", "model")
-                key = "/".join(["replay", *(str(record[part]) for part in parts)])
-                yield HarmfulRow(
-                    key,
-                    record["attacked"],
-                    record["target"],
-                    self.safe_reply,
-                    where,
-                    record["category"],
-                    record["functional"],
-                    origin=record["prompt"],
-                )
+        for row in attacked:
+            broken = self._broken(row)
+            wanted = self.attacks is None or row.attack in self.attacks
+            typed = None if row.prefill or row.history else row.attacked
+            if wanted and broken and typed is not None and typed not in seen:
+                seen.add(typed)
+                yield self._replayed(row, typed)
+
+    def _broken(self, row: Row) -> bool:
+        names = [name for name in row.verdicts if self.judge in (name, name.split("@")[0])]
+        if not names:
+            raise ValueError(
+                f"RedTeamReplay.judge: {row.where} has no verdict of {self.judge!r}, got "
+                f"{sorted(row.verdicts)}"
+            )
+        return any(row.verdict(name) for name in names)
+
+    def _replayed(self, row: Row, prompt: str) -> HarmfulRow:
+        key = "/".join(["replay", *(str(part) for part in row.identity)])
+        return HarmfulRow(
+            key,
+            prompt,
+            row.expected,
+            self.safe_reply,
+            row.where,
+            row.category,
+            row.functional,
+            system=row.system,
+            origin=row.prompt,
+        )

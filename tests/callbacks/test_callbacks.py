@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from callbacks.metrics.means import Mean
-from callbacks.metrics.rates import Rate, wilson_interval
-from hypothesis import given
-from hypothesis import strategies as st
 
 from callbacks.cost import peak_memory_mib, reset_peak_memory
-from callbacks.evaluations.base import Evaluation
 from callbacks.evaluations.refusal import RefusalEvaluation
+from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.undisturbed import undisturbed
 from callbacks.health import health_flags
 from callbacks.judges.exact import ExactMatch, TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
-from callbacks.report.report import markdown_table, read_training_log, summarise, write_report
+from callbacks.report.training_log import read_training_log
 from callbacks.run_folder.loggers import (
     ResilientWandbLogger,
     RunCSVLogger,
@@ -33,51 +27,6 @@ from datamodules.sources.files import read_records
 from datamodules.sources.tables import ChatTable
 from lightning_modules.attacks.base import AttackedPrompt
 from tests.conftest import tiny_model
-
-# --- metrics
-
-
-def test_wilson_interval_by_hand() -> None:
-    # n = 10, 8 successes, z = 1.96: centre (0.8 + 0.19208) / 1.38416 = 0.71674, half-width 0.22660 (Wilson
-    # 1927).
-    low, high = wilson_interval(8, 10, 1.96)
-    assert (low, high) == pytest.approx((0.49016, 0.94332), abs=2e-5)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    assert wilson_interval(0, 20)[0] == 0.0
-
-
-@given(st.integers(0, 50), st.integers(1, 50))
-def test_wilson_interval_holds_the_share(successes: int, more: int) -> None:
-    low, high = wilson_interval(successes, successes + more)
-    assert 0 <= low <= successes / (successes + more) <= high <= 1
-
-
-def test_rate_adds_up_over_batches_and_processes() -> None:
-    rate, whole = Rate(), Rate()
-    for chunk in ([True, False], [True, True, True]):
-        rate.update(torch.tensor(chunk))
-    whole.update(torch.tensor([True, False, True, True, True]))
-    assert (
-        rate.compute()
-        == whole.compute()
-        == {"rate": 0.8, "low": wilson_interval(4, 5)[0], "high": wilson_interval(4, 5)[1], "n": 5}
-    )
-    assert all(reduction is not None for reduction in rate._reductions.values())
-    empty = Rate()
-    empty.update(torch.empty(0, dtype=torch.bool))
-    assert math.isnan(empty.compute()["rate"])
-
-
-def test_mean_with_interval_by_hand() -> None:
-    # 1, 2, 3: mean 2, s = 1, half-width 1.95996 / sqrt 3.
-    mean = Mean()
-    mean.update(torch.tensor([1.0]))
-    mean.update(torch.tensor([2.0, 3.0]))
-    value = mean.compute()
-    assert value["rate"] == pytest.approx(2.0)
-    assert value["high"] - 2.0 == pytest.approx(1.959964 / math.sqrt(3), abs=1e-6)
-    assert value["n"] == 3
-
 
 # --- judges
 
@@ -179,21 +128,23 @@ def test_undisturbed_restores_modes_gradients_and_random_states() -> None:
     assert next(model.parameters()).grad is gradient
 
 
-def test_evaluation_needs_its_data_and_gradients() -> None:
-    class Loop:
-        inference_mode = True
-
+def test_evaluation_needs_its_data() -> None:
     class FakeTrainer:
         datamodule = None
-        validate_loop = test_loop = Loop()
 
     with pytest.raises(
         ValueError, match="RefusalEvaluation expects data: datamodules.evaluation.EvaluationData"
     ):
-        RefusalEvaluation().setup(FakeTrainer(), None, "test")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="every_n_steps: expected >= 1 or null, got 0"):
-        RefusalEvaluation(every_n_steps=0)
-    assert issubclass(RefusalEvaluation, Evaluation)
+        RefusalEvaluation().setup(FakeTrainer(), None, "fit")  # type: ignore[arg-type]
+
+
+def test_schedule_says_when_and_how_much() -> None:
+    schedule = Schedule(every_n_steps=3, limit=5, test_limit=7)
+    assert [step for step in range(1, 9) if schedule.due(step, last=8)] == [3, 6, 8]
+    assert (schedule.rows("fit"), schedule.rows("validate"), schedule.rows("test")) == (5, 7, 7)
+    assert not Schedule(at_end=False).due(8, last=8)
+    with pytest.raises(ValueError, match="Schedule.every_n_steps: expected an integer >= 1 or null, got 0"):
+        Schedule(every_n_steps=0)
 
 
 # --- loggers
@@ -262,53 +213,7 @@ def test_wandb_key(
     assert has_wandb_key() is expected
 
 
-# --- reports
-
-
-def entry(name: str, step: int, metrics: dict[str, Any], **details: Any) -> dict[str, Any]:
-    return {"name": name, "stage": "fit", "step": step, "metrics": metrics, "details": details}
-
-
-def rate(key: str, value: float, n: int = 10) -> dict[str, float]:
-    low, high = wilson_interval(round(value * n), n)
-    return {key: value, f"{key}/low": low, f"{key}/high": high, f"{key}/n": n}
-
-
-def test_report_takes_first_and_last_step(tmp_path: Path) -> None:
-    entries = []
-    for step, success, utility in ((0, 1.0, 0.9), (5, 0.4, 0.9), (10, 0.1, 0.8)):
-        mean = rate("embedding/loss_best", 0.3) | rate("embedding/success_rate", success)
-        entries.append(
-            entry(
-                "embedding_attacks",
-                step,
-                mean,
-                embedding={"loss_curve": [2.0, 1.0], "flags": {"zero_gradient": 2}},
-                judge="j@1",
-            )
-        )
-        entries.append(entry("utility", step, rate("utility/exact_match", utility), judge="exact_match@1"))
-    results = summarise(entries)
-    assert results["before"]["embedding_attack_success_rate"] == 1.0
-    assert results["after"]["embedding_attack_success_rate"] == 0.1
-    assert results["after"]["means"]["embedding/loss_best"]["n"] == 10
-    assert [snapshot["step"] for snapshot in results["history"]] == [0, 5, 10]
-    assert (
-        "| embedding attack success rate | 100.0 % [72.2, 100.0] | 10.0 % [1.8, 40.4] | 10 |"
-        in markdown_table(results)
-    )
-    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    text = write_report(tmp_path)
-    assert "Attack health of embedding (after): zero_gradient 2" in text
-    assert json.loads((tmp_path / "results.json").read_text())["after"]["n"]["utility_exact_match"] == 10
-    assert (tmp_path / "figures" / "trade_off.png").stat().st_size > 5000
-    assert (tmp_path / "figures" / "attack_loss.png").is_file()
-
-
-def test_a_run_without_a_first_evaluation_has_no_before() -> None:
-    results = summarise([entry("utility", 10, rate("utility/exact_match", 0.8))])
-    assert results["before"] is None
-    assert "| - |" in markdown_table(results)
+# --- cost
 
 
 def test_peak_memory_is_counted_anew() -> None:

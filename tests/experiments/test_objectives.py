@@ -30,7 +30,7 @@ def finished(folder: Path, passes: float, **rates: float) -> Path:
                 typed = metric.attack in ("direct", "gcg")
                 store.announce([plan])
                 store.add(
-                    row(plan, str(i), i < 50 * share, attacked="p" if typed else None) for i in range(50)
+                    row(str(i), plan, i < 50 * share, attacked="p" if typed else None) for i in range(50)
                 )
     (folder / "cost.json").write_text(json.dumps({"passes": passes, "seconds": 2.0}))
     (folder / "environment.json").write_text(
@@ -109,4 +109,4 @@ def test_every_run_is_a_command_line_that_composes(name: str, in_root: Path) -> 
     overrides = [tuple(word[2:].split("=", 1)) for word in words if word.startswith("--") and "=" in word]
     config = compose(files, overrides)  # type: ignore[arg-type]
     assert config["trainer"]["max_steps"] == (1 if name == NO_DEFENCE else 7)
-    assert config["model"]["init_args"]["seed"] == config["data"]["init_args"]["seed"] == 1
+    assert config["seed_everything"] == 1

@@ -4,8 +4,6 @@ back."""
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -26,9 +24,9 @@ from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenP
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
 from lightning_modules.models.loading import ModelConfig, load_seeded
-from tests.callbacks.test_robustness import row
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model, tinychat_format
 from tests.support.attacks import CASES, persistent, suffix_generator
+from tests.support.rows import row, stored, verdicts
 
 PGD = EmbeddingPGD(epsilon=0.2, num_steps=2)
 
@@ -210,30 +208,17 @@ def test_the_latent_adversary_also_pushes_away_from_the_safe_reply() -> None:
 # --- red-team replay
 
 
-def store(folder: Path, *rows: object) -> str:
-    (folder / "attacks").mkdir(parents=True)
-    (folder / "attacks" / "rows_rank0.jsonl").write_text("".join(json.dumps(asdict(r)) + "\n" for r in rows))  # type: ignore[call-overload]
-    return str(folder)
-
-
-def verdict(right: bool) -> dict[str, dict[str, object]]:
-    return {
-        "target_prefix@1": {"verdict": right, "score": None},
-        "keyword_refusal@1": {"verdict": not right, "score": None},
-    }
-
-
 def test_replay_takes_successes_that_can_be_typed(tmp_path: Path) -> None:
-    run = store(
+    run = stored(
         tmp_path / "run",
-        row("won", prompt="p1", attacked="p1 x x", verdicts=verdict(True)),
-        row("lost", prompt="p2", attacked="p2 x x", verdicts=verdict(False)),
-        row("embedding", attacked=None, verdicts=verdict(True)),
-        row("forced", attacked="p3", prefill="Sure", verdicts=verdict(True)),
-        row("turns", attacked="p4", history=[["q", "a"]], verdicts=verdict(True)),
-        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdict(False)),
-        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdict(True)),
-        row("beast", attack="beast", prompt="p6", attacked="p6 y", verdicts=verdict(True)),
+        row("won", prompt="p1", attacked="p1 x x", verdicts=verdicts(True)),
+        row("lost", prompt="p2", attacked="p2 x x", verdicts=verdicts(False)),
+        row("embedding", attacked=None, verdicts=verdicts(True)),
+        row("forced", attacked="p3", prefill="Sure", verdicts=verdicts(True)),
+        row("turns", attacked="p4", history=[["q", "a"]], verdicts=verdicts(True)),
+        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdicts(False)),
+        row("judged again", prompt="p5", attacked="p5 x", verdicts=verdicts(True)),
+        row("beast", attack="beast", prompt="p6", attacked="p6 y", verdicts=verdicts(True)),
     )
     found = [r for r in RedTeamReplay(run, "No.").rows() if isinstance(r, HarmfulRow)]
     assert [(r.prompt, r.origin, r.safe_reply, r.target) for r in found] == [
@@ -258,9 +243,9 @@ def test_replaying_an_evaluation_request_is_an_overlap(tmp_path: Path) -> None:
     # Trap: training on an evaluation set; with a suffix behind it the prompt's own text no longer gives that
     # away.
     held_out = next(r for r in TinyChatHarmful("heldout").rows() if isinstance(r, HarmfulRow))
-    run = store(
+    run = stored(
         tmp_path / "run",
-        row(prompt=held_out.prompt, attacked=held_out.prompt + " x x", verdicts=verdict(True)),
+        row(prompt=held_out.prompt, attacked=held_out.prompt + " x x", verdicts=verdicts(True)),
     )
     rows = [r for r in RedTeamReplay(run).rows() if isinstance(r, HarmfulRow)]
     assert len(find_overlap(rows, {"harmful": [held_out]}, [])) == 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from datamodules.results import Measurement, Row
+from datamodules.results import Measurement, ResultsStore, Row
 
 JUDGE, REFUSAL = "target_prefix@1", "keyword_refusal@1"
 
@@ -28,7 +29,18 @@ def measurement(quantity: str = "success_rate", **fields: Any) -> Measurement:
     return Measurement(**(defaults | fields))
 
 
-def row(of: Measurement | None = None, example: str = "a", verdict: bool = False, **fields: Any) -> Row:
+def verdicts(right: bool) -> dict[str, dict[str, bool | float | None]]:
+    """Success by the target's prefix, or else a refusal."""
+    return {JUDGE: {"verdict": right, "score": None}, REFUSAL: {"verdict": not right, "score": None}}
+
+
+def stored(folder: Path, *rows: Row) -> str:
+    """A run folder that holds rows."""
+    ResultsStore(folder).add(rows)
+    return str(folder)
+
+
+def row(example: str = "a", of: Measurement | None = None, verdict: bool = False, **fields: Any) -> Row:
     """A reply that belongs to a measurement, judged by its judges."""
     own = of or measurement()
     judges = [judge for judge in (own.judge, own.refusal, *own.judges) if judge]
