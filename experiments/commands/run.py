@@ -34,6 +34,7 @@ from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import seeds_of, with_seeds
+from lightning_modules.pretrained import PretrainedModel
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
 """Errors whose message is for the user; any other kind is named, with the way to see where it came from."""
