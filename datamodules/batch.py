@@ -3,8 +3,8 @@ two strings.
 
 Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks
 are explicit boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row.
-The classes are not frozen, since Lightning rebuilds a batch field by field where it converts floats (trainer.precision:
-bf16-true); nobody else assigns to a batch.
+The classes are not frozen, since Lightning rebuilds a batch field by field where it converts floats
+(trainer.precision: bf16-true); nobody else assigns to a batch.
 """
 
 from __future__ import annotations
