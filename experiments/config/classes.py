@@ -13,7 +13,7 @@ from typing import Any
 from experiments.config.errors import PROJECT_ROOT, ConfigError, suggest
 
 PACKAGES = ("datamodules", "lightning_modules", "callbacks")
-RENAMED = {"Victim": "LanguageModel", "Restarts": "Repeat"}
+RENAMED = {"Victim": "LanguageModel", "Restarts": "Repeat", "RewriteAttack": "Rewrite"}
 """Old name of a class -> its name now; a class that only moved is found by its name."""
 
 
