@@ -178,7 +178,7 @@ def install_progress(trainer: Trainer) -> None:
 
 
 @contextmanager
-def nested(trainer: Trainer, total: int, what: str, silent: bool = False) -> Iterator[tqdm[Any]]:
+def nested(trainer: Trainer, total: int | None, what: str, silent: bool = False) -> Iterator[tqdm[Any]]:
     """A bar below the training's, gone when done; its time is left out of the training's time left.
 
     It shows nothing on other processes than the first, in a run without a progress bar, or off a terminal.

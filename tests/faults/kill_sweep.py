@@ -2,9 +2,9 @@
 
     python -m tests.faults.kill_sweep [--kills 20] [--seed 0] [--folder FOLDER]
 
-Moments are drawn over the whole life of the process: start-up, evaluation before training, steps, checkpoints,
-the evaluation and the export at the end. Compared are the trained weights, the evaluation's rows (each once), the
-log and the cost. Takes about half a minute a kill; not part of the test suite.
+Moments are drawn over the whole life of the process: start-up, evaluation before training, steps,
+checkpoints, evaluation and export at the end. Compared are weights, rows (each once), log and cost. Takes
+about half a minute a kill; not part of the test suite.
 """
 
 from __future__ import annotations
