@@ -309,7 +309,8 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
     if isinstance(value, torch.Tensor):
         yield f"tensor {value.dtype} {tuple(value.shape)};".encode()
         flat = value.detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        if flat.numel():
+            yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
     elif isinstance(value, Mapping):
         yield f"mapping {len(value)};".encode()
         for key, item in value.items():

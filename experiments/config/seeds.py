@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.config.check import import_class
-from experiments.config.compose import ConfigError
+from experiments.config.classes import import_class
+from experiments.config.errors import ConfigError
 
 
 def with_seeds(config: Mapping[str, Any]) -> dict[str, Any]:

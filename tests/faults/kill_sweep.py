@@ -2,9 +2,9 @@
 
     python -m tests.faults.kill_sweep [--kills 20] [--seed 0] [--folder FOLDER]
 
-Moments are drawn over the whole life of the process: start-up, evaluation before training, steps, checkpoints,
-the evaluation and the export at the end. Compared are the trained weights, the evaluation's rows (each once), the
-log and the cost. Takes about half a minute a kill; not part of the test suite.
+Every second moment is drawn over the whole life of the process, the others over its steps: start-up, evaluation,
+steps, checkpoints, export. Compared are weights, rows (each once), log and cost. Takes
+about half a minute a kill; not part of the test suite.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {"rows": rows, "lines": lines, "log": log, "passes": cost["passes"]}
 
 
+def await_file(process: Any, path: Path) -> None:
+    """Until the file or a newer one is there, or the process has ended."""
+    while process.poll() is None and not any(newer >= path for newer in path.parent.glob("step_*.ckpt")):
+        time.sleep(0.002)
+
+
 def sweep(folder: Path, kills: int, seed: int) -> int:
     """How many of the killed and resumed runs equal the whole one."""
     torch.set_num_threads(1)
@@ -62,8 +68,15 @@ def sweep(folder: Path, kills: int, seed: int) -> int:
     rng, same = random.Random(seed), 0
     for number in range(kills):
         name = f"killed_{number:02d}"
-        process, moment = begin(name), rng.uniform(0.0, life)
-        time.sleep(moment)
+        started, process, moment = time.monotonic(), begin(name), rng.uniform(0.0, life)
+        if number % 2:
+            # Start-up takes most of so short a life: every second kill falls among the steps.
+            step = rng.randint(1, 5)
+            await_file(process, folder / name / "checkpoints" / f"step_{step:06d}.ckpt")
+            time.sleep(rng.uniform(0.0, 0.3))
+        else:
+            time.sleep(moment)
+        moment = time.monotonic() - started
         process.kill()
         process.communicate()
         stood = max(
