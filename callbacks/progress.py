@@ -62,9 +62,7 @@ class StepProgressBar(TQDMProgressBar):
         steps = trainer.estimated_stepping_batches
         self._total = None if math.isinf(steps) else int(steps)
         self._first, self._began = trainer.global_step, time.monotonic()
-        bar = self._bar("training")
-        bar.total, bar.initial, bar.n = self._total, self._first, self._first
-        self.train_progress_bar = bar
+        self.train_progress_bar = self._bar("training", total=self._total, initial=self._first)
         self._tell("training", "step", self._first, self._total)
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -136,12 +134,12 @@ class StepProgressBar(TQDMProgressBar):
     def init_predict_tqdm(self) -> Tqdm:
         return self._bar("prediction", leave=False)
 
-    def _bar(self, what: str, leave: bool = True) -> Tqdm:
+    def _bar(self, what: str, leave: bool = True, **counts: int | None) -> Tqdm:
         shown = self.is_enabled and on_terminal()
         # smoothing=0: the time left comes from the mean over the run, not from the last step.
         return Tqdm(
             desc=what, disable=not shown, leave=leave, dynamic_ncols=True, file=sys.stderr, smoothing=0,
-            bar_format=self.BAR_FORMAT, unit=" steps" if what == "training" else " batches",
+            bar_format=self.BAR_FORMAT, **counts, unit=" steps" if what == "training" else " batches",
         )  # fmt: skip
 
     def _count(self, what: str, bar: tqdm[Any], *rest: Any) -> None:
@@ -178,7 +176,7 @@ def install_progress(trainer: Trainer) -> None:
 
 
 @contextmanager
-def nested(trainer: Trainer, total: int, what: str, silent: bool = False) -> Iterator[tqdm[Any]]:
+def nested(trainer: Trainer, total: int | None, what: str, silent: bool = False) -> Iterator[tqdm[Any]]:
     """A bar below the training's, gone when done; its time is left out of the training's time left.
 
     It shows nothing on other processes than the first, in a run without a progress bar, or off a terminal.
@@ -188,7 +186,13 @@ def nested(trainer: Trainer, total: int, what: str, silent: bool = False) -> Ite
     with (
         outer.aside() if isinstance(outer, StepProgressBar) else nullcontext(),
         tqdm(
-            total=total, desc=what, leave=False, disable=not shown, dynamic_ncols=True, file=sys.stderr
+            total=total,
+            desc=what,
+            leave=False,
+            disable=not shown,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            unit=" rows",
         ) as bar,
     ):
         yield bar

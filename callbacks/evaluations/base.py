@@ -21,6 +21,7 @@ from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.session import Job, Place, Session
 from callbacks.evaluations.undisturbed import undisturbed
+from callbacks.progress import nested
 from callbacks.report.results import Snapshot
 from callbacks.run_folder.loggers import log_table
 from datamodules.evaluation import EvaluationData
@@ -90,7 +91,7 @@ class Evaluation(Callback, ABC):
         )
         with undisturbed(pl_module):
             session = Session(place, data, [self])
-            with progress(trainer, sum(len(job.batch) for job in session.jobs), self.name) as bar:
+            with nested(trainer, sum(len(job.batch) for job in session.jobs), self.name) as bar:
                 for job in session.jobs:
                     do(session, job, bar)
                     bar.update(len(job.batch))
@@ -111,12 +112,6 @@ def do(session: Session, job: Job, bar: tqdm[Any]) -> None:
 def monitored(own: Snapshot) -> dict[str, float]:
     """One value per metric, under the name that loggers and monitors know."""
     return {PREFIX + metric.key: measure.estimate.value for metric, measure in own.measures.items()}
-
-
-def progress(trainer: Trainer, total: int | None, what: str) -> tqdm[Any]:
-    """A progress bar on the first process, unless the run has none."""
-    silent = not trainer.is_global_zero or trainer.progress_bar_callback is None
-    return tqdm(total=total, desc=what, leave=False, disable=True if silent else None)
 
 
 def show_rows(trainer: Trainer, title: str, rows: list[Row]) -> None:

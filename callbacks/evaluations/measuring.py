@@ -14,8 +14,11 @@ from typing import cast
 
 from lightning import LightningModule
 
-from callbacks.evaluations.base import Evaluation, do, monitored, progress, show_rows
+from callbacks.evaluations.base import Evaluation, do, monitored, show_rows
 from callbacks.evaluations.session import Place, Session
+from callbacks.evaluations.base import Evaluation, do, monitored, show_rows
+from callbacks.evaluations.session import Place, Session
+from callbacks.progress import nested
 from datamodules.evaluation import EvaluationData
 from datamodules.results import Stage
 from lightning_modules.pretrained import PretrainedModel, check_strategy
@@ -69,7 +72,7 @@ class Measuring(LightningModule):
     def validation_step(self, job: int, batch_idx: int) -> None:
         """One job."""
         session = self._opened()
-        with progress(self.trainer, None, "") as bar:
+        with nested(self.trainer, None, "") as bar:
             do(session, session.jobs[job], bar)
 
     test_step = validation_step

@@ -33,7 +33,7 @@ def markdown(text: str) -> str:
 
 
 def _visible(char: str) -> bool:
-    # Zl and Zp end a line in some programs; Co is private use, which fonts show as a box.
+    # Zl and Zp end a line in some programs.
     return unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 

@@ -14,8 +14,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from callbacks.report.drawing import Drawing, svg
 from callbacks.report.escape import printable
-from callbacks.report.figures import Drawing, svg
 from callbacks.report.results import RunResults, SampleRow
 from callbacks.report.tables import DIFFERENCES, INTERVALS, facts, tables, warnings
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from callbacks.report.figures import drawings, save
+from callbacks.report.drawing import save
+from callbacks.report.figures import drawings
 from callbacks.report.load import export, load
 from callbacks.report.markdown import document, terminal
 from callbacks.report.page import page

@@ -107,7 +107,10 @@ def cost(results: RunResults) -> Table:
     """What training cost; nobody trains outside `fit`."""
     if results.stage != "fit":
         return Table("Cost of training", (), ())
-    rows = [[Cell(name.replace("_", " ")), Cell(f"{v:,.1f}", v)] for name, v in results.cost.items()]
+    rows = [
+        [Cell(name.replace("_", " ")), Cell(f"{v:,.{0 if v == round(v) else 1}f}", v)]
+        for name, v in results.cost.items()
+    ]
     return Table("Cost of training", ("quantity", "value"), rows)
 
 

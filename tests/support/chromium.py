@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -23,8 +24,8 @@ SWITCHES = (
 class Page:
     """One tab: evaluate JavaScript, press keys, take pictures."""
 
-    def __init__(self, write: int, read: int) -> None:
-        self._write, self._read = write, os.fdopen(read, "rb", buffering=0)
+    def __init__(self, write: io.RawIOBase, read: io.BufferedReader) -> None:
+        self._write, self._read = write, read
         self._buffer, self._number, self._session = b"", 0, ""
         self.messages: list[str] = []
         """What the page wrote to its console, refusals of its security policy included."""
@@ -63,7 +64,7 @@ class Page:
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
             message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
+        self._write.write(json.dumps(message).encode() + b"\0")
         while (answer := self._next()).get("id") != self._number:
             pass
         assert "error" not in answer, answer
@@ -76,7 +77,7 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            part = self._read.read(1 << 16)
+            part = self._read.read1(1 << 16)
             assert part, "the browser went away"
             self._buffer += part
         line, self._buffer = self._buffer.split(b"\0", 1)
@@ -106,11 +107,11 @@ def chromium() -> Iterator[Page]:
         os.close(to_browser[0])
         os.close(from_browser[1])
         try:
-            page = Page(to_browser[1], from_browser[0])
-            yield page
-            page._session = ""
-            page.call("Browser.close")
+            with (
+                os.fdopen(to_browser[1], "wb", buffering=0) as write,
+                os.fdopen(from_browser[0], "rb") as read,
+            ):
+                yield Page(write, read)
         finally:
             process.terminate()
             process.wait(20)
-            os.close(to_browser[1])

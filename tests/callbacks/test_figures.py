@@ -1,0 +1,97 @@
+"""Figures: what is drawn is what was measured."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from callbacks.report.drawing import Point, save, scatter, spread, svg
+from callbacks.report.figures import drawings
+from tests.support.results import run_results, snapshot
+
+
+def points(figure: Figure) -> set[tuple[float, float]]:
+    """Where a figure's markers are."""
+    return {
+        (float(x), float(y))
+        for container in figure.axes[0].containers
+        for x, y in zip(*container.lines[0].get_data(), strict=True)
+    }
+
+
+def test_a_run_has_five_figures_and_a_test_of_it_no_training() -> None:
+    assert list(drawings(run_results())) == ["changes", "trade_off", "attack_loss", "budget", "training"]
+    assert "training" not in drawings(run_results(stage="test"))
+
+
+def test_what_was_not_measured_is_not_drawn() -> None:
+    bare = replace(snapshot(0, 0.5), measures={}, attacks={})
+    assert drawings(replace(run_results(), snapshots=[bare], training=[])) == {}
+    assert drawings(replace(run_results(), snapshots=[], training=[])) == {}
+
+
+def test_an_untrained_model_alone_is_drawn_once() -> None:
+    found = drawings(replace(run_results(), snapshots=[snapshot(0, 0.5)], training=[]))
+    assert len(points(found["trade_off"].figure)) == 2  # direct apart, the others at one place
+
+
+def test_changes_are_drawn_at_their_rates() -> None:
+    found = points(drawings(run_results())["changes"].figure)
+    assert {(93.75, 4.0), (6.25, 4.0), (98.0, 2.0)} <= {(round(x, 6), y) for x, y in found}
+
+
+def test_curves_are_drawn_as_measured() -> None:
+    results = run_results()
+    (line, *_) = drawings(results)["budget"].figure.axes[0].lines
+    assert list(line.get_xdata()) == [0, 10, 20, 40]
+    assert list(line.get_ydata()) == [0, 20, 50, 90]
+    (loss, *_) = drawings(results)["attack_loss"].figure.axes[0].lines
+    assert list(loss.get_ydata()) == pytest.approx([3.0 * 0.7**i for i in range(12)])
+
+
+def test_logarithmic_axes_have_plain_ticks() -> None:
+    for stem in ("attack_loss", "budget"):
+        assert "mathdefault" not in svg(drawings(run_results())[stem], stem)
+
+
+def test_a_picture_is_one_named_well_formed_svg_of_the_pages_colour(tmp_path: Path) -> None:
+    drawing = drawings(run_results())["changes"]
+    text = svg(drawing, "changes")
+    root = ElementTree.fromstring(text)
+    assert root[0].text == drawing.title and root.get("role") == "img"
+    assert "currentColor" in text and "#010203" not in text
+    assert all(element.get("id", "changes-").startswith("changes-") for element in root.iter())
+    alone = save(drawing, tmp_path / "changes.svg").read_text()
+    ElementTree.fromstring(alone)
+    assert 'style="color: #222' in alone
+
+
+def test_pictures_are_the_same_every_time() -> None:
+    assert svg(drawings(run_results())["budget"], "b") == svg(drawings(run_results())["budget"], "b")
+
+
+def test_studies_can_draw_named_points_with_arrows() -> None:
+    first, second = Point(1, 2, "cat", (0, 2), (1, 3), hollow=True), Point(4, 5, "capo")
+    figure = scatter([first, second], "x", "y", arrows=[(first, second)])
+    assert points(figure) == {(1.0, 2.0), (4.0, 5.0)}
+    assert {"cat", "capo"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 3)), min_size=1, max_size=8))
+def test_labels_are_moved_apart_in_order(pairs: Sequence[tuple[float, int]]) -> None:
+    centres, lines = [c for c, _ in sorted(pairs)], [n for _, n in sorted(pairs)]
+    placed = spread(centres, lines, 5.0)
+    for i in range(len(placed) - 1):
+        assert placed[i + 1] - placed[i] >= 5.0 * (lines[i] + lines[i + 1]) / 2 - 1e-6
+
+
+def test_labels_with_room_stay_beside_their_points() -> None:
+    assert spread([0.0, 50.0, 100.0], [1, 2, 1], 5.0) == [0.0, 50.0, 100.0]
+    assert spread([50.0, 50.0], [1, 1], 4.0) == [48.0, 52.0]
