@@ -16,8 +16,6 @@ from lightning import LightningModule
 
 from callbacks.evaluations.base import Evaluation, do, monitored, show_rows
 from callbacks.evaluations.session import Place, Session
-from callbacks.evaluations.base import Evaluation, do, monitored, show_rows
-from callbacks.evaluations.session import Place, Session
 from callbacks.progress import nested
 from datamodules.evaluation import EvaluationData
 from datamodules.results import Stage
