@@ -27,7 +27,8 @@ from datamodules.evaluation import EvaluationData
 from datamodules.results import Identity, Measurement, ResultsStore, Row, Stage, contents, settings_digest
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.models.fingerprint import fingerprint
-from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.language_model import Encoded, LanguageModel
+from lightning_modules.models.requests import Decoding
 
 
 class Measures(Protocol):
@@ -180,11 +181,11 @@ def measure(model: LanguageModel, job: Job) -> list[Row]:
     began = time.perf_counter()
     attacked = _attacked(model, job.probe.attack, batch, job.seed)
     seconds = (time.perf_counter() - began) / len(batch) if attacked is not None else 0.0
-    replies = reply(model, batch, attacked, job.max_new_tokens)
-    systems = batch.adversarial.systems if batch.adversarial is not None else ()
+    sent = attacked if attacked is not None else Encoded(batch.prompt_ids, batch.prompt_mask)
+    replies = model.reply(sent, Decoding(max_new_tokens=job.max_new_tokens))
     return [
         replace(
-            _evidence(model, attacked, i),
+            _evidence(model, batch, attacked, i),
             settings=own.settings,
             model=own.model,
             stage=own.stage,
@@ -193,7 +194,7 @@ def measure(model: LanguageModel, job: Job) -> list[Row]:
             attack=own.attack,
             example=key,
             prompt=batch.prompts[i],
-            system=systems[i] if systems else None,
+            system=batch.systems[i] if batch.systems else None,
             expected=batch.expected[i],
             category=batch.categories[i],
             functional=batch.functional[i],
@@ -202,22 +203,6 @@ def measure(model: LanguageModel, job: Job) -> list[Row]:
         )
         for i, key in enumerate(batch.keys)
     ]
-
-
-def reply(
-    model: LanguageModel, batch: EvaluationBatch, attacked: AttackedPrompt | None, max_new_tokens: int
-) -> list[str]:
-    """Greedy replies to attacked prompts, or to the prompts as they are; what a reply was forced to begin
-    with is part of it."""
-    with torch.no_grad():
-        if attacked is None:
-            embeds = model.embed(batch.prompt_ids)
-            ids = model.generate(embeds, batch.prompt_mask, max_new_tokens, model.chat.stop_ids)
-            return [model.chat.decode(own) for own in ids]
-        with attacked.applied(model) as embeds:
-            ids = model.generate(embeds, attacked.prompt_mask, max_new_tokens, model.chat.stop_ids)
-        starts = attacked.forced or [()] * len(ids)
-        return [model.chat.decode([*start, *own]) for start, own in zip(starts, ids, strict=True)]
 
 
 def judged(rows: Sequence[Row], judges: Sequence[Judge]) -> list[Row]:
@@ -245,16 +230,17 @@ def _attacked(
     return attack(model, batch.adversarial, torch.Generator().manual_seed(seed))
 
 
-def _evidence(model: LanguageModel, attacked: AttackedPrompt | None, i: int) -> Row:
+def _evidence(model: LanguageModel, batch: EvaluationBatch, attacked: AttackedPrompt | None, i: int) -> Row:
     """What the attack found for its i-th example and what it cost; the rest of the row is empty."""
-    empty = Row("", "", "fit", 0, "harmful", "", "", 0, "", None, "", "", "", None, [], "", "")
+    histories = (attacked.histories if attacked is not None else ()) or batch.histories
+    history = [list(turn) for turn in histories[i]] if histories else []
+    empty = Row("", "", "fit", 0, "harmful", "", "", 0, "", None, "", "", "", None, history, "", "")
     if attacked is None:
         return empty
     curve = attacked.loss_curve[:, i].tolist()
     return replace(
         empty,
         attacked=attacked.texts[i] if attacked.texts else None,
-        history=[list(turn) for turn in attacked.histories[i]] if attacked.histories else [],
         prefill=model.chat.decode(list(attacked.forced[i])) if attacked.forced else "",
         loss_curve=[None if math.isnan(loss) else loss for loss in curve],
         steps=sum(not math.isnan(loss) for loss in curve),

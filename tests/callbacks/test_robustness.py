@@ -91,7 +91,7 @@ def test_another_judge_needs_no_new_attack(
     assert thundercat(*attack_arguments(tmp_path, "--trainer.enable_progress_bar=false"))[0] == 0
 
     def refuse(
-        self: object, model: LanguageModel, batch: AdversarialBatch, generator: torch.Generator | None = None
+        self: object, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         raise AssertionError("attacked again")
 

@@ -23,7 +23,7 @@ from callbacks.report.report import write_report
 from datamodules import results
 from datamodules.results import ResultsStore, read_measurements, read_rows
 from datamodules.sources.tinychat import TinyChatHarmful
-from datamodules.text.encoding import Encoder, behaviour_batch
+from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from tests.conftest import chat_model, tinychat_format
 from tests.support.rows import measurement, row, stored
@@ -35,15 +35,14 @@ class Data:
     """Six held-out requests in batches of two."""
 
     def __init__(self, repeat: bool = False) -> None:
-        encoder = Encoder(tinychat_format(), 128, "error", None, "user")
+        encoder = Encoder(tinychat_format(), EncodingConfig(max_length=128))
         rows = encoder.harmful(TinyChatHarmful("heldout", limit=6).rows())
         self.rows = [*rows, rows[0]] if repeat else rows
-        self.behaviours = self
         self.examples = {"harmful": self.rows}
 
     def loader(self, subject: str, limit: int | None, rank: int, world_size: int) -> list[Any]:
         own = self.rows[:limit][rank::world_size]
-        return [behaviour_batch(own[i : i + 2], "user") for i in range(0, len(own), 2)]
+        return [evaluation_batch(own[i : i + 2], "user") for i in range(0, len(own), 2)]
 
 
 class Suite:
@@ -158,7 +157,8 @@ trainer:
 data:
   init_args:
     harmful: [{class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: train, limit: 4}}]
-    utility: [{class_path: datamodules.sources.tinychat.TinyChatBenign, init_args: {split: train, num_rows: 8}}]
+    utility:
+      - {class_path: datamodules.sources.tinychat.TinyChatBenign, init_args: {split: train, num_rows: 8}}
 """
 
 
@@ -330,7 +330,7 @@ def test_b_a_damaged_cost_file_is_named(content: str, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_rows_says_what_to_set(tmp_path: Path) -> None:
-    data = SimpleNamespace(behaviours=SimpleNamespace(examples={"harmful": []}))
+    data = SimpleNamespace(examples={"harmful": []})
     with pytest.raises(ValueError, match="Suite: found no row to evaluate; set data.evaluation.harmful"):
         session(tmp_path, data)  # type: ignore[arg-type]
 
