@@ -39,8 +39,9 @@ INTERRUPTED = 130
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, like every other error of a call."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, formatter_class=_formatter, **settings)
+    def __init__(self, prog: str, **settings: Any) -> None:
+        settings.setdefault("formatter_class", _formatter)
+        super().__init__(prog=prog, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")

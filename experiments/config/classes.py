@@ -13,7 +13,12 @@ from typing import Any
 from experiments.config.errors import PROJECT_ROOT, ConfigError, suggest
 
 PACKAGES = ("datamodules", "lightning_modules", "callbacks")
-RENAMED = {"Victim": "LanguageModel", "Restarts": "Repeat", "RewriteAttack": "Rewrite"}
+RENAMED = {
+    "Victim": "LanguageModel",
+    "Conversation": "Request",
+    "Restarts": "Repeat",
+    "RewriteAttack": "Rewrite",
+}
 """Old name of a class -> its name now; a class that only moved is found by its name."""
 
 

@@ -9,14 +9,14 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import argcomplete
+from argcomplete.finders import CompletionFinder
 
 from experiments.config.compose import compose
 from experiments.config.errors import ConfigError
 from experiments.config.files import TOP_LEVEL
 
 
-class FieldFinder(argcomplete.CompletionFinder):
+class FieldFinder(CompletionFinder):
     """Offers `--model.attack.epsilon=` beside the parser's own options, from the files given so far."""
 
     def collect_completions(

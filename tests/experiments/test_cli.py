@@ -188,7 +188,7 @@ def test_help(thundercat: Run) -> None:
     assert status == 0
     said = " ".join(out.split())
     assert re.search(r"epsilon \(.* or null, default 0.05\): radius of the ball in `radius_unit`", said)
-    assert re.search(r"base\.lora\.r \(an integer.*, default 64\): Rank\.", said)
+    assert re.search(r"base\.lora\.r \(an integer.*, default 64\): Rank", said)
     assert re.search(r"harmful_per_step \(an integer.*, default 8\): harmful rows per optimiser step", said)
     assert "max_steps (an integer >= -1, default -1): Stop training after this number of steps" in said
     assert max(map(len, out.splitlines())) <= 110

@@ -38,7 +38,7 @@ GCG = "lightning_modules.attacks.suffix.gcg.GCG"
         {"model": {"class_path": "a.B", "init_arg": {}}},
         {"class_path": GCG, "init_args": {"widht": 1}},
         {"class_path": GCG, "init_args": {"width": "many"}},
-        {"model": {"class_path": "lightning_modules.attacks.repeat.Repeat", "init_args": {"x": 1}}},
+        {"model": {"class_path": "callbacks.health.AttackHealth", "init_args": {"x": 1}}},
         {"seed_everything": -1},
     ],
 )
