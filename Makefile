@@ -7,9 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 
 .PHONY: quickstart test check bench tinychat clean
 
-# A model this small is 1.5 times faster on one thread (experiments/LOG.md).
+# A model this small is 1.5 times faster on one thread (experiments/LOG.md). An earlier run is moved aside to
+# runs/quickstart.1, never deleted.
 quickstart: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/quickstart.yaml --overwrite
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -27,8 +28,8 @@ bench: $(VENV)/.installed
 # Make the packaged tiny chat model again, from its corpus.
 tinychat: $(VENV)/.installed
 	$(BIN)/python -m experiments.studies.tinychat_base
-	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml
-	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml
+	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,4 +42,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from tests.support.readme import READMES, blocks, commands, own_files
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 Run = Callable[..., tuple[int, str, str]]
+FOLDERS = ("callbacks", "datamodules", "experiments", "lightning_modules")
 
 
 def name(path: Path) -> str:
@@ -101,9 +102,27 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_main_path_is_short() -> None:
+def test_main_paths_are_short() -> None:
+    """One training example and one evaluation example: at most six files each."""
     section = README[README.index("## The main path") : README.index("```\nconfigs/")]
-    assert len(re.findall(r"\]\(", section)) <= 6
+    training, evaluation = section.split("One **evaluation** example")
+    assert 1 <= len(re.findall(r"\]\(", training)) <= 6
+    assert 1 <= len(re.findall(r"\]\(", evaluation)) <= 6
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("folder", ["datamodules", "lightning_modules", "callbacks", "experiments"])
+def test_a_folder_s_readme_names_every_file(folder: str) -> None:
+    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    assert not [path.name for path in files if path.name not in text]
+
+
+def test_no_file_is_long() -> None:
+    tracked = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    # Word lists of the corpus are data.
+    long = {path.name: len(path.read_text().splitlines()) for path in tracked if "corpus" not in path.name}
+    assert not {file: length for file, length in long.items() if length > 350}
 
 
 def test_no_machine_paths_in_the_project() -> None:
