@@ -182,13 +182,12 @@ def _configured(
     own = [(name, getattr(call, name, None)) for name in ("ckpt_path", "prompt", "target")]
     overrides = [*overrides, *((name, value) for name, value in own if value is not None)]
     flags = [f"--{name}" for name in ("print_config", "overwrite", "traceback") if getattr(call, name, False)]
-    if call.command == "attack" and not call.print_config:
+    if call.command == "attack":
         from experiments.commands.attack import attack
 
         return attack(call.config, overrides, flags)
     from experiments.commands.run import run
 
-    overrides = [(key, value) for key, value in overrides if key not in ("prompt", "target")]
     return run(call.command, call.config, overrides, flags)
 
 

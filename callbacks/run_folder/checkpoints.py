@@ -89,9 +89,9 @@ class RunCheckpoints(Checkpoint):
 
     Args:
         every_n_steps: after every so many optimiser steps; null for never.
-        every_minutes: at the first step after so many minutes; null for never. Large models: writing takes
-        seconds. keep: how many of the newest stay; with 2, a file that is damaged later still has one before
-        it.
+        every_minutes: at the first step after so many minutes; null for never. For large models, whose
+            checkpoints take seconds to write.
+        keep: how many of the newest stay; with 2, a file that is damaged later still has one before it.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 from tqdm.auto import tqdm
@@ -67,13 +68,16 @@ def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Se
     """Compose, load the model, attack, show, save. Returns the exit status. Raises: ConfigError for a wrong
     call."""
     texts = {key: value for key, value in overrides if key in ("prompt", "target")}
-    for name in ("prompt", "target"):
-        if not texts.get(name, "").strip():
-            raise ConfigError(f'--{name}: expected a text, got none; write --{name} "..."')
     config = compose(files, [(key, value) for key, value in overrides if key not in texts])
     config = {**config, "model": _model_node(config.get("model"))}
     check(config, "attack")
     config = with_seeds(with_defaults(config))
+    if "--print_config" in flags:
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return 0
+    for name in ("prompt", "target"):
+        if not texts.get(name, "").strip():
+            raise ConfigError(f'--{name}: expected a text, got none; write --{name} "..."')
     folder = RunFolder.of(config["trainer"]["default_root_dir"])
     row = HarmfulRow(KEY, texts["prompt"], texts["target"], DEFAULT_SAFE_REPLY, "--prompt")
     return guarded(lambda: _attack(config, folder, row), folder, "--traceback" in flags)

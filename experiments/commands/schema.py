@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from lightning import Trainer
 
+from datamodules.evaluation import EvaluationSets
 from datamodules.fields import options
 from experiments.config.check import Seed, parameters_of
 from experiments.config.classes import project_classes
@@ -83,7 +84,12 @@ def schema() -> Schema:
         "title": "Thundercat configuration",
         "if": {"anyOf": [{"required": ["class_path"]}, {"required": ["init_args"]}]},
         "then": NODE,
-        "else": {"type": "object", "properties": top, "additionalProperties": False},
+        "else": {
+            # What a run is judged on may be a file of its own (configs/data/sets).
+            "if": {"anyOf": [{"required": [name]} for name in ("harmful", "harmless", "utility")]},
+            "then": _fields(EvaluationSets, {}),
+            "else": {"type": "object", "properties": top, "additionalProperties": False},
+        },
         "$defs": {"class": node, **definitions},
     }
 

@@ -14,10 +14,20 @@ from experiments.config.errors import PROJECT_ROOT, ConfigError, suggest
 
 PACKAGES = ("datamodules", "lightning_modules", "callbacks")
 RENAMED = {
-    "Victim": "LanguageModel",
+    "AttackRow": "Row",
+    "AttackRunner": "Session",
+    "BehaviourBatch": "EvaluationBatch",
+    "BehaviourData": "EvaluationData",
     "Conversation": "Request",
+    "EvaluationRun": "Session",
+    "Findings": "Snapshot",
+    "Mean": "Estimate",
+    "Outcomes": "Measured",
+    "Rate": "Estimate",
     "Restarts": "Repeat",
     "RewriteAttack": "Rewrite",
+    "Summary": "RunResults",
+    "Victim": "LanguageModel",
 }
 """Old name of a class -> its name now; a class that only moved is found by its name."""
 

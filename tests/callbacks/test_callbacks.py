@@ -200,17 +200,23 @@ def test_csv_log_is_never_overwritten_and_read_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "expected"),
-    [({"WANDB_API_KEY": "k"}, True), ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, False)],
+    ("variables", "key", "mode"),
+    [
+        ({}, False, "offline"),
+        ({"WANDB_API_KEY": "k"}, True, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, True, "offline"),
+    ],
 )
-def test_wandb_key(
-    variables: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_wandb_goes_online_with_a_key_alone(
+    variables: dict[str, str], key: bool, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert has_wandb_key() is expected
+    assert has_wandb_key() is key
+    assert ResilientWandbLogger(save_dir=str(tmp_path))._wandb_init["mode"] == mode
 
 
 # --- cost

@@ -55,7 +55,7 @@ def test_several_files_compose(thundercat: Run, tmp_path: Path) -> None:
     [
         ("--model.attack.epslion=0.1", "model.attack.epslion", "unknown field, did you mean 'epsilon'?"),
         ("--model.attack.epsilon=abc", "model.attack.epsilon", "got 'abc'"),
-        ("--model.attack.epsilon=0", "epsilon", "set a positive radius, or attack: NoAttack"),
+        ("--model.attack.epsilon=0", "model.attack.epsilon", "expected a number > 0 or null, got 0"),
         ("--model.attack.num_steps=0", "num_steps", ">= 1, got 0"),
         (
             "--model.attack.step_rule=newton",
@@ -113,7 +113,7 @@ def test_errors_name_field_and_remedy_before_a_model_is_loaded(
     def never(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lightning_modules.base.load_seeded", never)
+    monkeypatch.setattr("lightning_modules.pretrained.load_seeded", never)
     status, _, err = thundercat("fit", "--config", TINYCHAT, "--trainer.accelerator=cpu", override)
     assert status == 2
     assert err.startswith(f"thundercat: {field}") or f"{field}: " in err
@@ -140,7 +140,7 @@ def test_missing_pieces(thundercat: Run, tmp_path: Path) -> None:
         "model: expected class_path and init_args"
         in thundercat("fit", "--config", str(tmp_path / "thin.yaml"))[2]
     )
-    assert "no evaluations.jsonl" in thundercat("report", str(tmp_path))[2]
+    assert "no results of `fit`" in thundercat("report", str(tmp_path))[2]
 
 
 def test_errors_come_in_seconds() -> None:

@@ -216,7 +216,8 @@ def test_two_processes_share_the_reference_and_save_one_pool(tmp_path: Path, in_
     (table,) = (tmp_path / "reference").glob("*.json")
     assert len(json.loads(table.read_text())) == 24
     # Two steps of four examples, of which each process saw two.
-    assert len(torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["attack"]["pool"]) == 8
+    ranks = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["attack"]["ranks"]
+    assert [len(rank["pool"]) for rank in ranks] == [4, 4]
 
 
 @pytest.mark.parametrize("term", ["weight_drift", "embedding_drift", "kl_retain"])

@@ -21,9 +21,7 @@ ATTACK_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" 
 
 @pytest.mark.parametrize("file", ATTACK_FILES)
 def test_every_attack_file_can_be_put_into_a_recipe(file: str, in_root: Path) -> None:
-    config = compose(
-        ["configs/experiment/attack_tinychat.yaml", "configs/attack/embedding_pgd.yaml", file], []
-    )
+    config = compose(["configs/experiment/cat_tinychat.yaml", file], [])
     check(config, "test")
     attack = instantiate(with_defaults(config)).model.attack
     assert callable(attack)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from callbacks.report.report import read_training_log
+from callbacks.report.training_log import read_training_log
+from datamodules.results import read_rows
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str, str]]
@@ -68,49 +69,53 @@ def test_shortened_quickstart_reports_every_promised_figure(tmp_path: Path, thun
     assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
     for snapshot in ("before", "after"):
-        assert (
-            results[snapshot]["n"]["gcg_attack_success_rate"]
-            == results[snapshot]["n"]["worst_case_attack_success_rate"]
-            == 2
-        )
+        sizes = {key: measure["n"] for key, measure in results[snapshot]["measures"].items()}
+        assert sizes["harmful/gcg/success_rate"] == sizes["harmful/worst_case/success_rate"] == 2
         for name in ("direct", "initial_suffix", "embedding", "soft_prompt"):
-            assert results[snapshot]["n"][f"{name}_attack_success_rate"] == 4
-    assert "| gcg attack success rate |" in out
+            assert sizes[f"harmful/{name}/success_rate"] == 4
+    assert "gcg: attack success" in out
+
+
+RATES = (
+    "harmful/refusal_rate",
+    "harmless/over_refusal_rate",
+    "utility/exact_match",
+    "harmful/embedding/success_rate",
+    "harmful/soft_prompt/success_rate",
+)
+WRITTEN = (
+    "report.md",
+    "report.html",
+    "results.json",
+    "config.yaml",
+    "environment.json",
+    "cost.json",
+    "csv/metrics.csv",
+    "rows/rows_rank0.jsonl",
+    "model/model.safetensors",
+    "checkpoints/step_000002.ckpt",
+)
 
 
 def test_a_run_writes_its_results(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    names = {
-        "harmful_refusal_rate", "over_refusal_rate", "utility_exact_match", "embedding_attack_success_rate",
-        "soft_prompt_attack_success_rate",
-    }  # fmt: skip
     for snapshot in ("before", "after"):
-        for name in names:
-            rate, (low, high) = results[snapshot][name], results[snapshot]["interval"][name]
-            assert 0 <= low <= rate <= high <= 1
-            assert results[snapshot]["n"][name] == 4
+        for name in RATES:
+            measure = results[snapshot]["measures"][name]
+            assert 0 <= measure["low"] <= measure["value"] <= measure["high"] <= 1
+            assert measure["n"] == 4
     cost = results["cost"]
-    assert (cost["attack_forward_per_example"], cost["attack_backward_per_example"], cost["steps"]) == (
-        1,
-        1,
-        2,
-    )
+    assert (cost["attack_forward_per_example"], cost["attack_backward_per_example"]) == (1, 1)
+    assert cost["steps"] == 2
     # 2 steps x (2 adversarial x (1 + 1 + 4) + 2 utility x 2)
     assert cost["passes"] == 32
-    for name in (
-        "report.md",
-        "report.html",
-        "config.yaml",
-        "environment.json",
-        "csv/metrics.csv",
-        "model/model.safetensors",
-        "checkpoints/last.ckpt",
-    ):
+    for name in WRITTEN:
         assert (finished / name).is_file(), name
-    assert (finished / "report.html").read_text().count("data:image/png") >= 3
+    assert (finished / "report.html").read_text().count("<svg") >= 3
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
-    assert environment["seed"] == 0
+    assert environment["seed_everything"] == 0
+    assert environment["seeds"]["model.seed"] == environment["seeds"]["data.seed"] == 0
     assert {"git", "hardware"} <= set(environment)
 
 
@@ -130,14 +135,14 @@ def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat
     for command in ("validate", "test"):
         status, out, err = thundercat(command, *own)
         assert status == 0, err
-        assert "embedding attack success rate" in out
+        assert "embedding: attack success" in out
     status, out, _ = thundercat("predict", *own)
     assert status == 0
     rows = [json.loads(line) for line in Path(out.strip().splitlines()[-1]).read_text().splitlines()]
     assert {"key", "prompt", "reply"} == set(rows[0])
     status, out, _ = thundercat("report", str(finished))
     assert status == 0
-    assert "| embedding attack success rate |" in out
+    assert "embedding: attack success" in out
 
 
 def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
@@ -148,13 +153,13 @@ def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) 
             *short(
                 folder,
                 "--trainer.max_steps=6",
-                "--trainer.callbacks.4.at_start=false",
-                "--trainer.callbacks.5.at_start=false",
+                "--trainer.callbacks.4.schedule.at_start=false",
+                "--trainer.callbacks.5.schedule.at_start=false",
             ),
             *more,
         )
         quiet = (
-            "--trainer.callbacks.6.at_start=false",
+            "--trainer.callbacks.6.schedule.at_start=false",
             "--trainer.callbacks.6.attacks.soft_prompt.num_steps=2",
         )
         return [sys.executable, "-m", "experiments.cli", *arguments, *quiet]
@@ -167,25 +172,26 @@ def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) 
     }
     subprocess.run(command(tmp_path / "whole"), check=True, **settings)
     process = subprocess.Popen(command(tmp_path / "killed"), **settings)
-    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    first = tmp_path / "killed" / "checkpoints" / "step_000001.ckpt"
     deadline = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+    while not first.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert last.exists()
-    evaluations = tmp_path / "killed" / "evaluations.jsonl"
-    evaluations.write_text('{"name": "utility", "stage": "fit", "step": 0, "metrics": {}, "details": {}}\n')
+    assert any(first.parent.glob("*.ckpt"))
     subprocess.run(command(tmp_path / "killed", "--ckpt_path=last"), check=True, **settings)
-    # The record goes on: the evaluation before the kill and the log's first rows are still there.
-    assert json.loads(evaluations.read_text().splitlines()[0])["step"] == 0
+    # The log goes on without a hole, and no step stands in it twice.
     steps = [int(row["step"]) for row in read_training_log(tmp_path / "killed")]
-    assert sorted(set(steps)) == list(range(6))
+    assert steps == list(range(6))
     states = [
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        torch.load(tmp_path / name / "checkpoints" / "step_000006.ckpt", weights_only=True)
         for name in ("whole", "killed")
     ]
     assert states[0]["global_step"] == states[1]["global_step"] == 6
-    assert all(
-        torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items()
-    )
+    weights = states[1]["state_dict"]
+    assert all(torch.equal(value, weights[name]) for name, value in states[0]["state_dict"].items())
+    rows = [
+        {(row.subject, row.attack, row.example, row.step): row.reply for row in read_rows(tmp_path / name)}
+        for name in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1] != {}

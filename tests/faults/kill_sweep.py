@@ -3,8 +3,8 @@
     python -m tests.faults.kill_sweep [--kills 20] [--seed 0] [--folder FOLDER]
 
 Every second moment is drawn over the whole life of the process, the others over its steps: start-up,
-evaluation, steps, checkpoints, export. Compared are weights, rows (each once), log and cost. Takes about half a
-minute a kill; not part of the test suite.
+evaluation, steps, checkpoints, export. Compared are weights, rows (each once), log and cost. Takes about half
+a minute a kill; not part of the test suite.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from callbacks.evaluations.refusal import RefusalEvaluation
 from callbacks.evaluations.robustness import RobustnessEvaluation
+from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.utility import UtilityEvaluation
 from callbacks.report.training_log import read_training_log
 from callbacks.run_folder.export import ExportModel
@@ -26,6 +27,7 @@ from callbacks.run_folder.loggers import LastLogRow, RunCSVLogger
 from datamodules.adversarial import AdversarialData
 from datamodules.batch import TrainingBatch
 from datamodules.evaluation import EvaluationSets
+from datamodules.results import read_measurements
 from datamodules.sources.combinators import AnsweredRequests
 from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
 from datamodules.text.encoding import EncodingConfig
@@ -347,9 +349,9 @@ def test_evaluation_callbacks_do_not_disturb_training(tmp_path: Path) -> None:
         "gcg": GCG(num_tokens=4, num_steps=2, width=4),
     }
     evaluations = (
-        RefusalEvaluation(every_n_steps=1, at_start=True, limit=4, max_new_tokens=4),
-        UtilityEvaluation(every_n_steps=1, limit=4, max_new_tokens=4),
-        RobustnessEvaluation(attacks, every_n_steps=1, limit=4, max_new_tokens=4),
+        RefusalEvaluation(Schedule(every_n_steps=1, at_start=True, limit=4), max_new_tokens=4),
+        UtilityEvaluation(Schedule(every_n_steps=1, limit=4), max_new_tokens=4),
+        RobustnessEvaluation(attacks, schedule=Schedule(every_n_steps=1, limit=4), max_new_tokens=4),
     )
     results = []
     for callbacks in ((), evaluations):
@@ -358,11 +360,8 @@ def test_evaluation_callbacks_do_not_disturb_training(tmp_path: Path) -> None:
         trainer(tmp_path, 3, *callbacks, micro_batches=2).fit(cat, datamodule=data(2, evaluation=True))
         results.append(weights(cat))
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
-    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
-    assert [(json.loads(line)["name"], json.loads(line)["step"]) for line in lines][:2] == [
-        ("refusal", 0),
-        ("refusal", 1),
-    ]
+    measured = {(item.evaluation, item.step) for item in read_measurements(tmp_path)}
+    assert {("refusal", 0), ("refusal", 1), ("utility", 1), ("robustness", 3)} <= measured
 
 
 class Attacks(Callback):
