@@ -201,12 +201,12 @@ def test_csv_log_is_never_overwritten_and_read_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
-    [({"WANDB_API_KEY": "k"}, True), ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, False)],
+    [({"WANDB_API_KEY": "k"}, True), ({}, False)],
 )
 def test_wandb_key(
     variables: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
