@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,10 @@ def test_wandb_writes_offline_and_never_stops_a_run(tmp_path: Path, monkeypatch:
     log_table(FakeTrainer(), "samples", [{"prompt": "hello", "reply": "I cannot"}])  # type: ignore[arg-type]
     logger.experiment.finish()
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = written.read_bytes()
+    # W&B's own process writes the file, shortly after `finish` has returned.
+    deadline = time.monotonic() + 20
+    while b"samples" not in (content := written.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert b"eval/harmful/refusal_rate" in content
     assert b"samples" in content
 
