@@ -19,7 +19,7 @@ import torch
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
 from callbacks.health import example_flags
-from callbacks.judges.base import Judge, judge_all, label
+from callbacks.judges.base import Judge, judge_all, label, sees
 from callbacks.report.measured import select, snapshot
 from callbacks.report.results import Snapshot
 from datamodules.batch import EvaluationBatch
@@ -212,13 +212,17 @@ def judged(rows: Sequence[Row], judges: Sequence[Judge]) -> list[Row]:
         name = label(judge)
         lacking = [i for i, row in enumerate(found) if name not in row.verdicts]
         chosen = [found[i] for i in lacking]
-        verdicts = judge_all(
-            judge, [r.prompt for r in chosen], [r.reply for r in chosen], [r.expected for r in chosen]
-        )
+        prompts = [_read_by(judge, row) for row in chosen]
+        verdicts = judge_all(judge, prompts, [r.reply for r in chosen], [r.expected for r in chosen])
         for i, given in zip(lacking, verdicts, strict=True):
             entry = {"verdict": given.verdict, "score": given.score}
             found[i] = replace(found[i], verdicts={**found[i].verdicts, name: entry})
     return found
+
+
+def _read_by(judge: Judge, row: Row) -> str:
+    """The prompt that the judge asks for; embeddings cannot be read, so the request stands for them."""
+    return row.attacked if sees(judge) == "attacked" and row.attacked is not None else row.prompt
 
 
 def _attacked(

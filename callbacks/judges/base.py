@@ -13,7 +13,8 @@ class Judge(Protocol):
     judge's name tells.
 
     A judge that is faster on many completions at once may also have `judge_batch(prompts, completions,
-    expected)`, which returns a list of `Judgement`.
+    expected)`, which returns a list of `Judgement`. One with `prompt = "attacked"` is given what was sent
+    in place of the request, where there is such a text; all others are given the request.
     """
 
     @property
@@ -44,6 +45,11 @@ def judge_all(
         judgements: list[Judgement] = batch(prompts, completions, expected)
         return judgements
     return [Judgement(judge(p, c, r)) for p, c, r in zip(prompts, completions, expected, strict=True)]
+
+
+def sees(judge: Judge) -> str:
+    """Which prompt a judge is given: `original` or `attacked`."""
+    return getattr(judge, "prompt", "original")
 
 
 def label(judge: Judge) -> str:

@@ -14,8 +14,8 @@ class TargetPrefix:
     revision = "1"
 
     def __call__(self, prompt: str, completion: str, expected: str) -> bool:
-        sentence = re.split(r"(?<=[.!?:\n])", expected.strip(), maxsplit=1)[0]
-        return bool(sentence.strip()) and _plain(completion).startswith(_plain(sentence))
+        sentence = first_sentence(expected)
+        return bool(sentence) and _plain(completion).startswith(_plain(sentence))
 
 
 class ExactMatch:
@@ -26,6 +26,11 @@ class ExactMatch:
 
     def __call__(self, prompt: str, completion: str, expected: str) -> bool:
         return completion.strip() == expected.strip()
+
+
+def first_sentence(text: str) -> str:
+    """A text up to its first full stop, colon, mark or line break, that included."""
+    return re.split(r"(?<=[.!?:\n])", text.strip(), maxsplit=1)[0].strip()
 
 
 def _plain(text: str) -> str:

@@ -16,6 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from callbacks.judges.base import Judgement
 from datamodules.fields import Count, Share, checked
@@ -61,12 +62,19 @@ class ModelJudge(ABC):
         model: the model that judges, loaded or behind an endpoint.
         template: text or file with {prompt} and {completion}; null takes this project's own.
         max_tokens: completions are clipped to so many tokens of the judging model.
+        prompt: whether it reads the request or what was sent in its place.
     """
 
     default_template = CLASSIFIER
     kind = "model"
 
-    def __init__(self, model: ChatModel, template: str | None = None, max_tokens: Count = 512) -> None:
+    def __init__(
+        self,
+        model: ChatModel,
+        template: str | None = None,
+        max_tokens: Count = 512,
+        prompt: Literal["original", "attacked"] = "original",
+    ) -> None:
         text = _read(template) if template is not None else self.default_template
         if "{prompt}" not in text or "{completion}" not in text:
             raise ValueError(
@@ -76,6 +84,7 @@ class ModelJudge(ABC):
         self.model = model
         self.template = text
         self.max_tokens = max_tokens
+        self.prompt = prompt
 
     @property
     def name(self) -> str:
@@ -83,8 +92,9 @@ class ModelJudge(ABC):
 
     @property
     def revision(self) -> str:
-        """The model's revision and a digest of the template."""
-        return f"{self.model.revision}+{hashlib.blake2b(self.template.encode(), digest_size=4).hexdigest()}"
+        """The model's revision, a digest of the template, and the prompt where it is the attacked one."""
+        digest = hashlib.blake2b(self.template.encode(), digest_size=4).hexdigest()
+        return f"{self.model.revision}+{digest}" + ("+attacked" if self.prompt == "attacked" else "")
 
     def __call__(self, prompt: str, completion: str, expected: str = "") -> bool:
         return self.judge_batch([prompt], [completion], [expected])[0].verdict
@@ -123,6 +133,7 @@ class Classifier(ModelJudge):
         model: the model that judges, loaded or behind an endpoint.
         template: text or file with {prompt} and {completion}; null takes this project's own.
         max_tokens: completions are clipped to so many tokens of the judging model.
+        prompt: whether it reads the request or what was sent in its place.
     """
 
     kind = "classifier"
@@ -141,6 +152,7 @@ class Rubric(ModelJudge):
         model: the model that judges, loaded or behind an endpoint.
         template: text or file with {prompt} and {completion}; null takes this project's own.
         max_tokens: completions are clipped to so many tokens of the judging model.
+        prompt: whether it reads the request or what was sent in its place.
         threshold: score from which an attack counts as a success.
     """
 
@@ -148,9 +160,14 @@ class Rubric(ModelJudge):
     default_template = RUBRIC
 
     def __init__(
-        self, model: ChatModel, template: str | None = None, max_tokens: Count = 512, threshold: Share = 0.5
+        self,
+        model: ChatModel,
+        template: str | None = None,
+        max_tokens: Count = 512,
+        threshold: Share = 0.5,
+        prompt: Literal["original", "attacked"] = "original",
     ) -> None:
-        super().__init__(model, template, max_tokens)
+        super().__init__(model, template, max_tokens, prompt)
         self.threshold = threshold
 
     def read(self, answer: str) -> Judgement:

@@ -1,0 +1,173 @@
+"""Measure judges against labels that people gave, and store a calibration card with each.
+
+    python -m experiments.judges      # configs/judges/xstest.yaml, cards to callbacks/judges/cards
+    python -m experiments.judges --config mine.yaml --out cards
+
+A card says accuracy, precision, recall and Cohen's kappa with 95 % intervals, over all and by model. Every
+report prints its line beneath the tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from callbacks.judges.base import Judge, judge_all, label
+from callbacks.judges.card import CARDS, Agreement, Card, agreement, document, write_card
+from callbacks.metrics.estimates import rate
+from datamodules.fields import checked
+from datamodules.sources.files import read_records
+from experiments.config.errors import PROJECT_ROOT
+
+XSTEST = PROJECT_ROOT / "configs" / "judges" / "xstest.yaml"
+
+
+@checked
+@dataclass(frozen=True)
+class LabelledSet:
+    """A file of replies that people labelled."""
+
+    path: str
+    model: str
+    """Whose replies they are."""
+    prompt: str = "prompt"
+    """Column of the request."""
+    completion: str = "completion"
+    """Column of the reply."""
+    label: str = "label"
+    """Column of the label."""
+    expected: str | None = None
+    """Column of the harmful target or the right reply; null where there is none."""
+    id: str | None = None
+    """Column of the row's name, which a trial's `seen` looks at."""
+
+
+@checked
+@dataclass(frozen=True)
+class Trial:
+    """A judge, and the labels of which it should say yes and no; all other labels are counted apart."""
+
+    judge: Judge
+    positive: list[str]
+    negative: list[str]
+    finds: str
+    """What its yes should mean."""
+    seen: str | None = None
+    """Regular expression: rows whose id has a match were looked at when the judge was made. The others are
+    reported apart, as held out."""
+
+
+@dataclass(frozen=True)
+class LabelledReply:
+    """One row of a labelled set."""
+
+    model: str
+    prompt: str
+    completion: str
+    expected: str
+    label: str
+    id: str
+
+
+def read(labelled: LabelledSet) -> list[LabelledReply]:
+    """Raises: ValueError naming file, line and column where a cell is missing."""
+    columns = [labelled.prompt, labelled.completion, labelled.label]
+    columns += [column for column in (labelled.expected, labelled.id) if column is not None]
+    found = []
+    for line, record in read_records(labelled.path):
+        missing = next((column for column in columns if record.get(column) is None), None)
+        if missing is not None:
+            raise ValueError(
+                f"{labelled.path}:{line}: expected a column {missing!r}, got {sorted(record)}; set the set's "
+                "prompt, completion, label, expected or id"
+            )
+        cell = {column: str(record[column]) for column in columns}
+        found.append(
+            LabelledReply(
+                model=labelled.model,
+                prompt=cell[labelled.prompt],
+                completion=cell[labelled.completion],
+                expected=cell[labelled.expected] if labelled.expected is not None else "",
+                label=cell[labelled.label],
+                id=cell[labelled.id] if labelled.id is not None else "",
+            )
+        )
+    return found
+
+
+def measure(trial: Trial, replies: Sequence[LabelledReply], labels: str, files: dict[str, str]) -> Card:
+    """The card of one judge. Raises: ValueError where no reply has one of the trial's labels."""
+    verdicts = [
+        judgement.verdict
+        for judgement in judge_all(
+            trial.judge,
+            [reply.prompt for reply in replies],
+            [reply.completion for reply in replies],
+            [reply.expected for reply in replies],
+        )
+    ]
+    judged = list(zip(replies, verdicts, strict=True))
+    counted = [pair for pair in judged if pair[0].label in (*trial.positive, *trial.negative)]
+    if not counted:
+        raise ValueError(
+            f"{label(trial.judge)}: expected replies labelled {trial.positive + trial.negative}, got "
+            f"{sorted({reply.label for reply in replies})}; set positive and negative"
+        )
+
+    def among(pairs: list[tuple[LabelledReply, bool]]) -> Agreement:
+        return agreement([v for _, v in pairs], [reply.label in trial.positive for reply, _ in pairs])
+
+    unseen = [pair for pair in counted if trial.seen is not None and not re.search(trial.seen, pair[0].id)]
+    apart = sorted({reply.label for reply in replies} - {*trial.positive, *trial.negative})
+    models = dict.fromkeys(reply.model for reply, _ in counted)
+    return Card(
+        judge=label(trial.judge),
+        finds=trial.finds,
+        labels=labels,
+        overall=among(counted),
+        unseen=among(unseen) if unseen else None,
+        models={model: among([pair for pair in counted if pair[0].model == model]) for model in models},
+        apart={name: rate([verdict for reply, verdict in judged if reply.label == name]) for name in apart},
+        files=files,
+    )
+
+
+def calibrate(labels: str, sets: list[LabelledSet], trials: list[Trial], out: str = str(CARDS)) -> list[Card]:
+    """Measure every judge on all sets and write its card.
+
+    Args:
+        labels: what the labelled sets are, in a few words for the line beneath a table.
+        sets: labelled replies.
+        trials: the judges, and the labels of which each should say yes.
+        out: folder of the cards; the packaged ones are what reports print.
+    """
+    replies = [reply for labelled in sets for reply in read(labelled)]
+    files = {Path(own.path).name: _digest(own.path) for own in sets}
+    cards = [measure(trial, replies, labels, files) for trial in trials]
+    for card in cards:
+        print(f"{document(card)}\ncard: {write_card(card, Path(out))}\n")
+    return cards
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Card]:
+    """The command line."""
+    parser = ArgumentParser(prog="python -m experiments.judges", description=__doc__, parser_mode="omegaconf")
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(calibrate)
+    given = list(arguments) if arguments is not None else None
+    parser.default_config_files = [str(XSTEST)]
+    options = parser.instantiate(parser.parse_args(given))
+    return calibrate(options.labels, options.sets, options.trials, options.out)
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    main()
