@@ -162,7 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Card]:
     given = list(arguments) if arguments is not None else None
     parser.default_config_files = [str(XSTEST)]
     options = parser.instantiate(parser.parse_args(given))
-    return calibrate(options.labels, options.sets, options.trials, options.out)
+    try:
+        return calibrate(options.labels, options.sets, options.trials, options.out)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 def _digest(path: str) -> str:

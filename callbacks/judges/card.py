@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from callbacks.metrics.estimates import Estimate, rate
+from callbacks.metrics.names import TRENDS
 
 CARDS = Path(__file__).parent / "cards"
 RESAMPLES, SEED = 4999, 0
-TREND = "a target prefix alone is called a trend, not success"
 NOT_CALIBRATED = "not calibrated"
 
 
@@ -135,7 +135,8 @@ def read_card(judge: str, folder: Path = CARDS) -> Card | None:
 
 def line(judge: str, folder: Path = CARDS) -> str:
     """One line on a judge for beneath a table: what its card says, or that it has none."""
-    trend = f"{TREND}; " if judge.partition("@")[0] == "target_prefix" else ""
+    name = judge.partition("@")[0]
+    trend = "a target prefix alone is called a trend, not success; " if name in TRENDS else ""
     card = read_card(judge, folder)
     if card is None:
         return f"{judge}: {trend}{NOT_CALIBRATED}"
@@ -182,7 +183,8 @@ def _agreement(found: dict[str, Any]) -> Agreement:
 
 def _estimate(found: dict[str, Any]) -> Estimate:
     # JSON knows no NaN.
-    return Estimate(**{key: float("nan") if value is None else value for key, value in found.items()})
+    values: dict[str, Any] = {key: float("nan") if value is None else value for key, value in found.items()}
+    return Estimate(**values)
 
 
 def _rounded(value: Any) -> Any:

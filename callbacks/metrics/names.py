@@ -3,6 +3,7 @@
     Metric("refusal_rate", subject="harmful").key                            # harmful/refusal_rate
     Metric("success_rate", subject="harmful", attack="gcg").key              # harmful/gcg/success_rate
     Metric("success_rate", subject="harmful", attack="gcg").title            # gcg: attack success
+    Metric("success_rate", "harmful", "gcg").titled("target_prefix@1")  # gcg: target prefix (a trend, ...
 
 Nobody takes a key apart: whoever needs the parts keeps the Metric.
 """
@@ -48,6 +49,8 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
     "not_refused_rate": "lower",
 }
 """The direction that one wishes for; quantities that only describe have none."""
+TRENDS = {"target_prefix": "target prefix (a trend, not success)"}
+"""Judges whose yes is no success yet, and what their `success_rate` is called instead."""
 WORST_CASE, WORST_CASE_TEXT = "worst_case", "worst_case_text"
 """In an attack's place: at least one attack of the suite succeeded; at least one that can be typed."""
 
@@ -71,7 +74,15 @@ class Metric:
     @property
     def title(self) -> str:
         """What a reader sees."""
-        what = TITLES[self.quantity] + (f" by {self.judge}" if self.judge else "")
+        return self.titled()
+
+    def titled(self, judge: str = "") -> str:
+        """What a reader sees where `judge` (`name@revision`, or several joined by " or ") has decided."""
+        names = {label.partition("@")[0] for label in judge.split(" or ")}
+        trend = next(
+            (TRENDS[name] for name in TRENDS if self.quantity == "success_rate" and name in names), ""
+        )
+        what = (trend or TITLES[self.quantity]) + (f" by {self.judge}" if self.judge else "")
         return f"{self.attack.replace('_', ' ')}: {what}" if self.attack else what
 
     @property

@@ -44,7 +44,7 @@ def changes(results: RunResults) -> Drawing | None:
     """Every share as a row of its own: hollow before, filled after, bars for the intervals."""
     after = results.after
     names = [m for m, measure in after.measures.items() if measure.estimate.kind == "rate"] if after else []
-    if not names:
+    if after is None or not names:
         return None
     with canvas(height=1.2 + 0.32 * len(names)) as (figure, axes):
         for snapshot, color, hollow in _snapshots(results):
@@ -52,7 +52,8 @@ def changes(results: RunResults) -> Drawing | None:
                 if (measure := snapshot.measures.get(metric)) is not None:
                     value, interval = _percent(measure.estimate)
                     mark(axes, Point(value, row, "", interval, None, hollow, color))
-        axes.set_yticks(range(len(names)), [label(metric.title) for metric in names])
+        titles = [label(m.metric.titled(m.judge)) for m in (after.measures[name] for name in names)]
+        axes.set_yticks(range(len(names)), titles)
         axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(-3, 103), xlabel="% of the examples")
         axes.grid(alpha=0.2, color=INK)
     seen = "hollow before training, filled after" if results.before else "the model as it is"
@@ -81,13 +82,20 @@ def trade_off(results: RunResults) -> Drawing | None:
             first[metric] = own
     if not points:
         return None
-    axes_names = "utility: exact match on benign tasks, %", "robustness: 100 % - attack success, %"
+    axes_names = "utility: exact match on benign tasks, %", f"robustness: 100 % - {_success(results)}, %"
     figure = scatter(points, *axes_names, arrows=arrows, y_limits=(-5, 105))
     # Room for the labels goes beyond 0 and 100 %; ticks do not.
     (axes,) = figure.axes
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
     seen = "Hollow before training, filled after." if results.before else ""
     return Drawing("Robustness against utility", f"A point an attack, with 95 % intervals. {seen}", figure)
+
+
+def _success(results: RunResults) -> str:
+    """What the judge that decides calls success."""
+    measures = results.after.measures if results.after is not None else {}
+    judges = {own.judge for metric, own in measures.items() if metric.quantity == "success_rate"}
+    return Metric("success_rate", "harmful").titled(" or ".join(sorted(judges)))
 
 
 def attack_loss(results: RunResults) -> Drawing | None:
@@ -116,7 +124,9 @@ def budget(results: RunResults) -> Drawing | None:
         if not _curves(axes, results, curve, drawstyle="steps-post", marker="o", markersize=3):
             return None
         axes.set(
-            xlabel="forward and backward passes per example", ylabel="attack success, %", xscale="symlog"
+            xlabel="forward and backward passes per example",
+            ylabel=f"{_success(results)}, %",
+            xscale="symlog",
         )
         axes.set_ylim(-3, 103)
         plain_ticks(axes)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from callbacks.report.escape import markdown, printable
 from callbacks.report.results import RunResults
-from callbacks.report.tables import DIFFERENCES, INTERVALS, Table, facts, rates, tables, warnings
+from callbacks.report.tables import DIFFERENCES, INTERVALS, Table, facts, judges, rates, tables, warnings
 
 WIDEST = 60
 """Columns of the terminal after which a cell is cut; the reports hold it whole."""
@@ -20,6 +20,7 @@ def document(results: RunResults, figures: Mapping[str, str]) -> str:
     for table in tables(results):
         parts += [f"## {table.title}", _table(table)]
     parts.append(f"{INTERVALS} {DIFFERENCES}" if results.differences else INTERVALS)
+    parts.append("\n".join(f"- {markdown(judge)}" for judge in judges(results)))
     parts += [f"![{markdown(title)}]({path})" for title, path in figures.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -33,8 +34,7 @@ def terminal(results: RunResults) -> str:
     kept = [i for i, column in enumerate(table.columns) if column not in ("difference", "judge")]
     rows = [[row[i] for i in kept] for row in table.rows]
     lines = _aligned(Table(table.title, [table.columns[i] for i in kept], rows))
-    judges = sorted({m.judge for m in results.after.measures.values() if m.judge}) if results.after else []
-    lines += [f"judged by {', '.join(printable(judge, one_line=True) for judge in judges)}"] if judges else []
+    lines += [printable(judge, one_line=True) for judge in judges(results)]
     lines += [f"warning: {printable(text, one_line=True)}" for text in warnings(results)]
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from callbacks.report.drawing import Drawing, svg
 from callbacks.report.escape import printable
 from callbacks.report.results import RunResults, SampleRow
-from callbacks.report.tables import DIFFERENCES, INTERVALS, facts, tables, warnings
+from callbacks.report.tables import DIFFERENCES, INTERVALS, facts, judges, tables, warnings
 
 EACH = 4
 """Sample rows shown per subject and attack: so many with a true verdict, and so many without."""
@@ -61,6 +61,7 @@ def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
             warnings=warnings(results),
             tables=tables(results),
             notes=[INTERVALS, *([DIFFERENCES] if results.differences else [])],
+            judges=judges(results),
             figures=[(drawing, Markup(svg(drawing, stem))) for stem, drawing in figures.items()],
             attacks=list(results.after.attacks.values()) if results.after is not None else [],
             samples=samples(results),

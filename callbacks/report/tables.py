@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from callbacks.metrics.names import WORST_CASE, Metric
+from callbacks.judges.card import line
+from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.report.results import Estimate, Measure, PairedDifference, RunResults, Snapshot
 
 MISSING = "-"
@@ -46,14 +47,13 @@ def rates(results: RunResults) -> Table:
     found = _measures(results.after, "rate")
     if results.stage != "fit":
         rows = [
-            [Cell(m.metric.title), estimate(m.estimate), _count(m.estimate.n), Cell(m.judge or MISSING)]
-            for m in found
+            [_title(m), estimate(m.estimate), _count(m.estimate.n), Cell(m.judge or MISSING)] for m in found
         ]
         return Table("Results", ("metric", "rate", "n", "judge"), rows)
     changes = {difference.metric: difference for difference in results.differences}
     rows = [
         [
-            Cell(m.metric.title),
+            _title(m),
             _earlier(results.before, m.metric),
             estimate(m.estimate),
             change(changes.get(m.metric)),
@@ -86,7 +86,7 @@ def groups(results: RunResults) -> Table:
             continue
         for kind, by_name in measure.groups.items():
             for name, value in by_name.items():
-                cells = Cell(measure.metric.title), Cell(f"{kind}: {name}"), estimate(value), _count(value.n)
+                cells = _title(measure), Cell(f"{kind}: {name}"), estimate(value), _count(value.n)
                 rows.append(cells)
     return Table("By group", ("metric", "group", "rate", "n"), rows)
 
@@ -97,7 +97,7 @@ def history(results: RunResults) -> Table:
     if results.after is None or len(snapshots) < 3:
         return Table("Over training", (), ())
     rows = [
-        [Cell(m.metric.title), *(_earlier(snapshot, m.metric) for snapshot in snapshots)]
+        [_title(m), *(_earlier(snapshot, m.metric) for snapshot in snapshots)]
         for m in _measures(results.after, "rate")
     ]
     return Table("Over training", ("metric", *(f"step {snapshot.step}" for snapshot in snapshots)), rows)
@@ -130,6 +130,15 @@ def warnings(results: RunResults) -> list[str]:
     if crossed:
         found.append(f"Between the attacks: {', '.join(crossed)} of the examples.")
     return found
+
+
+def judges(results: RunResults) -> list[str]:
+    """A line on every judge that has decided something: what its card says, or that it has none."""
+    snapshots = (results.before, results.after)
+    measures = [m for own in snapshots if own is not None for m in own.measures.values()]
+    # A worst case joins what its attacks' judges said.
+    single = [m.judge for m in measures if m.metric.attack not in (WORST_CASE, WORST_CASE_TEXT)]
+    return [line(judge) for judge in dict.fromkeys(single) if judge]
 
 
 def facts(results: RunResults) -> dict[str, str]:
@@ -171,6 +180,10 @@ def change(value: PairedDifference | None) -> Cell:
     return Cell(
         f"{mid:+.1f} [{low:+.1f}, {high:+.1f}], {p} (+{value.gained} -{value.lost})", value.difference
     )
+
+
+def _title(measure: Measure) -> Cell:
+    return Cell(measure.metric.titled(measure.judge))
 
 
 def _measures(snapshot: Snapshot, kind: str) -> Iterator[Measure]:
