@@ -24,6 +24,8 @@ from typing import Any, Literal, Protocol
 from callbacks.judges.base import Judgement
 from datamodules.fields import Probability, checked
 
+TARGETED = ("adaptive_attacks", "pair")
+"""Judges that are also told the harmful target that the attack aimed at."""
 REFUSALS = ("direct_refusal", "indirect_refusal")
 """XSTest's categories that refuse."""
 
@@ -31,7 +33,7 @@ REFUSALS = ("direct_refusal", "indirect_refusal")
 class Verdicts(Protocol):
     """What a judge of the library is: conversations in, lists of results by name out."""
 
-    def __call__(self, chats: list[list[dict[str, str]]]) -> dict[str, list[Any]]: ...
+    def __call__(self, *chats: list[list[dict[str, str]]]) -> dict[str, list[Any]]: ...
 
 
 @checked
@@ -56,6 +58,11 @@ class JudgeZoo:
             raise ValueError(
                 "JudgeZoo: needs the judgezoo package, which is not installed; pip install "
                 "'thundercat[judges]'"
+            )
+        if judge in TARGETED and prompt == "attacked":
+            raise ValueError(
+                f"JudgeZoo.prompt: expected original for {judge}, which is told the request and the target, got "
+                "attacked"
             )
         self.judge = judge
         self.threshold = threshold
@@ -87,11 +94,9 @@ class JudgeZoo:
         Raises: ValueError where it could read none.
         """
         asked = [i for i, completion in enumerate(completions) if completion.strip()]
-        chats = [
-            [{"role": "user", "content": prompts[i]}, {"role": "assistant", "content": completions[i]}]
-            for i in asked
-        ]
-        found = self._library_judge()(chats) if chats else {}
+        chats = [_chat(prompts[i], completions[i]) for i in asked]
+        targets = [[_chat(prompts[i], expected[i]) for i in asked]] if self.judge in TARGETED else []
+        found = self._library_judge()(chats, *targets) if chats else {}
         judgements = [Judgement(False, 0.0)] * len(completions)
         for i, judgement in zip(asked, self._read(found) if chats else [], strict=True):
             judgements[i] = judgement
@@ -125,3 +130,7 @@ class JudgeZoo:
             Judgement(False) if value is None else Judgement(value >= self.threshold, float(value))
             for value in values
         ]
+
+
+def _chat(request: str, reply: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": request}, {"role": "assistant", "content": reply}]

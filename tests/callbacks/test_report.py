@@ -31,7 +31,7 @@ def test_rates_stand_beside_what_changed_and_who_judged() -> None:
     found = table(run_results(), "Before and after")
     assert found.columns == ("metric", "before", "after", "difference", "n", "judge")
     assert texts(found)[4] == [
-        "embedding: attack success",
+        "embedding: target prefix (a trend, not success)",
         "93.8 % [87.8, 98.8]",
         "6.2 % [0.3, 11.2]",
         "-86.8 [-94.1, -75.2], p < 0.001 (+0 -46)",
@@ -64,7 +64,7 @@ def test_history_is_shown_from_three_snapshots_on() -> None:
 
 def test_groups_and_means_have_their_own_tables() -> None:
     assert texts(table(run_results(), "By group"))[1] == [
-        "worst case: attack success", "category: fraud", "50.0 % [20.0, 80.0]", "8",
+        "worst case: target prefix (a trend, not success)", "category: fraud", "50.0 % [20.0, 80.0]", "8",
     ]  # fmt: skip
     assert texts(table(run_results(), "Attacks: losses and effort")) == [
         ["embedding: attacked loss at its best", "0.3 [0.2, 0.4]", "0.3 [0.2, 0.4]", "53"]

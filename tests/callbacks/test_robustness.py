@@ -74,7 +74,7 @@ def test_a_killed_suite_goes_on_and_gives_the_same_results(tmp_path: Path, thund
     assert path.read_bytes().count(b"\n") == len(read_rows(tmp_path / "parts")) == 4 * 4
     assert numbers(tmp_path / "parts", "test") == numbers(tmp_path / "whole", "test")
     assert load(tmp_path / "parts", "test").snapshots[0].complete
-    assert "worst case text: attack success" in out
+    assert "worst case text: target prefix (a trend, not success)" in out
 
 
 def test_another_system_message_is_another_row(tmp_path: Path, thundercat: Run) -> None:

@@ -73,7 +73,7 @@ def test_shortened_quickstart_reports_every_promised_figure(tmp_path: Path, thun
         assert sizes["harmful/gcg/success_rate"] == sizes["harmful/worst_case/success_rate"] == 2
         for name in ("direct", "initial_suffix", "embedding", "soft_prompt"):
             assert sizes[f"harmful/{name}/success_rate"] == 4
-    assert "gcg: attack success" in out
+    assert "gcg: target prefix (a trend, not success)" in out
 
 
 RATES = (
@@ -135,14 +135,14 @@ def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat
     for command in ("validate", "test"):
         status, out, err = thundercat(command, *own)
         assert status == 0, err
-        assert "embedding: attack success" in out
+        assert "embedding: target prefix (a trend, not success)" in out
     status, out, _ = thundercat("predict", *own)
     assert status == 0
     rows = [json.loads(line) for line in Path(out.strip().splitlines()[-1]).read_text().splitlines()]
     assert {"key", "prompt", "reply"} == set(rows[0])
     status, out, _ = thundercat("report", str(finished))
     assert status == 0
-    assert "embedding: attack success" in out
+    assert "embedding: target prefix (a trend, not success)" in out
 
 
 def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
