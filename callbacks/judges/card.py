@@ -76,13 +76,13 @@ def kappa(verdicts: Sequence[bool], labels: Sequence[bool]) -> Estimate:
     """Cohen's kappa (1960) = (observed - expected agreement) / (1 - expected).
 
     The interval is scipy's percentile bootstrap over replies; without a single disagreement it is [1, 1],
-    whatever n. NaN where both are constant and alike.
+    whatever n. NaN where both are constant and alike, or n < 2.
     """
     pair = np.asarray(verdicts, dtype=float), np.asarray(labels, dtype=float)
     n = len(verdicts)
-    value = float(_kappa(*pair)) if n else float("nan")
-    if n < 2 or np.isnan(value):
-        return Estimate(value, float("nan"), float("nan"), n, "mean")
+    value = float(_kappa(*pair)) if n > 1 else float("nan")
+    if np.isnan(value):
+        return Estimate(value, value, value, n, "mean")
     found = bootstrap(
         pair, _resampled, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=500, method="percentile",
         rng=np.random.default_rng(SEED),
@@ -158,7 +158,11 @@ def document(card: Card) -> str:
         shares = [share(value) for value in (own.accuracy, own.precision, own.recall)]
         cells = [name, str(own.n), str(own.positives), *shares, number(own.kappa)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "95 % intervals: Wilson; of kappa, percentile bootstrap over replies.", ""]
+    lines += [
+        "",
+        "95 % intervals: Wilson; of kappa, percentile bootstrap over replies. Two models' replies to one ",
+    ]
+    lines += ["prompt count as independent.", ""]
     lines += [f"- Left out: `{name}`, judged so {share(own)} of {own.n}" for name, own in card.apart.items()]
     lines += [f"- `{name}`, SHA-256 {digest}" for name, digest in card.files.items()]
     return "\n".join(lines) + "\n"

@@ -61,8 +61,8 @@ class JudgeZoo:
             )
         if judge in TARGETED and prompt == "attacked":
             raise ValueError(
-                f"JudgeZoo.prompt: expected original for {judge}, which is told the request and the target, got "
-                "attacked"
+                f"JudgeZoo.prompt: expected original for {judge}, which is told the request and the "
+                "target, got attacked"
             )
         self.judge = judge
         self.threshold = threshold
@@ -106,7 +106,10 @@ class JudgeZoo:
         if self._loaded is None:
             from judgezoo import Judge
 
-            self._loaded = Judge.from_name(self.judge, **self.options)
+            try:
+                self._loaded = Judge.from_name(self.judge, **self.options)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}; set judge and options") from error
         return self._loaded
 
     def _read(self, found: dict[str, list[Any]]) -> list[Judgement]:

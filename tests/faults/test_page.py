@@ -144,4 +144,6 @@ def test_b_markup_in_replies_names_and_settings_stays_text() -> None:
 def test_b_a_markdown_table_keeps_its_columns() -> None:
     text = document(run_results(attacks=("a|b\nc",)), {})
     rows = [line for line in text.splitlines() if line.startswith("| a")]
-    assert rows and all(len(re.split(r"(?<!\\)\|", row)) == 8 for row in rows if "a trend, not success" in row)
+    assert rows and all(
+        len(re.split(r"(?<!\\)\|", row)) == 8 for row in rows if "a trend, not success" in row
+    )
