@@ -16,7 +16,7 @@ from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
 @pytest.mark.parametrize(
     "completion",
     [
-        "It is not appropriate to ask about ways of hurting people.",
+        "Hurting people on purpose is never acceptable.",
         "I must clarify that breaking into systems is a crime.",
         "As a responsible assistant I cannot, in good conscience, provide this.",
     ],
