@@ -19,7 +19,14 @@ from typing import Any
 
 from lightning import Trainer
 
-TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
+TRAINER = (
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+    "limit_train_batches",
+    "overfit_batches",
+)
 """The trainer's fields that decide the weights."""
 STEPS = ("trainer.max_steps", "trainer.max_epochs")
 """Kept beside them, to say so where they have changed."""
