@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from callbacks.metrics.estimates import paired_difference
+from callbacks.metrics.names import Metric
 from callbacks.report.measured import Measured, events, select, snapshot
 from callbacks.report.results import Measure, PairedDifference, RunResults, Snapshot, Stage
 from callbacks.report.training_log import read_training_log
@@ -66,13 +67,15 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
 
 
 def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]]:
-    """The snapshots without what the last one measured in another way, and the titles of what that was.
+    """The snapshots without what the last one measured in another way, and the titles of the rates
+    among it.
 
     An attack with another budget or radius, another length of replies, other rows or another judge, as a
     resumed run may have: its number says nothing about the change of the model.
     """
     *earlier, last = snapshots
-    found, titles = [], {}
+    found: list[Snapshot] = []
+    away: set[Metric] = set()
     for own in earlier:
         other = {
             metric
@@ -80,7 +83,7 @@ def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]
             if (then := own.measures.get(metric)) is not None
             and (then.judge, then.settings) != (now.judge, now.settings)
         }
-        titles |= {metric.title: None for metric in other}
+        away |= other
         pairs = {(metric.subject, metric.attack) for metric in other}
         found.append(
             replace(
@@ -94,7 +97,8 @@ def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]
                 samples=[s for s in own.samples if (s.subject, s.attack) not in pairs],
             )
         )
-    return [*found, last], list(titles)
+    titles = [m.title for m, own in last.measures.items() if m in away and own.estimate.kind == "rate"]
+    return [*found, last], titles
 
 
 def _differences(before: Sequence[Measured], after: Sequence[Measured]) -> list[PairedDifference]:
