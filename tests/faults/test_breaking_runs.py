@@ -175,7 +175,10 @@ def test_overwrite_behind_a_link_moves_the_run_and_keeps_the_link(tmp_path: Path
     assert (tmp_path / "disk" / "run.1" / "config.yaml").read_text() == "a: 1\n"
 
 
-@pytest.mark.parametrize("field", ["overfit_batches", "limit_train_batches"])
-def test_fewer_training_rows_are_another_run(field: str) -> None:
-    then, now = (decisive({"trainer": {field: value}}) for value in (0.0, 2))
-    assert differences(then, now) == [f"trainer.{field}: 0.0 then, 2 now"]
+@pytest.mark.parametrize(
+    ("field", "whole", "fewer"), [("overfit_batches", 0.0, 2), ("limit_train_batches", 1.0, 1)]
+)
+def test_fewer_training_rows_are_another_run(field: str, whole: float, fewer: int) -> None:
+    unset, then, now = (decisive({"trainer": own}) for own in ({}, {field: whole}, {field: fewer}))
+    assert unset == then  # a run that was begun before the field was looked at goes on
+    assert differences(then, now) == [f"trainer.{field}: (unset) then, {fewer} now"]
