@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from callbacks.run_folder.folder import RunFolder
+from callbacks.run_folder.provenance import Provenance
 from datamodules.fields import Fraction, describe
+from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from experiments.config.check import check_value
 from experiments.config.errors import ConfigError
 from experiments.config.files import parse, read
@@ -70,3 +73,18 @@ def test_a_pair_is_described_in_words() -> None:
 def test_an_empty_mapping_is_named_without_a_dangling_dot() -> None:
     with pytest.raises(ConfigError, match=r"^model\.seed: expected"):
         check_value("model.seed", {}, int)
+
+
+@pytest.mark.parametrize("revision", ["12e4567", "1e-4", "010", "1:30", ".5e1", "0x10", "1_000", "1."])
+def test_a_text_that_looks_like_a_number_comes_back_as_text(tmp_path: Path, revision: str) -> None:
+    """config.yaml of a run is what `thundercat test --config` reads."""
+    folder = RunFolder.of(str(tmp_path))
+    Provenance({"revision": revision, "lr": 1e-5, "steps": 8}).write(folder, "fit")
+    assert read(folder.config("fit")) == {"revision": revision, "lr": 1e-5, "steps": 8}
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^tokenizer.name_or_path: cannot load a tokenizer from '.*nothing'"
+    ):
+        load_tokenizer(TokenizerConfig(str(tmp_path / "nothing")))
