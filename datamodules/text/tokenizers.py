@@ -48,15 +48,13 @@ def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
     A repository's tokenizer.json is loaded as it is: AutoTokenizer rebuilds some pipelines (Llama's, Phi-3's)
     and then tokenises differently. AutoTokenizer is the fallback where there is no tokenizer.json.
 
-    Raises: ValueError where there is no chat template or no fast tokenizer.
+    Raises: ValueError where there is no tokenizer, no chat template or no fast tokenizer.
     """
     path = resolve_path(config.name_or_path)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=config.revision)
     except (OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = _rebuilt(path, config)
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer.name_or_path: expected a fast tokenizer (tokenizer.json), got a slow one for {path!r}"
@@ -69,6 +67,21 @@ def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
             "chat_template to a Jinja text or a file"
         )
     return tokenizer
+
+
+def _rebuilt(path: str, config: TokenizerConfig) -> PreTrainedTokenizerBase:
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        # The library's own text speaks of the hub and names neither the field nor, without network, the path.
+        words = " ".join(str(error).split())
+        raise ValueError(
+            f"tokenizer.name_or_path: cannot load a tokenizer from {path!r}; set an existing folder or a hub "
+            f"id: {words}"
+        ) from error
+    return found
 
 
 def _template_text(template: str) -> str:
