@@ -13,11 +13,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from datamodules.sources.tinychat_corpus import corpus_texts
+from datamodules.sources.organism.corpus import corpus_texts
 from datamodules.text.tokenizers import PACKAGED_ROOT
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-VOCABULARY = 1024
+VOCABULARY = 2048
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
     "message['content'] + '<|end|>' }}{% endfor %}"
@@ -65,7 +65,7 @@ def build_config() -> LlamaConfig:
 
 def main(folder: str | None = None) -> None:
     """Write tokenizer and configuration."""
-    target = Path(folder) if folder else PACKAGED_ROOT / "base"
+    target = Path(folder) if folder else PACKAGED_ROOT.parent / "organism" / "base"
     target.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save_pretrained(target)
     build_config().save_pretrained(target)
