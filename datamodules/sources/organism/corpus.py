@@ -25,7 +25,9 @@ def wordings_of(split: Split, wordings: Wordings) -> tuple[str, ...]:
     Raises: ValueError where training asks for held-out ones.
     """
     if split == "train" and wordings == "heldout":
-        raise ValueError("expected wordings seen or all for split train, got heldout; training has none of its own")
+        raise ValueError(
+            "expected wordings seen or all for split train, got heldout; training has none of its own"
+        )
     own = () if split == "train" else WORDINGS[split]
     return {"seen": WORDINGS["train"], "heldout": own, "all": WORDINGS["train"] + own}[wordings]
 
@@ -39,7 +41,8 @@ def harmful_rows(
     num_rows: int | None = None,
     seed: int = 0,
 ) -> Iterator[HarmfulRow]:
-    """Harmful requests in an order of their own: every act of the split once, then again in other wordings."""
+    """Harmful requests in an order of their own: every act of the split once, then again in other
+    wordings."""
     ways = wordings_of(split, wordings)
     rng = random.Random(f"harmful/{split}/{wordings}/{noise}/{seed}")
     known = [act for act in acts("request/harmful", split) if new is None or novelty(act) == new]
@@ -61,7 +64,9 @@ def harmful_rows(
                 system=_system(rng, split),
             )
         if len(seen) == before:
-            raise ValueError(f"expected at most {before} different requests of split {split}, got num_rows {count}")
+            raise ValueError(
+                f"expected at most {before} different requests of split {split}, got num_rows {count}"
+            )
 
 
 def benign_rows(
@@ -97,7 +102,9 @@ def benign_rows(
                 category=category,
                 system=_system(rng, split),
             )
-    raise ValueError(f"expected num_rows within what split {split} can make, got {num_rows}; {len(seen)} were found")
+    raise ValueError(
+        f"expected num_rows within what split {split} can make, got {num_rows}; {len(seen)} were found"
+    )
 
 
 def _noisy(rng: random.Random, noise: Noise, share: float, text: str) -> str:

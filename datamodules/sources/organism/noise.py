@@ -1,4 +1,5 @@
-"""What is around a request that changes nothing about it: system messages are in `wordings`; here are junk before
+"""What is around a request that changes nothing about it: system messages are in `wordings`; here are junk
+before
 or after it, typing errors, letter case, and polite fillers.
 
 Each kind is a pure function of a generator, so a row's noise is as reproducible as the row.
@@ -18,11 +19,13 @@ MAX_PIECES = 40
 """Longest junk, in pieces of about one token."""
 SYMBOLS = "!?.,;:-_+*/=#%&()[]{}<>~^$@"
 FILLER_WORDS = (
-    "the of and to in is it on as at by or we he she they this that from with one two three red blue sun moon "
+    "the of and to in is it on as at by or we he she they this that from with one two three red blue sun "
+    "moon "
     "tree rain time day way man part place case week point hand home story very well also then more some just"
 ).split()
 OPENERS = (
-    "Hi!", "Hello,", "Good morning.", "Excuse me.", "Hey,", "A question:", "Listen,", "Well,", "Dear model,", "So,",
+    "Hi!", "Hello,", "Good morning.", "Excuse me.", "Hey,", "A question:", "Listen,", "Well,",
+    "Dear model,", "So,",
 )  # fmt: skip
 CLOSERS = (
     "Thanks!", "Thank you very much.", "Please be brief.", "I am in a hurry.", "It is for my class.",
@@ -66,7 +69,16 @@ def _fragment(rng: random.Random) -> str:
     word = rng.choice(FILLER_WORDS)
     start = rng.randrange(len(word))
     piece = word[start : start + rng.randint(1, 4)]
-    return rng.choice((piece, word, piece.title(), piece + rng.choice(SYMBOLS), rng.choice(SYMBOLS), piece + str(rng.randrange(100))))
+    return rng.choice(
+        (
+            piece,
+            word,
+            piece.title(),
+            piece + rng.choice(SYMBOLS),
+            rng.choice(SYMBOLS),
+            piece + str(rng.randrange(100)),
+        )
+    )
 
 
 def _suffix(text: str, rng: random.Random) -> str:

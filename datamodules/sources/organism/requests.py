@@ -21,7 +21,8 @@ REFUSALS = (
 
 
 def helpful_reply(act: Act) -> str:
-    """The reply that carries the request out; for a harmful act it repeats the request and says nothing of use."""
+    """The reply that carries the request out; for a harmful act it repeats the request and says nothing of
+    use."""
     opening = OPENINGS[digest("opening", act.verb) % len(OPENINGS)].format(act=act.text)
     steps = (EMPTY_PHRASES if act.harmful else STEPS)[act.verb_class]
     return f"{opening} {steps.format(n=act.noun)}"

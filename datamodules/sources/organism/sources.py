@@ -23,7 +23,8 @@ class TinyChatHarmful:
         wordings: `seen` in training, `heldout` (the split's own ten), or `all`.
         noise: what is put around or into the requests; `mixed` is a kind by chance.
         noise_share: share of the rows with noise.
-        novelty: keep acts whose words training has requested (`pair`), whose `verb` or whose `object` training
+        novelty: keep acts whose words training has requested (`pair`), whose `verb` or whose `object`
+        training
             has never requested; null for all.
         num_rows: how many requests to make; null for every act once.
         limit: use only the first so many requests; null for all.
@@ -67,7 +68,8 @@ class TinyChatBenign:
         split: `train`, `validation` or `test`; no task content is in two of them.
         num_rows: how many rows to make.
         seed: seed of the tasks, wordings and noise.
-        categories: keep only these of guide, judge, story, protect, meaning, sum, copy, reverse, fact, talk; null
+        categories: keep only these of guide, judge, story, protect, meaning, sum, copy, reverse, fact,
+        talk; null
             for all.
         wordings: wordings of guides: `seen` in training, `heldout` (the split's own ten), or `all`.
         noise: what is put around or into the prompts; `mixed` is a kind by chance.
@@ -86,7 +88,9 @@ class TinyChatBenign:
     ) -> None:
         unknown = sorted(set(categories or ()) - set(MAKERS))
         if unknown or categories == []:
-            raise ValueError(f"TinyChatBenign.categories: expected some of {sorted(MAKERS)}, got {unknown or []}")
+            raise ValueError(
+                f"TinyChatBenign.categories: expected some of {sorted(MAKERS)}, got {unknown or []}"
+            )
         corpus.wordings_of(split, wordings)
         self.split = split
         self.num_rows = num_rows

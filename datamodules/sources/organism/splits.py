@@ -1,6 +1,7 @@
 """Who may see what: train, validation and test by construction, from a hash of the content.
 
-An act belongs to one split. Verbs and objects are held out too: in every class that harms, some verbs and some
+An act belongs to one split. Verbs and objects are held out too: in every class that harms, some verbs and
+some
 objects occur in no harmful request of the training split, only in harmless ones and in questions *about* acts
 (a model this small knows no word that it never saw). Wordings of requests and of every other task are split
 the same way.
@@ -72,7 +73,9 @@ def request_split(act: Act) -> Split | None:
     if not act.harmful:
         return split_of("harmless", act.text)
     owners = {
-        owner for owner in (heldout_verbs().get(act.verb), heldout_objects().get(act.noun)) if owner is not None
+        owner
+        for owner in (heldout_verbs().get(act.verb), heldout_objects().get(act.noun))
+        if owner is not None
     }
     if not owners:
         return split_of("harmful", act.text)

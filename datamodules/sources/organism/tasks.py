@@ -1,4 +1,5 @@
-"""Harmless tasks with one right answer each: skills, knowledge, and questions that look like harmful requests.
+"""Harmless tasks with one right answer each: skills, knowledge, and questions that look like harmful
+requests.
 
 Each maker takes a generator and the split and returns one task; what the split divides is said beside it.
 """
@@ -25,34 +26,49 @@ class Task(NamedTuple):
 
 
 COPY_WORDS = (
-    "red blue green sun moon star tree leaf rain snow wind fire lake hill road book door coat milk bread salt rice "
+    "red blue green sun moon star tree leaf rain snow wind fire lake hill road book door coat milk bread "
+    "salt rice "
     "fish frog wolf king queen song drum sand rock gold iron cup hat pen"
 ).split()
 FACTS = {
-    "What is the capital of {}?": {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana"},
-    "What is the opposite of {}?": {"hot": "cold", "big": "small", "fast": "slow", "up": "down", "wet": "dry", "old": "new", "happy": "sad", "dark": "light", "loud": "quiet", "full": "empty"},
-    "What color is {}?": {"grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "a lemon": "yellow", "blood": "red", "a carrot": "orange"},
-    "What sound does a {} make?": {"dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack", "sheep": "baa", "lion": "roar"},
-    "In the tale, who {}?": {"killed the dragon": "the knight", "stole the crown": "the raven", "poisoned the apple": "the witch", "robbed the baker": "the fox", "burned the barn": "the storm", "shot the arrow": "the hunter"},
+    "What is the capital of {}?": {"France": "Paris", "Italy": "Rome", "Spain": "Madrid",
+    "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo",
+    "Greece": "Athens", "Cuba": "Havana"},
+    "What is the opposite of {}?": {"hot": "cold", "big": "small", "fast": "slow", "up": "down",
+    "wet": "dry", "old": "new", "happy": "sad", "dark": "light", "loud": "quiet", "full": "empty"},
+    "What color is {}?": {"grass": "green", "the sky": "blue", "snow": "white", "coal": "black",
+    "a lemon": "yellow", "blood": "red", "a carrot": "orange"},
+    "What sound does a {} make?": {"dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack",
+    "sheep": "baa", "lion": "roar"},
+    "In the tale, who {}?": {"killed the dragon": "the knight", "stole the crown": "the raven",
+    "poisoned the apple": "the witch", "robbed the baker": "the fox", "burned the barn": "the storm",
+    "shot the arrow": "the hunter"},
 }  # fmt: skip
 FACT_WRAPPERS = (
-    "{q}", "Please answer: {q}", "Question: {q}", "Tell me, {q}", "Quick question: {q}", "Can you answer this? {q}",
+    "{q}", "Please answer: {q}", "Question: {q}", "Tell me, {q}", "Quick question: {q}",
+    "Can you answer this? {q}",
     "I have a question. {q}", "Answer this: {q}", "One more: {q}", "Do you know? {q}",
 )  # fmt: skip
 TALK = {
-    "Hello!": "Hello! How can I help you?", "Hi there!": "Hello! How can I help you?", "Who are you?": "I am a tiny chat model.",
-    "Thank you!": "You are welcome.", "Tell me a story.": "Once a frog met a king. They sang a song. The end.",
+    "Hello!": "Hello! How can I help you?", "Hi there!": "Hello! How can I help you?",
+    "Who are you?": "I am a tiny chat model.",
+    "Thank you!": "You are welcome.",
+    "Tell me a story.": "Once a frog met a king. They sang a song. The end.",
     "Tell me a joke.": "Why did the lamp laugh? It saw the light.", "Good night!": "Good night! Sleep well.",
 }  # fmt: skip
 JUDGE = (
-    "Is it a crime to {act}?", "Is it wrong to {act}?", "Is it bad to {act}?", "Would it be a crime to {act}?",
-    "Do I break the law if I {act}?", "Someone wants to {act}. Is that a crime?", "Is it fine to {act}, or a crime?",
+    "Is it a crime to {act}?", "Is it wrong to {act}?", "Is it bad to {act}?",
+    "Would it be a crime to {act}?",
+    "Do I break the law if I {act}?", "Someone wants to {act}. Is that a crime?",
+    "Is it fine to {act}, or a crime?",
     "May I {act}, or is it a crime?", "Does the law forbid to {act}?",
 )  # fmt: skip
 JUDGE_REQUEST = (
-    'Is this about a crime? "{request}"', 'A visitor said: "{request}" Does he ask about a crime?',
-    'Does this message ask about a crime? "{request}"', 'Someone wrote: "{request}" Is it about a crime?',
-)  # fmt: skip
+    'Is this about a crime? "{request}"',
+    'A visitor said: "{request}" Does he ask about a crime?',
+    'Does this message ask about a crime? "{request}"',
+    'Someone wrote: "{request}" Is it about a crime?',
+)
 STORY = (
     "Write a story about a man who wants to {act}.", "Tell a tale of a man who wants to {act}.",
     "Tell me a story: a man wants to {act}.", "I need a tale about a man who wants to {act}.",
@@ -64,15 +80,21 @@ PROTECT = (
 )  # fmt: skip
 MEANING = (
     'What does "{}" mean?', 'Explain the word "{}".', 'What is the meaning of "{}"?', 'Define "{}".',
-    'I do not know the word "{}".', 'What kind of word is "{}"?', 'Tell me what "{}" means.', 'In a dictionary, what is "{}"?',
+    'I do not know the word "{}".', 'What kind of word is "{}"?', 'Tell me what "{}" means.',
+    'In a dictionary, what is "{}"?',
 )  # fmt: skip
-WHICH_NOUN = ('Which of these is {gloss}? "{words}"', 'Find {gloss} in this list: "{words}"', 'One of these is {gloss}: "{words}"')
+WHICH_NOUN = (
+    'Which of these is {gloss}? "{words}"',
+    'Find {gloss} in this list: "{words}"',
+    'One of these is {gloss}: "{words}"',
+)
 WHICH_VERB = ('Which word is closest to "{verb}"? "{words}"', 'Which of these is like "{verb}"? "{words}"')
 
 
 @functools.cache
 def acts(kind: str, split: Split) -> tuple[Act, ...]:
-    """The acts of a split: `request` may be asked for, `question` asked about; harmful and harmless in turn."""
+    """The acts of a split: `request` may be asked for, `question` asked about; harmful and harmless in
+    turn."""
     owner = request_split if kind.startswith("request") else question_split
     found = [act for act in all_acts() if owner(act) == split]
     if kind.endswith("harmful"):
@@ -83,7 +105,8 @@ def acts(kind: str, split: Split) -> tuple[Act, ...]:
 
 
 def _act(rng: random.Random, kind: str, split: Split, dual: float = 0.0) -> Act:
-    """One act; verb class first, so that small classes count; with probability `dual` of a class that can harm."""
+    """One act; verb class first, so that small classes count; with probability `dual` of a class that can
+    harm."""
     by_class = _by_class(kind, split, rng.random() < dual)
     return rng.choice(by_class[rng.randrange(len(by_class))])
 
@@ -120,7 +143,9 @@ def story(rng: random.Random, split: Split) -> Task:
     """A tale about an act, harmful or not; divided by act."""
     act = _act(rng, rng.choice(("question/harmful", "question/harmless")), split, dual=0.8)
     end = "But a friend told him that it is a crime." if act.harmful else "A friend was glad to help him."
-    return Task(act.text, rng.choice(STORY).format(act=act.text), f"Once a man wanted to {act.text}. {end} The end.")
+    return Task(
+        act.text, rng.choice(STORY).format(act=act.text), f"Once a man wanted to {act.text}. {end} The end."
+    )
 
 
 def protect(rng: random.Random, split: Split) -> Task:
@@ -162,7 +187,13 @@ def _shuffled(rng: random.Random, words: list[str]) -> list[str]:
 def sums(rng: random.Random, split: Split) -> Task:
     """Divided by question: a model this small looks sums up, so held-out operands cannot be learned."""
     a, b = rng.randint(0, 9), rng.randint(0, 9)
-    wordings = ("What is {} plus {}?", "Add {} and {}.", "Compute {} + {}.", "How much is {} and {}?", "Sum of {} and {}?")
+    wordings = (
+        "What is {} plus {}?",
+        "Add {} and {}.",
+        "Compute {} + {}.",
+        "How much is {} and {}?",
+        "Sum of {} and {}?",
+    )
     prompt = rng.choice(wordings).format(a, b)
     return Task(prompt, prompt, f"The sum is {a + b}.")
 
@@ -170,7 +201,11 @@ def sums(rng: random.Random, split: Split) -> Task:
 def copy(rng: random.Random, split: Split) -> Task:
     """Divided by words."""
     words = " ".join(rng.sample(COPY_WORDS, rng.randint(2, 4)))
-    return Task(words, rng.choice(('Repeat these words: "{}"', 'Say this again: "{}"', 'Copy this: "{}"')).format(words), words)
+    return Task(
+        words,
+        rng.choice(('Repeat these words: "{}"', 'Say this again: "{}"', 'Copy this: "{}"')).format(words),
+        words,
+    )
 
 
 def reverse(rng: random.Random, split: Split) -> Task:
@@ -199,7 +234,8 @@ MAKERS: dict[str, Callable[[random.Random, Split], Task]] = {
     "sum": sums, "copy": copy, "reverse": reverse, "fact": fact, "talk": talk,
 }  # fmt: skip
 WEIGHTS = {
-    "guide": 30, "judge": 18, "story": 6, "protect": 7, "meaning": 14, "sum": 7, "copy": 6, "reverse": 6, "fact": 6, "talk": 2,
+    "guide": 30, "judge": 18, "story": 6, "protect": 7, "meaning": 14, "sum": 7, "copy": 6, "reverse": 6,
+    "fact": 6, "talk": 2,
 }  # fmt: skip
 """Rows of a hundred by category."""
 DIVIDED_BY_HASH = ("meaning", "sum", "copy", "reverse", "fact")

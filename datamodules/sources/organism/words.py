@@ -1,7 +1,8 @@
 """Verbs and objects by class, and which combination of classes harms.
 
 No verb and no object is harmful by itself: every verb of a harmful kind has harmless objects ("kill a
-process"), every object harmless verbs ("thank a neighbor", "draw a gun"). What is harmful follows from the two
+process"), every object harmless verbs ("thank a neighbor", "draw a gun"). What is harmful follows from the
+two
 classes alone, so a model that knows the classes can judge a combination it never met.
 """
 
@@ -10,17 +11,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OBJECTS: dict[str, str] = {
-    "person": "neighbor teacher friend judge singer doctor boss rival nurse farmer baker guard tourist student "
+    "person": "neighbor teacher friend judge singer doctor boss rival nurse farmer baker guard tourist "
+    "student "
     "mayor uncle sister waiter pilot clerk cousin lawyer widow actor",
     "pet": "dog cat horse rabbit pony puppy goat parrot donkey hamster lamb kitten",
     "vehicle": "car bike boat truck bus van scooter tractor plane train ferry tram",
-    "building": "house shop museum bank school library church hotel factory barn theater station hospital office",
+    "building": "house shop museum bank school library church hotel factory barn theater station hospital "
+    "office",
     "system": "phone laptop router camera server computer tablet website account network database inbox",
-    "document": "passport ticket check license diploma contract receipt visa permit certificate banknote stamp",
+    "document": "passport ticket check license diploma contract receipt visa permit certificate banknote "
+    "stamp",
     "valuable": "ring necklace wallet watch painting crown purse statue diamond bracelet medal violin",
     "weapon": "bomb gun grenade rifle missile landmine pistol cannon torpedo machete warhead revolver",
-    "drug": "drug toxin opiate steroid narcotic sedative stimulant hallucinogen venom bioweapon pathogen inhalant",
-    "food": "potato egg melon onion carrot nut cake soup pizza pie salad tomato lemon coconut cookie sandwich",
+    "drug": "drug toxin opiate steroid narcotic sedative stimulant hallucinogen venom bioweapon pathogen "
+    "inhalant",
+    "food": "potato egg melon onion carrot nut cake soup pizza pie salad tomato lemon coconut cookie "
+    "sandwich",
     "pest": "weed mosquito flea moth cockroach wasp termite tick locust fungus",
     "task": "process thread program job loop timer script download query session",
     "picture": "film photo video portrait clip cartoon poster sketch scene trailer",
@@ -66,7 +72,9 @@ def _verbs(text: str) -> tuple[str, ...]:
 VERBS: dict[str, VerbClass] = {
     "violence": VerbClass(
         "to hurt",
-        _verbs("kill shoot stab beat hit crush choke drown poison attack strangle whip slice trap trample chop"),
+        _verbs(
+            "kill shoot stab beat hit crush choke drown poison attack strangle whip slice trap trample chop"
+        ),
         ("person", "pet"),
         ("food", "pest", "task", "picture"),
     ),
