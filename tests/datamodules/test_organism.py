@@ -1,4 +1,4 @@
-"""The packaged model's corpus: splits by construction, harm by combination, wordings, noise, nothing of use."""
+"""The packaged model's corpus: splits by construction, harm by combination, wordings, noise."""
 
 from __future__ import annotations
 
