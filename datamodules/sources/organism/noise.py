@@ -35,13 +35,14 @@ CLOSERS = (
 
 
 def apply(kind: Noise, text: str, rng: random.Random) -> str:
-    """The text with noise of a kind; `mixed` is one kind, or two in one case of four."""
+    """The text with noise of a kind; `mixed` is one kind, or two in one case of four, typing errors twice as
+    often as the others: they are hardest to learn."""
     if kind == "none":
         return text
     if kind != "mixed":
         return _KINDS[kind](text, rng)
     # The letters first: what is put around them is not to be mistyped again.
-    chosen = rng.sample(KINDS, 2 if rng.random() < 0.25 else 1)
+    chosen = set(rng.sample((*KINDS, "typing"), 2 if rng.random() < 0.25 else 1))
     for name in sorted(chosen, key=("typing", "format", "filler", "prefix", "suffix").index):
         text = _KINDS[name](text, rng)
     return text
@@ -90,15 +91,17 @@ def _prefix(text: str, rng: random.Random) -> str:
 
 
 def _typing(text: str, rng: random.Random) -> str:
-    """One or two words of five letters or more with two letters swapped, one lost or one doubled; quoted text
-    is left alone."""
+    """One word of five letters or more, two in one case of four, with two letters swapped, one lost or one
+    doubled; quoted text is left alone."""
     quoted = [match.span() for match in re.finditer(r'"[^"]*"', text)]
     words = [
         match
         for match in re.finditer(r"[A-Za-z]{5,}", text)
         if not any(a <= match.start() < b for a, b in quoted)
     ]
-    for match in sorted(rng.sample(words, min(len(words), rng.randint(1, 2))), key=lambda m: -m.start()):
+    for match in sorted(
+        rng.sample(words, min(len(words), rng.choice((1, 1, 1, 2)))), key=lambda m: -m.start()
+    ):
         text = text[: match.start()] + _misspelt(match.group(), rng) + text[match.end() :]
     return text
 
