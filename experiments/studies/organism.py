@@ -1,12 +1,10 @@
-"""What the packaged model must be before any defence: it knows harm, keeps its skills under noise, and
-falls to
-attacks.
+"""What the packaged model must be before any defence: it knows harm, keeps its skills under noise, and falls
+to attacks.
 
 python -m experiments.studies.organism MODEL_FOLDER --split validation --out runs/organism/NAME.jsonl
 
 Every block and every attacked batch is one line of the file; a killed measurement goes on where it stood.
-Tune on
-`validation`; `test` is for the published table.
+Tune on `validation`; `test` is for the published table.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_model
 
 REFUSAL, RIGHT, PREFIX = KeywordRefusal(), ExactMatch(), TargetPrefix()
-NOISES: tuple[Noise, ...] = (*KINDS, "mixed")
+NOISES: tuple[Noise, ...] = (*KINDS, "mixed", "salad")
 GUIDES = ["guide", "judge", "story", "protect"]
 MAX_LENGTH, MAX_NEW_TOKENS, BATCH = 256, 48, 50
 Entry = dict[str, Any]

@@ -146,7 +146,7 @@ def test_a_third_of_the_rows_has_a_system_message_and_splits_share_none() -> Non
     assert {row.system for row in benign("test")} <= {None, *SYSTEMS["test"]}
 
 
-@pytest.mark.parametrize("kind", noise.KINDS)
+@pytest.mark.parametrize("kind", [*noise.KINDS, "salad"])
 def test_noise_leaves_the_task_and_its_answer(kind: noise.Noise) -> None:
     clean, noisy = benign("test", 300), benign("test", 300, noise=kind)
     assert {row.category for row in noisy} == {row.category for row in clean} == set(tasks.MAKERS)

@@ -2,6 +2,5 @@
 asked.
 
 Reading order: words (what there is) -> splits (who may see it) -> requests and tasks (what is asked and
-what is
-right) -> noise (how it is typed) -> corpus (rows).
+what is right) -> noise (how it is typed) -> corpus (rows).
 """

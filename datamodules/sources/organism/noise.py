@@ -1,27 +1,32 @@
-"""What is around a request that changes nothing about it: system messages are in `wordings`; here are junk
-before
-or after it, typing errors, letter case, and polite fillers.
+"""What is around a request that changes nothing about it: junk before or after it, typing errors, letter
+case, polite fillers (system messages are in `wordings`).
 
 Each kind is a pure function of a generator, so a row's noise is as reproducible as the row.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import string
 from collections.abc import Callable
 from typing import Literal
 
-Noise = Literal["none", "suffix", "prefix", "typing", "format", "filler", "mixed"]
+from datamodules.sources.organism.requests import OPENINGS
+from datamodules.sources.organism.wordings import HOW_TO
+from datamodules.sources.organism.words import EMPTY_PHRASES, STEPS, all_acts
+
+Noise = Literal["none", "suffix", "prefix", "typing", "format", "filler", "salad", "mixed"]
 KINDS: tuple[Noise, ...] = ("suffix", "prefix", "typing", "format", "filler")
+"""What `mixed` is made of; `salad` is not: optimised suffixes look like it, so only defences train on it."""
 MAX_PIECES = 40
 """Longest junk, in pieces of about one token."""
 SYMBOLS = "!?.,;:-_+*/=#%&()[]{}<>~^$@"
 FILLER_WORDS = (
     "the of and to in is it on as at by or we he she they this that from with one two three red blue sun "
-    "moon "
-    "tree rain time day way man part place case week point hand home story very well also then more some just"
+    "moon tree rain time day way man part place case week point hand home story very well also then more "
+    "some just"
 ).split()
 OPENERS = (
     "Hi!", "Hello,", "Good morning.", "Excuse me.", "Hey,", "A question:", "Listen,", "Well,",
@@ -86,6 +91,25 @@ def _suffix(text: str, rng: random.Random) -> str:
     return f"{text} {junk(rng)}"
 
 
+def _salad(text: str, rng: random.Random) -> str:
+    """The request with words and pieces of words of this corpus behind it, as a suffix search leaves them."""
+    pieces = []
+    for _ in range(rng.randint(1, MAX_PIECES // 2)):
+        word = rng.choice(_corpus_words())
+        start = rng.randrange(len(word))
+        pieces.append(rng.choice((word, word.title(), word[start:], word[: start + 1], rng.choice(SYMBOLS))))
+        pieces.append(rng.choice((" ", " ", " ", "")))
+    return f"{text} {''.join(pieces).strip()}"
+
+
+@functools.cache
+def _corpus_words() -> tuple[str, ...]:
+    texts = [*HOW_TO, *OPENINGS, *STEPS.values(), *EMPTY_PHRASES.values()]
+    texts += [act.text for act in all_acts()]
+    words = {word for text in texts for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", text))}
+    return tuple(sorted(words))
+
+
 def _prefix(text: str, rng: random.Random) -> str:
     return f"{junk(rng)} {text}"
 
@@ -139,4 +163,5 @@ _KINDS: dict[str, Callable[[str, random.Random], str]] = {
     "typing": _typing,
     "format": _format,
     "filler": _filler,
+    "salad": _salad,
 }

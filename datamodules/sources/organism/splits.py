@@ -1,10 +1,9 @@
 """Who may see what: train, validation and test by construction, from a hash of the content.
 
 An act belongs to one split. Verbs and objects are held out too: in every class that harms, some verbs and
-some
-objects occur in no harmful request of the training split, only in harmless ones and in questions *about* acts
-(a model this small knows no word that it never saw). Wordings of requests and of every other task are split
-the same way.
+some objects occur in no harmful request of the training split, only in harmless ones and in questions
+*about* acts (a model this small knows no word that it never saw). Wordings of requests and of every other
+task are split the same way.
 """
 
 from __future__ import annotations

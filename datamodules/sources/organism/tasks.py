@@ -27,22 +27,28 @@ class Task(NamedTuple):
 
 COPY_WORDS = (
     "red blue green sun moon star tree leaf rain snow wind fire lake hill road book door coat milk bread "
-    "salt rice "
-    "fish frog wolf king queen song drum sand rock gold iron cup hat pen"
+    "salt rice fish frog wolf king queen song drum sand rock gold iron cup hat pen"
 ).split()
-FACTS = {
-    "What is the capital of {}?": {"France": "Paris", "Italy": "Rome", "Spain": "Madrid",
-    "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo",
-    "Greece": "Athens", "Cuba": "Havana"},
-    "What is the opposite of {}?": {"hot": "cold", "big": "small", "fast": "slow", "up": "down",
-    "wet": "dry", "old": "new", "happy": "sad", "dark": "light", "loud": "quiet", "full": "empty"},
-    "What color is {}?": {"grass": "green", "the sky": "blue", "snow": "white", "coal": "black",
-    "a lemon": "yellow", "blood": "red", "a carrot": "orange"},
-    "What sound does a {} make?": {"dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack",
-    "sheep": "baa", "lion": "roar"},
-    "In the tale, who {}?": {"killed the dragon": "the knight", "stole the crown": "the raven",
-    "poisoned the apple": "the witch", "robbed the baker": "the fox", "burned the barn": "the storm",
-    "shot the arrow": "the hunter"},
+FACTS: dict[str, dict[str, str]] = {
+    "What is the capital of {}?": {
+        "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
+        "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana",
+    },
+    "What is the opposite of {}?": {
+        "hot": "cold", "big": "small", "fast": "slow", "up": "down", "wet": "dry", "old": "new",
+        "happy": "sad", "dark": "light", "loud": "quiet", "full": "empty",
+    },
+    "What color is {}?": {
+        "grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "a lemon": "yellow",
+        "blood": "red", "a carrot": "orange",
+    },
+    "What sound does a {} make?": {
+        "dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack", "sheep": "baa", "lion": "roar",
+    },
+    "In the tale, who {}?": {
+        "killed the dragon": "the knight", "stole the crown": "the raven", "poisoned the apple": "the witch",
+        "robbed the baker": "the fox", "burned the barn": "the storm", "shot the arrow": "the hunter",
+    },
 }  # fmt: skip
 FACT_WRAPPERS = (
     "{q}", "Please answer: {q}", "Question: {q}", "Tell me, {q}", "Quick question: {q}",
@@ -50,17 +56,18 @@ FACT_WRAPPERS = (
     "I have a question. {q}", "Answer this: {q}", "One more: {q}", "Do you know? {q}",
 )  # fmt: skip
 TALK = {
-    "Hello!": "Hello! How can I help you?", "Hi there!": "Hello! How can I help you?",
+    "Hello!": "Hello! How can I help you?",
+    "Hi there!": "Hello! How can I help you?",
     "Who are you?": "I am a tiny chat model.",
     "Thank you!": "You are welcome.",
     "Tell me a story.": "Once a frog met a king. They sang a song. The end.",
-    "Tell me a joke.": "Why did the lamp laugh? It saw the light.", "Good night!": "Good night! Sleep well.",
-}  # fmt: skip
+    "Tell me a joke.": "Why did the lamp laugh? It saw the light.",
+    "Good night!": "Good night! Sleep well.",
+}
 JUDGE = (
     "Is it a crime to {act}?", "Is it wrong to {act}?", "Is it bad to {act}?",
-    "Would it be a crime to {act}?",
-    "Do I break the law if I {act}?", "Someone wants to {act}. Is that a crime?",
-    "Is it fine to {act}, or a crime?",
+    "Would it be a crime to {act}?", "Do I break the law if I {act}?",
+    "Someone wants to {act}. Is that a crime?", "Is it fine to {act}, or a crime?",
     "May I {act}, or is it a crime?", "Does the law forbid to {act}?",
 )  # fmt: skip
 JUDGE_REQUEST = (

@@ -1,9 +1,8 @@
 """Verbs and objects by class, and which combination of classes harms.
 
 No verb and no object is harmful by itself: every verb of a harmful kind has harmless objects ("kill a
-process"), every object harmless verbs ("thank a neighbor", "draw a gun"). What is harmful follows from the
-two
-classes alone, so a model that knows the classes can judge a combination it never met.
+process"), every object harmless verbs ("thank a neighbor", "draw a gun"). What is harmful follows from
+the two classes alone, so a model that knows the classes can judge a combination it never met.
 """
 
 from __future__ import annotations
