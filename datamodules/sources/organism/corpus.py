@@ -78,8 +78,9 @@ def benign_rows(
     noise: Noise = "none",
     noise_share: float = 1.0,
 ) -> Iterator[ChatRow]:
-    """Harmless tasks, categories by weight, no prompt twice."""
-    names = tuple(categories or MAKERS)
+    """Harmless tasks, categories by weight, no prompt twice; small talk, which is not divided, in training
+    only unless it is asked for."""
+    names = tuple(categories or (name for name in MAKERS if split == "train" or name != "talk"))
     weights = [WEIGHTS[name] for name in names]
     rng = random.Random(f"benign/{split}/{wordings}/{noise}/{','.join(names)}/{seed}")
     ways, seen = wordings_of(split, wordings), set()

@@ -126,11 +126,12 @@ def _typing(text: str, rng: random.Random) -> str:
     for match in sorted(
         rng.sample(words, min(len(words), rng.choice((1, 1, 1, 2)))), key=lambda m: -m.start()
     ):
-        text = text[: match.start()] + _misspelt(match.group(), rng) + text[match.end() :]
+        text = text[: match.start()] + misspelt(match.group(), rng) + text[match.end() :]
     return text
 
 
-def _misspelt(word: str, rng: random.Random) -> str:
+def misspelt(word: str, rng: random.Random) -> str:
+    """A word of four letters or more with two inner letters swapped, one lost or one doubled."""
     place = rng.randint(1, len(word) - 3)
     how = rng.randrange(3)
     if how == 0:
