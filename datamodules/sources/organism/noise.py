@@ -131,14 +131,19 @@ def _typing(text: str, rng: random.Random) -> str:
 
 
 def misspelt(word: str, rng: random.Random) -> str:
-    """A word of four letters or more with two inner letters swapped, one lost or one doubled."""
-    place = rng.randint(1, len(word) - 3)
-    how = rng.randrange(3)
-    if how == 0:
-        return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
-    if how == 1:
-        return word[:place] + word[place + 1 :]
-    return word[:place] + word[place] + word[place:]
+    """A word of four letters or more with two inner letters swapped, one lost or one doubled; never another
+    word of this corpus ("haunt" without its a)."""
+    for _ in range(10):
+        place, how = rng.randint(1, len(word) - 3), rng.randrange(3)
+        if how == 0:
+            wrong = word[:place] + word[place + 1] + word[place] + word[place + 2 :]
+        elif how == 1:
+            wrong = word[:place] + word[place + 1 :]
+        else:
+            wrong = word[:place] + word[place] + word[place:]
+        if wrong not in _corpus_words():
+            return wrong
+    return word
 
 
 def _format(text: str, rng: random.Random) -> str:
