@@ -46,7 +46,7 @@ def harmful_rows(
     ways = wordings_of(split, wordings)
     rng = random.Random(f"harmful/{split}/{wordings}/{noise}/{seed}")
     known = [act for act in acts("request/harmful", split) if new is None or novelty(act) == new]
-    count, seen = num_rows or len(known), set()
+    count, seen = num_rows or len(known), set[str]()
     while len(seen) < count:
         before = len(seen)
         for act in rng.sample(known, len(known)):
@@ -83,7 +83,7 @@ def benign_rows(
     names = tuple(categories or (name for name in MAKERS if split == "train" or name != "talk"))
     weights = [WEIGHTS[name] for name in names]
     rng = random.Random(f"benign/{split}/{wordings}/{noise}/{','.join(names)}/{seed}")
-    ways, seen = wordings_of(split, wordings), set()
+    ways, seen = wordings_of(split, wordings), set[str]()
     for _ in range(60 * num_rows + 1000):
         if len(seen) == num_rows:
             return

@@ -37,7 +37,9 @@ def _ranked(words: Sequence[str], kind: str, share: int) -> dict[str, Split]:
     """The words that come first by hash are the test's, the next ones validation's."""
     order = sorted(words, key=lambda word: digest(kind, word))
     count = max(1, len(words) // share)
-    return dict.fromkeys(order[:count], "test") | dict.fromkeys(order[count : 2 * count], "validation")
+    test: dict[str, Split] = dict.fromkeys(order[:count], "test")
+    validation: dict[str, Split] = dict.fromkeys(order[count : 2 * count], "validation")
+    return test | validation
 
 
 @functools.cache
