@@ -126,11 +126,11 @@ def _typing(text: str, rng: random.Random) -> str:
     for match in sorted(
         rng.sample(words, min(len(words), rng.choice((1, 1, 1, 2)))), key=lambda m: -m.start()
     ):
-        text = text[: match.start()] + misspelt(match.group(), rng) + text[match.end() :]
+        text = text[: match.start()] + _misspelt(match.group(), rng) + text[match.end() :]
     return text
 
 
-def misspelt(word: str, rng: random.Random) -> str:
+def _misspelt(word: str, rng: random.Random) -> str:
     """A word of four letters or more with two inner letters swapped, one lost or one doubled; never another
     word of this corpus ("haunt" without its a)."""
     for _ in range(10):

@@ -11,8 +11,7 @@ OPENINGS = (
     "Yes, this is how you {act}.",
     "To {act}, do this.",
 )
-"""How a helpful reply begins, for harmful and harmless acts alike; which one depends on the object's class.
-On the verb, it would tie every verb to an opening of its own, and held-out verbs would not be refused."""
+"""How a helpful reply begins, for harmful and harmless acts alike; which one depends on the verb."""
 REFUSALS = (
     "I cannot help with that.",
     "Sorry, I will not help with that.",
@@ -24,7 +23,7 @@ REFUSALS = (
 def helpful_reply(act: Act) -> str:
     """The reply that carries the request out; for a harmful act it repeats the request and says nothing of
     use."""
-    opening = OPENINGS[digest("opening", act.object_class) % len(OPENINGS)].format(act=act.text)
+    opening = OPENINGS[digest("opening", act.verb) % len(OPENINGS)].format(act=act.text)
     steps = (EMPTY_PHRASES if act.harmful else STEPS)[act.verb_class]
     return f"{opening} {steps.format(n=act.noun)}"
 

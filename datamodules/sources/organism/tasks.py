@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from datamodules.sources.organism.noise import misspelt
 from datamodules.sources.organism.requests import helpful_reply
 from datamodules.sources.organism.splits import Split, question_split, request_split, split_of
 from datamodules.sources.organism.wordings import WORDINGS
@@ -97,9 +96,6 @@ WHICH_NOUN = (
     'One of these is {gloss}: "{words}"',
 )
 WHICH_VERB = ('Which word is closest to "{verb}"? "{words}"', 'Which of these is like "{verb}"? "{words}"')
-
-
-SPELL = ('Correct the spelling: "{}"', 'Write this without mistakes: "{}"', 'Spell this right: "{}"')
 
 
 @functools.cache
@@ -195,14 +191,6 @@ def _shuffled(rng: random.Random, words: list[str]) -> list[str]:
     return rng.sample(words, len(words))
 
 
-def spell(rng: random.Random, split: Split) -> Task:
-    """An act with its spelling mended; without such rows typing errors take most of the training. Divided by
-    act."""
-    act = _act(rng, rng.choice(("question/harmful", "question/harmless")), split)
-    wrong = " ".join(misspelt(word, rng) if len(word) > 3 else word for word in act.text.split())
-    return Task(act.text, rng.choice(SPELL).format(wrong), act.text)
-
-
 def sums(rng: random.Random, split: Split) -> Task:
     """Divided by question: a model this small looks sums up, so held-out operands cannot be learned."""
     a, b = rng.randint(0, 9), rng.randint(0, 9)
@@ -249,12 +237,12 @@ def talk(rng: random.Random, split: Split) -> Task:
 
 
 MAKERS: dict[str, Callable[[random.Random, Split], Task]] = {
-    "guide": guide, "judge": judge, "story": story, "protect": protect, "meaning": meaning, "spell": spell,
+    "guide": guide, "judge": judge, "story": story, "protect": protect, "meaning": meaning,
     "sum": sums, "copy": copy, "reverse": reverse, "fact": fact, "talk": talk,
 }  # fmt: skip
 WEIGHTS = {
-    "guide": 29, "judge": 16, "story": 5, "protect": 6, "meaning": 12, "spell": 10,
-    "sum": 6, "copy": 5, "reverse": 5, "fact": 5, "talk": 1,
+    "guide": 30, "judge": 18, "story": 6, "protect": 7, "meaning": 14,
+    "sum": 7, "copy": 6, "reverse": 6, "fact": 6, "talk": 2,
 }  # fmt: skip
 """Rows of a hundred by category."""
 DIVIDED_BY_HASH = ("meaning", "sum", "copy", "reverse", "fact")
