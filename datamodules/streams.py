@@ -62,7 +62,8 @@ class StepSampler(Sampler[list[Item]]):
         streams: the streams by name, each with its own fixed count per micro-batch.
         length: micro-batches per epoch.
         position: returns the absolute number of the next micro-batch, read each time iteration starts.
-        rank, world_size: this process's share; rows are dealt out in turn.
+        rank: number of this process; rows are dealt out in turn.
+        world_size: number of processes.
     """
 
     def __init__(

@@ -118,6 +118,12 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            # Of a branch that is left, or damaged: `last` must never find them again.
+            for path in RunFolder.of(trainer.default_root_dir).checkpoints.glob("step_*.ckpt"):
+                if _step(path) > trainer.global_step:
+                    log.warning("%s is beyond the step that training goes on from: set aside", path)
+                    path.rename(path.with_suffix(".aside"))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -334,8 +340,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The operating system's word where it has one: torch hides `No space left on device` under its own
-    error."""
+    """The operating system's word where it has one: torch hides `No space left on device` under its own."""
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror

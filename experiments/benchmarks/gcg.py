@@ -49,11 +49,11 @@ def speed(behaviours: int, width: int, topk: int, repeats: int) -> dict[str, Any
     """Candidates per second on both sides for one step of all behaviours, medians over interleaved rounds."""
     model, batch = _llama(behaviours)
     # Ours is timed with its set-up (slots, cached prefixes, typable tokens), spread over some steps as in
-    # use; the reference without.
+    # use; the yardstick without.
     steps = max(1, 1024 // (behaviours * width))
     ours = GCG(num_steps=steps, width=width, topk=topk, stop_at_target=False)
     allowed = typable_tokens(model.chat, 32_000, True)
-    others = _reference_behaviours(model, batch)
+    others = _yardstick_behaviours(model, batch)
     difference = _loss_difference(model, batch, others)
     rates: dict[str, list[float]] = {"ours": [], "reference": []}
     for repeat in range(repeats):
@@ -100,7 +100,7 @@ def quality(behaviours: int, width: int, topk: int, steps: int) -> dict[str, Any
     allowed = typable_tokens(chat, embedding_weight(model).shape[0], True)
     theirs = []
     rngs = example_rngs(batch, torch.Generator().manual_seed(1))
-    for behaviour, generator in zip(_reference_behaviours(model, batch), rngs, strict=True):
+    for behaviour, generator in zip(_yardstick_behaviours(model, batch), rngs, strict=True):
         suffix, best = behaviour.slot.suffix, float("inf")
         for _ in range(steps):
             suffix, loss, _ = gcg_yardstick.step(
@@ -153,7 +153,7 @@ def _llama(behaviours: int) -> tuple[LanguageModel, AdversarialBatch]:
     return LanguageModel(model, chat=chat), adversarial_batch(evenly(rows, behaviours), "user")
 
 
-def _reference_behaviours(model: LanguageModel, batch: AdversarialBatch) -> list[gcg_yardstick.Behaviour]:
+def _yardstick_behaviours(model: LanguageModel, batch: AdversarialBatch) -> list[gcg_yardstick.Behaviour]:
     with model.frozen():
         search = SuffixSearch(model, batch, 20, " x", 512)
     targets = [ids[mask].tolist() for ids, mask in zip(search.target.ids, search.target.mask, strict=True)]

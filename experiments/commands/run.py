@@ -82,6 +82,10 @@ def resolved(command: str, files: Sequence[str], overrides: Sequence[tuple[str, 
 
 
 def _begin(command: str, config: dict[str, Any], folder: RunFolder, overwrite: bool) -> int:
+    if overwrite and config.get("ckpt_path") is not None:
+        raise ConfigError(
+            "--overwrite: begins a new run, and --ckpt_path goes on with one; leave one of them out"
+        )
     begins = command == "fit" and config.get("ckpt_path") is None and not rank_zero_only.rank
     if begins and not overwrite:
         folder.refuse_used()

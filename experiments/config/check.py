@@ -46,6 +46,9 @@ def check(config: Mapping[str, Any], command: str) -> None:
     if not isinstance(trainer, Mapping):
         raise ConfigError(f"trainer: expected fields of the Trainer, got {trainer!r}")
     _check_arguments("trainer", trainer, Trainer, TRAINER_FIELDS)
+    for name in ("max_steps", "max_epochs", "limit_train_batches") if command == "fit" else ():
+        if trainer.get(name) == 0 and not isinstance(trainer[name], bool):
+            raise ConfigError(f"trainer.{name}: expected some training, got 0; set it above 0, or use test")
     check_precision(trainer.get("precision"), str(trainer.get("accelerator", "auto")))
     if config.get("seed_everything") is not None:
         check_value("seed_everything", config["seed_everything"], Seed)
@@ -112,13 +115,36 @@ def _check_class(path: str, node: Mapping[str, Any], hint: Any) -> None:
     if wanted and all(_is_class(option) for option in wanted) and not issubclass(cls, tuple(wanted)):
         names = " or ".join(option.__name__ for option in wanted)
         raise ConfigError(f"{path}.class_path: expected a kind of {names}, got {node['class_path']}")
+    protocols = [option for option in wanted if getattr(option, "_is_protocol", False)]
+    if protocols and len(protocols) == len(wanted) and not any(implements(cls, p) for p in protocols):
+        names = " or ".join(option.__name__ for option in protocols)
+        raise ConfigError(f"{path}.class_path: expected a kind of {names}, got {node['class_path']}")
     arguments = node.get("init_args") or {}
     _check_arguments(path, arguments, cls, {}, required=True)
     check_extra(path, cls, arguments)
 
 
+def implements(cls: type, protocol: type) -> bool:
+    """Whether a class has a protocol's methods, with parameters of the same names."""
+    for name, wanted in vars(protocol).items():
+        if not inspect.isfunction(wanted) or (name.startswith("_") and name != "__call__"):
+            continue
+        if name == "__init__" or getattr(wanted, "__module__", "").startswith("typing"):
+            continue
+        own = inspect.getattr_static(cls, name, None)
+        own = own.__func__ if isinstance(own, staticmethod | classmethod) else own
+        if not inspect.isfunction(own):
+            return False
+        given, asked = (list(inspect.signature(f).parameters.values()) for f in (own, wanted))
+        # A protocol may leave the names open by positional-only parameters.
+        same = (a.kind is a.POSITIONAL_ONLY or a.name == g.name for a, g in zip(asked, given, strict=False))
+        if len(given) != len(asked) or not all(same):
+            return False
+    return True
+
+
 def _is_class(option: Any) -> bool:
-    """Whether `issubclass` decides what fits; protocols are left to the parser, which compares signatures."""
+    """Whether `issubclass` decides what fits; of a protocol its methods do."""
     return isinstance(option, type) and option is not Any and not getattr(option, "_is_protocol", False)
 
 

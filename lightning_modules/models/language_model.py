@@ -179,7 +179,10 @@ class LanguageModel:
     ) -> tuple[Float[Tensor, "batch token-1"], Bool[Tensor, "batch token-1"]]:
         """Log-probabilities of the labelled tokens of whole conversations.
 
-        Args: labels are -100 where nothing is scored.
+        Args:
+            input_ids: whole conversations, right-padded.
+            attention_mask: True on their tokens.
+            labels: the scored tokens' ids, -100 where nothing is scored.
 
         Returns: log-probabilities of labels[:, 1:] (0 where unscored) and the mask of scored ones.
         """

@@ -10,7 +10,9 @@ from torch import Tensor
 def mean_cross_entropy(log_probs: Tensor, mask: Tensor) -> Tensor:
     """CE(y | x) = -(1/|y|) sum_t log p_t, per example.
 
-    Args: log_probs (B, R) and mask (B, R) bool, True on reply tokens.
+    Args:
+        log_probs: (B, R) token log-probabilities.
+        mask: (B, R) bool, True on reply tokens.
     """
     return -masked_mean(log_probs, mask)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from experiments.config.check import check_value
 from experiments.config.errors import ConfigError
 from experiments.config.files import parse, read
+
+Run = Callable[..., tuple[int, str, str]]
+TINYCHAT = "configs/experiment/cat_tinychat.yaml"
 
 
 @pytest.mark.parametrize("text", ["1:30", "010", "1:30.5", "0b11"])
@@ -88,3 +92,28 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         ValueError, match=r"^tokenizer.name_or_path: cannot load a tokenizer from '.*nothing'"
     ):
         load_tokenizer(TokenizerConfig(str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--model.attack=callbacks.judges.exact.TargetPrefix",
+            "model.attack.class_path: expected a kind of Attack",
+        ),
+        ("--model.objective=NoAttack", "model.objective.class_path: expected a kind of Objective"),
+        ("--trainer.max_steps=0", "trainer.max_steps: expected some training, got 0"),
+        ("--trainer.limit_train_batches=0", "trainer.limit_train_batches: expected some training, got 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_field(override: str, message: str, thundercat: Run) -> None:
+    status, _, err = thundercat("fit", "--config", TINYCHAT, override, "--print_config")
+    assert status == 2
+    assert message in err
+
+
+def test_beginning_anew_and_going_on_exclude_each_other(thundercat: Run, tmp_path: Path) -> None:
+    own = ("--overwrite", "--ckpt_path=last", f"--trainer.default_root_dir={tmp_path}")
+    status, _, err = thundercat("fit", "--config", TINYCHAT, *own)
+    assert status != 0
+    assert "--overwrite: begins a new run" in err

@@ -18,6 +18,7 @@ from callbacks.judges.exact import ExactMatch
 from callbacks.metrics.names import WORST_CASE, Metric
 from callbacks.report.load import export, load
 from callbacks.report.report import write_report
+from callbacks.run_folder.checkpoints import RunCheckpoints
 from callbacks.run_folder.decisive import decisive, differences
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import Measurement, ResultsStore, describe, settings_digest
@@ -182,3 +183,21 @@ def test_fewer_training_rows_are_another_run(field: str, whole: float, fewer: in
     unset, then, now = (decisive({"trainer": own}) for own in ({}, {field: whole}, {field: fewer}))
     assert unset == then  # a run that was begun before the field was looked at goes on
     assert differences(then, now) == [f"trainer.{field}: (unset) then, {fewer} now"]
+
+
+def test_checkpoints_beyond_the_resumed_step_are_set_aside(tmp_path: Path) -> None:
+    """`last` after a resume from an older checkpoint was the newest file of the branch that was left."""
+
+    class Beginning:
+        is_global_zero, fast_dev_run, global_step, default_root_dir = True, False, 2, str(tmp_path)
+
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (1, 2, 4):
+        (folder / f"step_{step:06d}.ckpt").write_bytes(b"")
+    RunCheckpoints().on_train_start(Beginning(), None)  # type: ignore[arg-type]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_000001.ckpt",
+        "step_000002.ckpt",
+        "step_000004.aside",
+    ]

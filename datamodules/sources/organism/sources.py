@@ -23,9 +23,8 @@ class OrganismHarmful:
         wordings: `seen` in training, `heldout` (the split's own ten), or `all`.
         noise: what is put around or into the requests; `mixed` is a kind by chance.
         noise_share: share of the rows with noise.
-        novelty: keep acts whose words training has requested (`pair`), whose `verb` or whose `object`
-        training
-            has never requested; null for all.
+        novelty: keep acts whose words training has requested (`pair`), or whose `verb` or `object` it has
+            never requested; null for all.
         num_rows: how many requests to make; null for every act once.
         limit: use only the first so many requests; null for all.
         seed: seed of order, wordings and noise.
@@ -68,9 +67,8 @@ class OrganismBenign:
         split: `train`, `validation` or `test`; no task content is in two of them.
         num_rows: how many rows to make.
         seed: seed of the tasks, wordings and noise.
-        categories: keep only these of guide, judge, story, protect, meaning, sum, copy, reverse, fact,
-        talk; null
-            for all.
+        categories: keep only these of guide, judge, story, protect, meaning, sum, copy, reverse, fact, talk;
+            null for all.
         wordings: wordings of guides: `seen` in training, `heldout` (the split's own ten), or `all`.
         noise: what is put around or into the prompts; `mixed` is a kind by chance.
         noise_share: share of the rows with noise.
