@@ -100,6 +100,7 @@ def _exported(own: Snapshot | None) -> dict[str, Any] | None:
         "measures": {metric.key: _measure(measure) for metric, measure in own.measures.items()},
         "attacks": {name: asdict(facts) for name, facts in own.attacks.items()},
         "cross_flags": dict(own.cross_flags),
+        "benign": {name: asdict(facts) for name, facts in own.benign.items()},
     }
 
 
