@@ -334,7 +334,7 @@ def test_b_a_damaged_cost_file_is_named(content: str, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_rows_says_what_to_set(tmp_path: Path) -> None:
-    data = SimpleNamespace(examples={"harmful": []})
+    data = SimpleNamespace(examples={"harmful": []}, blocks={}, rows_of=lambda subject, block: [])
     with pytest.raises(ValueError, match="Suite: found no row to evaluate; set data.evaluation.harmful"):
         session(tmp_path, data)  # type: ignore[arg-type]
 
