@@ -4,7 +4,7 @@ whatever carries an attack?"""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from callbacks.evaluations.probe import Probe
 from callbacks.judges.base import Judge
@@ -34,14 +34,21 @@ class BenignUnderAttack:
     def probes(self, attacks: Mapping[str, Attack], refusal: Judge) -> Iterator[Probe]:
         """The benign side of every attack of a suite."""
         for name, attack in attacks.items():
-            transfer, rows = transfer_of(attack), {"limit": self.limit, "test_limit": self.limit}
+            transfer = transfer_of(attack)
             if transfer is None:
                 continue
-            yield Probe("harmless", "over_refusal_rate", refusal, name, attack, transfer=transfer, **rows)
-            yield Probe("utility", "exact_match", ExactMatch(), name, attack, transfer=transfer, **rows)
+            done = Probe(
+                "harmless",
+                "over_refusal_rate",
+                refusal,
+                name,
+                attack,
+                limit=self.limit,
+                test_limit=self.limit,
+                transfer=transfer,
+            )
+            yield done
+            yield replace(done, subject="utility", quantity="exact_match", judge=ExactMatch())
             if self.towards_refusal and has_ball(attack):
-                search = TowardsRefusal(attack)
-                title = f"{name}{TOWARDS_REFUSAL}"
-                yield Probe(
-                    "harmless", "forced_refusal_rate", refusal, title, attack, transfer=search, **rows
-                )
+                title, search = f"{name}{TOWARDS_REFUSAL}", TowardsRefusal(attack)
+                yield replace(done, quantity="forced_refusal_rate", name=title, transfer=search)
