@@ -108,6 +108,7 @@ def _measure(measure: Measure) -> dict[str, Any]:
     return {
         **asdict(measure.estimate),
         "judge": measure.judge,
+        "samples": measure.samples,
         "groups": {
             kind: {name: asdict(estimate) for name, estimate in groups.items()}
             for kind, groups in measure.groups.items()

@@ -93,6 +93,8 @@ class Events:
     judge: str
     outcome: Outcome
     groups: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    samples: int = 0
+    """Sampled replies per example that were asked; 0 for greedy ones."""
 
 
 def select(measurements: Sequence[Measurement], rows: Iterable[Row], stage: str, step: int) -> list[Measured]:
@@ -157,7 +159,8 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
     """The model at one step; `measured` must hold something."""
     attacks = {item.measurement.attack: item for item in attacks_of(measured)}
     measures = {
-        e.metric: Measure(e.metric, rate([*e.outcome.values()]), e.judge, e.groups) for e in events(measured)
+        e.metric: Measure(e.metric, rate([*e.outcome.values()]), e.judge, e.groups, e.samples)
+        for e in events(measured)
     }
     for item in attacks.values():
         measures |= _means(item)
@@ -211,6 +214,8 @@ def _sampled(item: Measured) -> list[Events]:
     if own.refusal:
         outcome = drawn.outcome(own.refusal, negated=True)
         found.append(Events(Metric("not_refused_at_k", own.subject, own.attack), own.refusal, outcome))
+    for event in found:
+        event.samples = 1 if event.metric.quantity == "success_at_1" else own.samples
     return found
 
 

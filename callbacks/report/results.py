@@ -28,6 +28,13 @@ class Measure:
     """`name@revision` of the judge behind it; '' where none is."""
     groups: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     """Kind of grouping (`category`, `functional`) -> group -> the same metric within it."""
+    samples: int = 0
+    """Sampled replies per example behind it; 0 for greedy ones."""
+
+    @property
+    def title(self) -> str:
+        """What a reader sees, with k where replies were sampled."""
+        return f"{self.metric.title} (k = {self.samples})" if self.samples else self.metric.title
 
 
 @dataclass(frozen=True)

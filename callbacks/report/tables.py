@@ -51,7 +51,7 @@ def rates(results: RunResults) -> Table:
     if results.stage != "fit":
         rows = [
             [
-                Cell(m.metric.title),
+                Cell(m.title),
                 estimate(m.estimate),
                 *_beside(results.after, m.metric),
                 _count(m.estimate.n),
@@ -63,7 +63,7 @@ def rates(results: RunResults) -> Table:
     changes = {difference.metric: difference for difference in results.differences}
     rows = [
         [
-            Cell(m.metric.title),
+            Cell(m.title),
             _earlier(results.before, m.metric),
             estimate(m.estimate),
             change(changes.get(m.metric)),
@@ -203,7 +203,9 @@ def _carried(name: str, own: UnderAttack) -> str:
     if own.refused is not None:
         parts.append(f"{100 * own.refused.value:.0f} % of {own.refused.n} harmless prompts are refused")
     if own.fall is not None:
-        parts.append(f"utility changes by {100 * own.fall.difference:+.0f} points (n = {own.fall.n})")
+        parts.append(
+            f"utility is {100 * own.fall.difference:+.0f} points against no attack (n = {own.fall.n})"
+        )
     return (
         f"{_words(name)}: refuses what carries it: done to benign prompts, {' and '.join(parts)}; "
         "its success on harmful requests says little about harm."

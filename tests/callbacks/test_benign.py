@@ -201,6 +201,9 @@ def test_sampled_replies_stand_beside_the_greedy_one(tmp_path: Path) -> None:
         for quantity in ("success_rate", "success_at_1", "success_at_k")
     }
     assert values == {"success_rate": 0.25, "success_at_1": 0.25, "success_at_k": 0.5}
+    titles = [measure.title for measure in found.measures.values()]
+    assert "gcg: success of at least one sampled reply (k = 3)" in titles
+    assert "gcg: attack success" in titles
 
 
 def test_an_example_without_all_its_samples_does_not_count(tmp_path: Path) -> None:
