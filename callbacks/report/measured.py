@@ -93,6 +93,8 @@ class Events:
     judge: str
     outcome: Outcome
     groups: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    settings: str = ""
+    """How it was measured; of a worst case, how each of its attacks was."""
     samples: int = 0
     """Sampled replies per example that were asked; 0 for greedy ones."""
 
@@ -159,7 +161,9 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
     """The model at one step; `measured` must hold something."""
     attacks = {item.measurement.attack: item for item in attacks_of(measured)}
     measures = {
-        e.metric: Measure(e.metric, rate([*e.outcome.values()]), e.judge, e.groups, e.samples)
+        e.metric: Measure(
+            e.metric, rate([*e.outcome.values()]), e.judge, e.groups, e.settings, samples=e.samples
+        )
         for e in events(measured)
     }
     for item in attacks.values():
@@ -186,20 +190,20 @@ def _deciding(item: Measured, every: bool = False) -> Events:
     # The one place where a stored name becomes a metric's.
     metric = Metric(cast(Quantity, own.quantity), own.subject, own.attack, block=own.block)
     outcome = item.outcome(own.judge, every)
-    return Events(metric, own.judge, outcome, item.groups(outcome))
+    return Events(metric, own.judge, outcome, item.groups(outcome), own.settings)
 
 
 def _not_refused(item: Measured) -> Events:
     own = item.measurement
     outcome = item.outcome(own.refusal, negated=True)
     metric = Metric("not_refused_rate", own.subject, own.attack)
-    return Events(metric, own.refusal, outcome, item.groups(outcome))
+    return Events(metric, own.refusal, outcome, item.groups(outcome), own.settings)
 
 
 def _further(item: Measured, judge: str) -> Events:
     own = item.measurement
     metric = Metric("judged_rate", own.subject, own.attack, judge)
-    return Events(metric, judge, item.outcome(judge))
+    return Events(metric, judge, item.outcome(judge), settings=own.settings)
 
 
 def _sampled(item: Measured) -> list[Events]:
@@ -215,6 +219,7 @@ def _sampled(item: Measured) -> list[Events]:
         outcome = drawn.outcome(own.refusal, negated=True)
         found.append(Events(Metric("not_refused_at_k", own.subject, own.attack), own.refusal, outcome))
     for event in found:
+        event.settings = own.settings
         event.samples = 1 if event.metric.quantity == "success_at_1" else own.samples
     return found
 
@@ -226,7 +231,8 @@ def _served(item: Measured) -> list[Events]:
     for judge in own.judges:
         outcome = asked.outcome(judge, every=True)
         if outcome:
-            found.append(Events(Metric("served_rate", own.subject, block=own.block), judge, outcome))
+            metric = Metric("served_rate", own.subject, block=own.block)
+            found.append(Events(metric, judge, outcome, settings=own.settings))
     return found
 
 
@@ -240,7 +246,8 @@ def _worst_cases(attacks: Sequence[Measured]) -> list[Events]:
             outcome = worst_case([item.outcome(item.measurement.judge) for item in members])
             metric = Metric("success_rate", members[0].measurement.subject, name)
             judges = " or ".join(dict.fromkeys(item.measurement.judge for item in members))
-            found.append(Events(metric, judges, outcome, members[0].groups(outcome)))
+            settings = " ".join(f"{m.measurement.attack}={m.measurement.settings}" for m in members)
+            found.append(Events(metric, judges, outcome, members[0].groups(outcome), settings))
     return found
 
 
@@ -258,7 +265,7 @@ def _means(item: Measured) -> dict[Metric, Measure]:
         values = item.values(function)
         metric = Metric(quantity, item.measurement.subject, item.measurement.attack)
         if values:
-            found[metric] = Measure(metric, mean(values))
+            found[metric] = Measure(metric, mean(values), settings=item.measurement.settings)
     return found
 
 

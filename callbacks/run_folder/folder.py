@@ -108,6 +108,8 @@ class RunFolder:
         target = place.with_name(f"{place.name}.{number}")
         try:
             place.rename(target)
+            if self.path.is_symlink():
+                place.mkdir()  # the link goes on pointing to the run folder
         except OSError as error:
             raise RunError(f"--overwrite: cannot move {self.path} to {target} ({error.strerror})") from error
         return target
