@@ -42,6 +42,7 @@ class Block:
     """A named set of evaluation prompts, e.g. one kind of prompt that training has not seen."""
 
     harmful: list[HarmfulSource] = field(default_factory=list)
+    """Harmful requests with targets: refused, or served."""
     harmless: list[ChatSource] = field(default_factory=list)
     """With the expected reply where there is one right one."""
 
