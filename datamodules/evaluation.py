@@ -38,6 +38,17 @@ SUBJECTS: tuple[Subject, ...] = ("harmful", "harmless", "utility")
 
 @checked
 @dataclass
+class Block:
+    """A named set of evaluation prompts, e.g. one kind of prompt that training has not seen."""
+
+    harmful: list[HarmfulSource] = field(default_factory=list)
+    """Harmful requests with targets: refused, or served."""
+    harmless: list[ChatSource] = field(default_factory=list)
+    """With the expected reply where there is one right one."""
+
+
+@checked
+@dataclass
 class EvaluationSets:
     """What a run is judged on; none of it may occur in the training data."""
 
@@ -47,6 +58,8 @@ class EvaluationSets:
     """Harmless prompts, a reply is not needed: over-refusal."""
     utility: list[ChatSource] = field(default_factory=list)
     """Benign tasks with one right reply: exact match."""
+    blocks: dict[str, Block] = field(default_factory=dict)
+    """Further sets by name, each measured by itself (callbacks.evaluations.blocks)."""
     batch_size: Count = 32
     """Rows per evaluation batch."""
 
@@ -72,6 +85,8 @@ class EvaluationData(LightningDataModule):
         self.encoding = encoding or EncodingConfig()
         self.examples: dict[str, list[EncodedHarmful] | list[EncodedChat]] = {}
         """The encoded evaluation rows by subject, in file order; filled by `setup`."""
+        self.blocks: dict[str, dict[Subject, list[EncodedHarmful] | list[EncodedChat]]] = {}
+        """The same of every named set."""
         self._chat: ChatFormat | None = None
 
     @property
@@ -94,14 +109,22 @@ class EvaluationData(LightningDataModule):
             self._report(encoder.problems, stage)
 
     def loader(
-        self, subject: Subject, limit: int | None = None, rank: int = 0, world_size: int = 1
+        self,
+        subject: Subject,
+        limit: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        block: str = "",
     ) -> DataLoader[EvaluationBatch]:
         """Batches of one subject in file order; `limit` takes an evenly spaced subset, ranks take every n-th
-        row."""
-        examples: Sequence[EncodedHarmful | EncodedChat] = self.examples[subject]
-        rows = evenly(examples, limit)[rank::world_size]
+        row; `block` is the named set, '' the main one."""
+        rows = evenly(self.rows_of(subject, block), limit)[rank::world_size]
         collate = partial(evaluation_batch, attackable=self.encoding.attackable)
         return DataLoader(rows, batch_size=self.evaluation.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+    def rows_of(self, subject: Subject, block: str = "") -> Sequence[EncodedHarmful | EncodedChat]:
+        """The encoded rows of a subject in a named set, or in the main one."""
+        return self.blocks[block].get(subject, []) if block else self.examples[subject]
 
     def predict_dataloader(self) -> list[DataLoader[EvaluationBatch]]:
         """All evaluation prompts, harmful ones first."""
@@ -126,6 +149,20 @@ class EvaluationData(LightningDataModule):
         for subject in SUBJECTS:
             if rows[subject] and not self.examples[subject]:
                 raise no_usable_rows(f"evaluation.{subject}", encoder)
+        for name, block in sets.blocks.items():
+            place = f"evaluation.blocks.{name}"
+            own: dict[Subject, list[Row | RowProblem]] = {
+                "harmful": [*gather(f"{place}.harmful", block.harmful)],
+                "harmless": [*gather(f"{place}.harmless", block.harmless)],
+            }
+            self.blocks[name] = {
+                "harmful": encoder.harmful(own["harmful"]),  # type: ignore[arg-type]
+                "harmless": encoder.chats(own["harmless"], need_reply=False),  # type: ignore[arg-type]
+            }
+            for subject, found in own.items():
+                if found and not self.blocks[name][subject]:
+                    raise no_usable_rows(f"{place}.{subject}", encoder)
+                rows[subject] += found
         return {s: [row for row in part if not isinstance(row, RowProblem)] for s, part in rows.items()}
 
     def _report(self, problems: list[RowProblem], stage: str) -> None:

@@ -25,6 +25,8 @@ from datamodules.fields import NonNegativeInt, problem
 
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
+ADDED = frozenset({"samples", "block"})
+"""Fields that came later with a default: lines written before them lack them and mean the default."""
 ROWS = "rows"
 """Folder of the results within a run folder."""
 MEASUREMENTS = "measurements.jsonl"
@@ -33,7 +35,7 @@ LONGEST_PATH = 4096
 
 Stage = Literal["fit", "validate", "test", "attack"]
 Identity = tuple[str, str, str, int, str, str, str, int]
-Slot = tuple[str, int, str, str, str]
+Slot = tuple[str, int, str, str, str, str]
 
 
 @dataclass
@@ -122,13 +124,18 @@ class Measurement:
     """Further judges that are asked."""
     n: NonNegativeInt
     """Number of examples, over all processes."""
+    samples: NonNegativeInt = 0
+    """Sampled replies per example; where there are any, repetition 0 is the greedy reply and 1 to `samples`
+    are those."""
+    block: str = ""
+    """Name of the set of prompts where the subject has several; '' for its main one."""
     schema: int = SCHEMA
     where: str = field(default="", compare=False)
 
     @property
     def slot(self) -> Slot:
         """What it replaces an earlier measurement of."""
-        return self.stage, self.step, self.model, self.subject, self.attack
+        return self.stage, self.step, self.model, self.subject, self.attack, self.block
 
 
 class ResultsStore:
@@ -264,6 +271,8 @@ def _parsed(line: bytes, where: str, kind: type[Line]) -> Line:
         )
     hints = FIELDS[kind.__name__]
     for name, hint in hints.items():
+        if name in ADDED and name not in record:
+            continue
         found = "expected a value, got none" if name not in record else problem(record[name], hint)
         if found is not None:
             raise ValueError(f"{where}: {name}: {found:.120}; {remedy}")

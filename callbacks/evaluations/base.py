@@ -17,9 +17,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
+from callbacks.evaluations.asking import Job
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
-from callbacks.evaluations.session import Job, Place, Session
+from callbacks.evaluations.session import Place, Session
 from callbacks.evaluations.undisturbed import undisturbed
 from callbacks.progress import nested
 from callbacks.report.results import Snapshot

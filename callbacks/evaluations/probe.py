@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from callbacks.evaluations.sampling import Sampling
 from callbacks.judges.base import Judge
 from callbacks.metrics.names import Quantity
 from datamodules.evaluation import Subject
 from lightning_modules.attacks.base import Attack
+from lightning_modules.attacks.transfer import Transfer
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,17 @@ class Probe:
     """Further judges, stored and reported beside it."""
     limit: int | None = None
     """Fewer rows than the evaluation's own limit, inside `fit`."""
+    test_limit: int | None = None
+    """The same for `validate` and `test`."""
+    transfer: Transfer | None = None
+    """How the attack is done to benign prompts; null attacks the prompts themselves. It uses what the
+    attack's own probe, which stands before this one, has found."""
+    sampling: Sampling | None = None
+    """Sampled replies beside the greedy one."""
+    blocks: bool = False
+    """Measure every named set of the subject (data.evaluation.blocks) instead of the main one."""
+    block: str = ""
+    """The named set in force."""
 
     @property
     def asked(self) -> list[Judge]:

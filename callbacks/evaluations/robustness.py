@@ -4,7 +4,9 @@ whether to trust it."""
 from __future__ import annotations
 
 from callbacks.evaluations.base import Evaluation
+from callbacks.evaluations.benign import TOWARDS_REFUSAL, BenignUnderAttack
 from callbacks.evaluations.probe import Probe
+from callbacks.evaluations.sampling import Sampling
 from callbacks.evaluations.schedule import Schedule
 from callbacks.judges.base import Judge
 from callbacks.judges.exact import TargetPrefix
@@ -31,6 +33,8 @@ class RobustnessEvaluation(Evaluation):
         schedule: when it runs and on how many rows; null takes the defaults.
         attack_limits: fewer rows for single attacks (by name) inside `fit`; worst cases then count the rows
             that all attacks tried.
+        benign: what every attack does is also done to benign prompts; null measures harmful requests alone.
+        sampling: sampled replies to what each attack found, beside the greedy ones; null samples none.
         max_new_tokens: longest generated reply.
         seed: seed of the attacks; null takes the run's.
     """
@@ -44,6 +48,8 @@ class RobustnessEvaluation(Evaluation):
         judges: list[Judge] | None = None,
         schedule: Schedule | None = None,
         attack_limits: dict[str, Count] | None = None,
+        benign: BenignUnderAttack | None = None,
+        sampling: Sampling | None = None,
         max_new_tokens: Count = 64,
         seed: NonNegativeInt | None = None,
     ) -> None:
@@ -55,6 +61,12 @@ class RobustnessEvaluation(Evaluation):
             raise ValueError(
                 f"{type(self).__name__}.attacks: {sorted(taken)[0]!r} is no name for an attack; rename it"
             )
+        searched = next((name for name in attacks if name.endswith(TOWARDS_REFUSAL)), None)
+        if searched is not None:
+            raise ValueError(
+                f"{type(self).__name__}.attacks: {searched!r} is the name of a search on benign prompts; "
+                f"rename it so that it does not end in {TOWARDS_REFUSAL!r}"
+            )
         unknown = set(attack_limits or {}) - set(attacks)
         if unknown:
             raise ValueError(
@@ -65,10 +77,12 @@ class RobustnessEvaluation(Evaluation):
         self.success: Judge = success or TargetPrefix()
         self.judges = judges or []
         self.attack_limits = attack_limits or {}
+        self.benign = benign
+        self.sampling = sampling
 
     def probes(self) -> list[Probe]:
         refusal = KeywordRefusal()
-        return [
+        harmful = [
             Probe(
                 "harmful",
                 "success_rate",
@@ -78,9 +92,12 @@ class RobustnessEvaluation(Evaluation):
                 refusal,
                 self.judges,
                 self.attack_limits.get(name),
+                sampling=self.sampling,
             )
             for name, attack in self.attacks.items()
         ]
+        benign = self.benign.probes(self.attacks, refusal) if self.benign is not None else ()
+        return [*harmful, *benign]
 
 
 @checked

@@ -6,8 +6,6 @@ asked without attacking again. The same session serves `fit`, `validate`, `test`
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +14,20 @@ from typing import Protocol
 
 import torch
 
+from callbacks.evaluations.asking import Job, attack, judged, measure
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
-from callbacks.health import example_flags
-from callbacks.judges.base import Judge, judge_all, label, sees
+from callbacks.judges.base import label
 from callbacks.report.measured import select, snapshot
 from callbacks.report.results import Snapshot
-from datamodules.batch import EvaluationBatch
+from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.evaluation import EvaluationData
-from datamodules.results import Identity, Measurement, ResultsStore, Row, Stage, contents, settings_digest
-from lightning_modules.attacks.base import Attack, AttackedPrompt
+from datamodules.results import Measurement, ResultsStore, Row, Stage, contents, settings_digest
+from datamodules.text.encoding import EncodedHarmful
+from lightning_modules.attacks.base import AttackedPrompt
+from lightning_modules.attacks.transfer import Found, FreeSuffix, NothingCarried
 from lightning_modules.models.fingerprint import fingerprint
-from lightning_modules.models.language_model import Encoded, LanguageModel
-from lightning_modules.models.requests import Decoding
+from lightning_modules.models.language_model import LanguageModel
 
 
 class Measures(Protocol):
@@ -57,23 +56,6 @@ class Place:
     """The trainer's: autocast changes replies, and not the weights."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One batch of one measurement."""
-
-    measurement: Measurement
-    probe: Probe
-    batch: EvaluationBatch
-    max_new_tokens: int
-    seed: int
-
-    @property
-    def title(self) -> str:
-        return ": ".join(
-            part for part in (self.measurement.evaluation, self.probe.name or self.probe.subject) if part
-        )
-
-
 class Session:
     """The work of some evaluations on one model.
 
@@ -92,6 +74,8 @@ class Session:
         self.weights = fingerprint(place.model.module)
         self.jobs: list[Job] = []
         self.rows: list[Row] = []
+        self._results: dict[str, AttackedPrompt] = {}
+        """What transfers of embeddings need: an attack's result on its first batch, by its settings."""
         for evaluation in evaluations:
             for probe in self._present(evaluation):
                 measurement, batches = self._planned(evaluation, probe)
@@ -104,10 +88,22 @@ class Session:
 
     def _present(self, evaluation: Measures) -> list[Probe]:
         probes = evaluation.probes()
-        present = [probe for probe in probes if self.data.examples[probe.subject]]
+        blocks = list(self.data.blocks)
+        everywhere = [
+            replace(probe, block=block, blocks=False)
+            for probe in probes
+            for block in (blocks if probe.blocks else [probe.block])
+        ]
+        present = [
+            probe
+            for probe in everywhere
+            if self.data.rows_of(probe.subject, probe.block)
+            and (probe.transfer is None or self.data.examples["harmful"])
+        ]
         if not present:
             wanted = " or ".join(
-                f"data.evaluation.{subject}" for subject in dict.fromkeys(p.subject for p in probes)
+                f"data.evaluation.{'blocks.NAME.' if blocked else ''}{subject}"
+                for blocked, subject in dict.fromkeys((p.blocks, p.subject) for p in probes)
             )
             raise ValueError(f"{type(evaluation).__name__}: found no row to evaluate; set {wanted}")
         return present
@@ -115,10 +111,10 @@ class Session:
     def _planned(self, evaluation: Measures, probe: Probe) -> tuple[Measurement, list[EvaluationBatch]]:
         """What a probe measures, over all processes, and this one's batches."""
         own, stage = self.place, self.place.stage
-        limits = (evaluation.schedule.rows(stage), probe.limit if stage == "fit" else None)
+        limits = (evaluation.schedule.rows(stage), probe.limit if stage == "fit" else probe.test_limit)
         limit = min((rows for rows in limits if rows is not None), default=None)
         shares = [
-            list(self.data.loader(probe.subject, limit, rank, own.world_size))
+            list(self.data.loader(probe.subject, limit, rank, own.world_size, probe.block))
             for rank in range(own.world_size)
         ]
         keys = [key for share in shares for batch in share for key in batch.keys]
@@ -128,6 +124,10 @@ class Session:
             raise ValueError(
                 f"data.evaluation.{probe.subject}: several rows have the key {repeated!r}; rename them"
             )
+        further: list[object] = [] if probe.sampling is None else [probe.sampling]
+        further += [probe.block] if probe.block else []
+        if probe.transfer is not None:
+            further += [probe.transfer, self._donors(probe)[0].measurement.settings, self._refusals()]
         measurement = Measurement(
             evaluation=evaluation.name,
             stage=stage,
@@ -142,6 +142,7 @@ class Session:
                 own.precision,
                 evaluation.seed if probe.attack is not None else None,
                 [contents(batch) for share in shares for batch in share],
+                *further,
             ),
             subject=probe.subject,
             attack=probe.name,
@@ -150,6 +151,8 @@ class Session:
             refusal=label(probe.refusal) if probe.refusal is not None else "",
             judges=[label(judge) for judge in probe.judges],
             n=len(keys),
+            samples=probe.sampling.k if probe.sampling is not None else 0,
+            block=probe.block,
         )
         return measurement, shares[own.rank]
 
@@ -159,15 +162,71 @@ class Session:
         A batch is attacked whole or not at all: with other batch-mates, rounding could send a discrete search
         another way.
         """
-        stored = [self.store.get(_identity(job.measurement, key)) for key in job.batch.keys]
+        stored = [self.store.get(identity) for identity in job.identities]
         rows = [row for row in stored if row is not None]
-        if len(rows) < len(job.batch):
-            new = measure(self.place.model, job)
+        if len(rows) < len(stored):
+            try:
+                new = self._measured(job)
+            except NothingCarried:
+                # Known only now that the attack has run: there is nothing to measure.
+                self.store.announce([replace(job.measurement, n=0)])
+                return []
             rows = [old or row for old, row in zip(stored, new, strict=True)]
         rows = judged(rows, job.probe.asked)
         self.store.add(rows)
         self.rows += rows
         return rows
+
+    def _measured(self, job: Job) -> list[Row]:
+        model, probe = self.place.model, job.probe
+        if probe.transfer is not None:
+            return measure(model, job, lambda: attack(model, job, self._found(probe)))
+        wanted = any(
+            isinstance(other.probe.transfer, FreeSuffix) and other.probe.attack is probe.attack
+            for other in self.jobs
+        )
+        if wanted and self._donors(probe)[0] is job:
+            return measure(model, job, lambda: self._attacked(job)[1])
+        return measure(model, job)
+
+    def _donors(self, probe: Probe) -> list[Job]:
+        """This process's jobs of an attack on harmful requests, whose findings benign prompts get.
+
+        Raises: ValueError where a process has none.
+        """
+        own = [job for job in self.jobs if job.probe.attack is probe.attack and job.probe.transfer is None]
+        if not own or own[0].measurement.n < self.place.world_size:
+            raise ValueError(
+                f"{probe.name}: expected a harmful request for each of {self.place.world_size} processes, "
+                "since what it finds there is done to benign prompts; raise the limits of its rows, or set "
+                "benign: null"
+            )
+        return own
+
+    def _found(self, probe: Probe) -> Found:
+        """What an attack has found on this process's harmful requests."""
+        donors = self._donors(probe)
+        rows = [self.store.get(identity) for job in donors for identity in job.identities]
+        sent = [(r.prompt, r.attacked) for r in rows if r is not None and not r.repetition and r.attacked]
+        targets = [row.expected for row in rows if row is not None]
+        return Found(
+            sent, lambda: self._attacked(donors[0]), targets, self._refusals(), self.data.encoding.attackable
+        )
+
+    def _attacked(self, job: Job) -> tuple[AdversarialBatch, AttackedPrompt]:
+        """An attack's result on its first batch: the same seed gives the same bits, so that a resumed
+        session gets what the killed one had."""
+        settings, batch = job.measurement.settings, job.batch.to(self.place.model.device).adversarial
+        if settings not in self._results:
+            found = attack(self.place.model, job)
+            assert found is not None, "only attacks are done to other prompts"
+            self._results[settings] = found
+        assert batch is not None, "an attack needs rows with a harmful target"
+        return batch, self._results[settings]
+
+    def _refusals(self) -> list[str]:
+        harmful = self.data.examples["harmful"]
+        return [e.row.safe_reply for e in harmful if isinstance(e, EncodedHarmful)]
 
     def finish(self) -> Snapshot:
         """The model's measures at this step, over all processes and all that was measured so far."""
@@ -176,90 +235,6 @@ class Session:
         own = self.place
         assert own.stage != "attack", "one attack is no measurement"
         return snapshot(select(self.store.measurements, self.store, own.stage, own.step), own.stage, own.step)
-
-
-def measure(model: LanguageModel, job: Job) -> list[Row]:
-    """Attack a batch where the job has an attack, and reply: rows without verdicts."""
-    own, batch = job.measurement, job.batch.to(model.device)
-    began = time.perf_counter()
-    attacked = _attacked(model, job.probe.attack, batch, job.seed)
-    seconds = (time.perf_counter() - began) / len(batch) if attacked is not None else 0.0
-    sent = attacked if attacked is not None else Encoded(batch.prompt_ids, batch.prompt_mask)
-    replies = model.reply(sent, Decoding(max_new_tokens=job.max_new_tokens))
-    return [
-        replace(
-            _evidence(model, batch, attacked, i),
-            settings=own.settings,
-            model=own.model,
-            stage=own.stage,
-            step=own.step,
-            subject=own.subject,
-            attack=own.attack,
-            example=key,
-            prompt=batch.prompts[i],
-            system=batch.systems[i] if batch.systems else None,
-            expected=batch.expected[i],
-            category=batch.categories[i],
-            functional=batch.functional[i],
-            reply=replies[i],
-            seconds=seconds,
-        )
-        for i, key in enumerate(batch.keys)
-    ]
-
-
-def judged(rows: Sequence[Row], judges: Sequence[Judge]) -> list[Row]:
-    """The rows with the verdicts that they lacked; every judge sees them at once."""
-    found = list(rows)
-    for judge in judges:
-        name = label(judge)
-        lacking = [i for i, row in enumerate(found) if name not in row.verdicts]
-        chosen = [found[i] for i in lacking]
-        prompts = [_read_by(judge, row) for row in chosen]
-        verdicts = judge_all(judge, prompts, [r.reply for r in chosen], [r.expected for r in chosen])
-        for i, given in zip(lacking, verdicts, strict=True):
-            entry = {"verdict": given.verdict, "score": given.score}
-            found[i] = replace(found[i], verdicts={**found[i].verdicts, name: entry})
-    return found
-
-
-def _read_by(judge: Judge, row: Row) -> str:
-    """The prompt that the judge asks for; embeddings cannot be read, so the request stands for them."""
-    return row.attacked if sees(judge) == "attacked" and row.attacked is not None else row.prompt
-
-
-def _attacked(
-    model: LanguageModel, attack: Attack | None, batch: EvaluationBatch, seed: int
-) -> AttackedPrompt | None:
-    if attack is None:
-        return None
-    assert batch.adversarial is not None, "an attack needs rows with a harmful target"
-    return attack(model, batch.adversarial, torch.Generator().manual_seed(seed))
-
-
-def _evidence(model: LanguageModel, batch: EvaluationBatch, attacked: AttackedPrompt | None, i: int) -> Row:
-    """What the attack found for its i-th example and what it cost; the rest of the row is empty."""
-    histories = (attacked.histories if attacked is not None else ()) or batch.histories
-    history = [list(turn) for turn in histories[i]] if histories else []
-    empty = Row("", "", "fit", 0, "harmful", "", "", 0, "", None, "", "", "", None, history, "", "")
-    if attacked is None:
-        return empty
-    curve = attacked.loss_curve[:, i].tolist()
-    return replace(
-        empty,
-        attacked=attacked.texts[i] if attacked.texts else None,
-        prefill=model.chat.decode(list(attacked.forced[i])) if attacked.forced else "",
-        loss_curve=[None if math.isnan(loss) else loss for loss in curve],
-        steps=sum(not math.isnan(loss) for loss in curve),
-        forward_passes=int(attacked.forward_passes[i]),
-        backward_passes=int(attacked.backward_passes[i]),
-        queries=0 if attacked.queries is None else int(attacked.queries[i]),
-        flags={sign: bool(raised[i]) for sign, raised in example_flags(attacked).items()},
-    )
-
-
-def _identity(own: Measurement, key: str) -> Identity:
-    return own.settings, own.model, own.stage, own.step, own.subject, own.attack, key, 0
 
 
 def _gathered(rows: list[Row]) -> list[list[Row]]:

@@ -22,6 +22,11 @@ Quantity = Literal[
     "success_rate",
     "not_refused_rate",
     "judged_rate",
+    "served_rate",
+    "forced_refusal_rate",
+    "success_at_1",
+    "success_at_k",
+    "not_refused_at_k",
     "loss_start",
     "loss_best",
     "passes_per_example",
@@ -35,6 +40,11 @@ TITLES: dict[str, str] = {
     "success_rate": "attack success",
     "not_refused_rate": "not refused",
     "judged_rate": "judged so",
+    "served_rate": "served",
+    "forced_refusal_rate": "refusals that a search for them finds",
+    "success_at_1": "success of the first sampled reply",
+    "success_at_k": "success of at least one sampled reply",
+    "not_refused_at_k": "at least one sampled reply not refused",
     "loss_start": "attacked loss at the start",
     "loss_best": "attacked loss at its best",
     "passes_per_example": "passes per example",
@@ -47,6 +57,10 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
     "exact_match": "higher",
     "success_rate": "lower",
     "not_refused_rate": "lower",
+    "forced_refusal_rate": "lower",
+    "success_at_1": "lower",
+    "success_at_k": "lower",
+    "not_refused_at_k": "lower",
 }
 """The direction that one wishes for; quantities that only describe have none."""
 TRENDS = {"target_prefix": "target prefix (a trend, not success)"}
@@ -65,11 +79,14 @@ class Metric:
     """Name of the attack in its suite, WORST_CASE or WORST_CASE_TEXT; '' without an attack."""
     judge: str = ""
     """`name@revision` where several judges measure the same quantity (`judged_rate`); '' otherwise."""
+    block: str = ""
+    """Name of the set of prompts where the subject has several; '' for its main one."""
 
     @property
     def key(self) -> str:
         """What loggers and monitors call it (they add the stage in front: `eval/...`)."""
-        return "/".join(part for part in (self.subject, self.attack, self.quantity, self.judge) if part)
+        parts = (self.subject, self.block, self.attack, self.quantity, self.judge)
+        return "/".join(part for part in parts if part)
 
     @property
     def title(self) -> str:
@@ -83,7 +100,10 @@ class Metric:
             (TRENDS[name] for name in TRENDS if self.quantity == "success_rate" and name in names), ""
         )
         what = (trend or TITLES[self.quantity]) + (f" by {self.judge}" if self.judge else "")
-        return f"{self.attack.replace('_', ' ')}: {what}" if self.attack else what
+        if self.block and self.quantity == "served_rate":
+            what = f"{what}, {self.subject}"
+        places = [name.replace("_", " ") for name in (self.block, self.attack) if name]
+        return ": ".join([*places, what])
 
     @property
     def better(self) -> Literal["higher", "lower"] | None:

@@ -140,6 +140,7 @@ def _exported(own: Snapshot | None) -> dict[str, Any] | None:
         "measures": {metric.key: _measure(measure) for metric, measure in own.measures.items()},
         "attacks": {name: asdict(facts) for name, facts in own.attacks.items()},
         "cross_flags": dict(own.cross_flags),
+        "benign": {name: asdict(facts) for name, facts in own.benign.items()},
     }
 
 
@@ -147,6 +148,7 @@ def _measure(measure: Measure) -> dict[str, Any]:
     return {
         **asdict(measure.estimate),
         "judge": measure.judge,
+        "samples": measure.samples,
         "groups": {
             kind: {name: asdict(estimate) for name, estimate in groups.items()}
             for kind, groups in measure.groups.items()

@@ -12,6 +12,7 @@ from callbacks.metrics.estimates import Estimate, mean, rate
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric, Quantity
 from callbacks.metrics.outcomes import BUDGETS, BudgetCurve, cross_flags, spent, success_by_budget, worst_case
 from callbacks.report.results import AttackFacts, Measure, SampleRow, Snapshot, Stage
+from callbacks.report.under_attack import under_attack
 from datamodules.results import Measurement, Row
 
 Outcome = dict[str, bool]
@@ -24,10 +25,13 @@ class Measured:
 
     measurement: Measurement
     rows: Mapping[str, Sequence[Row]]
+    sampled: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    """Sampled replies of the examples that have all of them, in the order in which they were drawn."""
 
     @property
     def complete(self) -> bool:
-        return len(self.rows) == self.measurement.n
+        counts = {len(self.rows), *([len(self.sampled)] if self.measurement.samples else [])}
+        return counts == {self.measurement.n}
 
     @property
     def typed(self) -> bool:
@@ -91,6 +95,8 @@ class Events:
     groups: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     settings: str = ""
     """How it was measured; of a worst case, how each of its attacks was."""
+    samples: int = 0
+    """Sampled replies per example that were asked; 0 for greedy ones."""
 
 
 def select(measurements: Sequence[Measurement], rows: Iterable[Row], stage: str, step: int) -> list[Measured]:
@@ -108,28 +114,56 @@ def select(measurements: Sequence[Measurement], rows: Iterable[Row], stage: str,
             key: [row for row in repeated if all(judge in row.verdicts for judge in asked)]
             for key, repeated in everything.items()
         }
-        found.append(Measured(item, {key: repeated for key, repeated in judged.items() if repeated}))
+        found.append(_parted(item, judged))
     return found
+
+
+def _parted(item: Measurement, judged: Mapping[str, Sequence[Row]]) -> Measured:
+    """Without sampled replies every repetition counts; with them, the greedy one stands apart."""
+    if not item.samples:
+        return Measured(item, {key: rows for key, rows in judged.items() if rows})
+    greedy = {key: [row for row in rows if row.repetition == 0] for key, rows in judged.items()}
+    drawn = {
+        key: sorted((row for row in rows if row.repetition), key=lambda row: row.repetition)
+        for key, rows in judged.items()
+    }
+    return Measured(
+        item,
+        {key: rows for key, rows in greedy.items() if rows},
+        {key: rows for key, rows in drawn.items() if len(rows) == item.samples},
+    )
 
 
 def events(measured: Sequence[Measured]) -> list[Events]:
     """All events in the order in which they are reported: plain replies, attacks, worst cases, judges."""
-    plain = [item for item in measured if not item.measurement.attack]
-    attacks = [item for item in measured if item.measurement.attack]
+    plain = [item for item in measured if not item.measurement.attack and not item.measurement.block]
+    blocks = [item for item in measured if item.measurement.block]
+    attacks = attacks_of(measured)
+    benign = [item for item in measured if item.measurement.attack and item not in attacks]
     return [
         *(_deciding(item, every=True) for item in plain),
         *(_deciding(item) for item in attacks),
         *_worst_cases(attacks),
         *(_not_refused(item) for item in attacks if item.measurement.refusal),
-        *(_further(item, judge) for item in measured for judge in item.measurement.judges),
+        *(event for item in attacks if item.measurement.samples for event in _sampled(item)),
+        *(_deciding(item, every=True) for item in benign if item.rows),
+        *(event for item in blocks for event in (_deciding(item, every=True), *_served(item))),
+        *(_further(item, j) for item in [*plain, *attacks, *benign] for j in item.measurement.judges),
     ]
+
+
+def attacks_of(measured: Sequence[Measured]) -> list[Measured]:
+    """The attacks on harmful requests; what they do to benign prompts is no success of theirs."""
+    return [m for m in measured if m.measurement.attack and m.measurement.subject == "harmful"]
 
 
 def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
     """The model at one step; `measured` must hold something."""
-    attacks = {item.measurement.attack: item for item in measured if item.measurement.attack}
+    attacks = {item.measurement.attack: item for item in attacks_of(measured)}
     measures = {
-        e.metric: Measure(e.metric, rate([*e.outcome.values()]), e.judge, e.groups, e.settings)
+        e.metric: Measure(
+            e.metric, rate([*e.outcome.values()]), e.judge, e.groups, e.settings, samples=e.samples
+        )
         for e in events(measured)
     }
     for item in attacks.values():
@@ -146,6 +180,7 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
         attacks={name: item.facts() for name, item in attacks.items()},
         cross_flags=cross_flags(success, with_gradients),
         samples=[_sample(row) for item in measured for own in item.rows.values() for row in own],
+        benign=under_attack(measured),
         complete=all(item.complete for item in measured),
     )
 
@@ -153,7 +188,7 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
 def _deciding(item: Measured, every: bool = False) -> Events:
     own = item.measurement
     # The one place where a stored name becomes a metric's.
-    metric = Metric(cast(Quantity, own.quantity), own.subject, own.attack)
+    metric = Metric(cast(Quantity, own.quantity), own.subject, own.attack, block=own.block)
     outcome = item.outcome(own.judge, every)
     return Events(metric, own.judge, outcome, item.groups(outcome), own.settings)
 
@@ -169,6 +204,36 @@ def _further(item: Measured, judge: str) -> Events:
     own = item.measurement
     metric = Metric("judged_rate", own.subject, own.attack, judge)
     return Events(metric, judge, item.outcome(judge), settings=own.settings)
+
+
+def _sampled(item: Measured) -> list[Events]:
+    """The first of the sampled replies succeeded; at least one of them did; at least one was not refused."""
+    own = item.measurement
+    drawn = Measured(own, item.sampled)
+    first = Measured(own, {key: rows[:1] for key, rows in item.sampled.items()})
+    found = [
+        Events(Metric("success_at_1", own.subject, own.attack), own.judge, first.outcome(own.judge)),
+        Events(Metric("success_at_k", own.subject, own.attack), own.judge, drawn.outcome(own.judge)),
+    ]
+    if own.refusal:
+        outcome = drawn.outcome(own.refusal, negated=True)
+        found.append(Events(Metric("not_refused_at_k", own.subject, own.attack), own.refusal, outcome))
+    for event in found:
+        event.settings = own.settings
+        event.samples = 1 if event.metric.quantity == "success_at_1" else own.samples
+    return found
+
+
+def _served(item: Measured) -> list[Events]:
+    """The reply that was asked for, among the prompts of a named set that have one."""
+    own, found = item.measurement, []
+    asked = Measured(own, {key: rows for key, rows in item.rows.items() if rows[0].expected})
+    for judge in own.judges:
+        outcome = asked.outcome(judge, every=True)
+        if outcome:
+            metric = Metric("served_rate", own.subject, block=own.block)
+            found.append(Events(metric, judge, outcome, settings=own.settings))
+    return found
 
 
 def _worst_cases(attacks: Sequence[Measured]) -> list[Events]:

@@ -9,10 +9,13 @@ from typing import Any
 
 from callbacks.judges.card import line
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
-from callbacks.report.results import Estimate, Measure, PairedDifference, RunResults, Snapshot
+from callbacks.report.results import Estimate, Measure, PairedDifference, RunResults, Snapshot, UnderAttack
 
 MISSING = "-"
 INTERVALS = "Intervals are 95 %: Wilson's for shares, normal ones for means."
+UNDER_ATTACK = ("benign refused under it", "utility under it")
+"""Columns beside an attack's success: the same done to harmless prompts and to benign tasks, after
+training."""
 DIFFERENCES = (
     "Differences are after - before on the same examples, in percentage points, with a 95 % interval and the "
     "exact McNemar p; + and - behind them count the examples that gained and lost the event."
@@ -45,24 +48,34 @@ def rates(results: RunResults) -> Table:
     if results.after is None:
         return Table("Results", (), ())
     found = _measures(results.after, "rate")
+    beside = UNDER_ATTACK if results.after.benign else ()
     if results.stage != "fit":
         rows = [
-            [_title(m), estimate(m.estimate), _count(m.estimate.n), Cell(m.judge or MISSING)] for m in found
+            [
+                Cell(m.title),
+                estimate(m.estimate),
+                *_beside(results.after, m.metric),
+                _count(m.estimate.n),
+                Cell(m.judge or MISSING),
+            ]
+            for m in found
         ]
-        return Table("Results", ("metric", "rate", "n", "judge"), rows)
+        return Table("Results", ("metric", "rate", *beside, "n", "judge"), rows)
     changes = {difference.metric: difference for difference in results.differences}
     rows = [
         [
-            _title(m),
+            Cell(m.title),
             _earlier(results.before, m.metric),
             estimate(m.estimate),
             change(changes.get(m.metric)),
+            *_beside(results.after, m.metric),
             _count(m.estimate.n),
             Cell(m.judge or MISSING),
         ]
         for m in found
     ]
-    return Table("Before and after", ("metric", "before", "after", "difference", "n", "judge"), rows)
+    columns = ("metric", "before", "after", "difference", *beside, "n", "judge")
+    return Table("Before and after", columns, rows)
 
 
 def means(results: RunResults) -> Table:
@@ -126,6 +139,7 @@ def warnings(results: RunResults) -> list[str]:
         raised = [f"{_words(flag)} in {count}" for flag, count in attack.flags.items() if count]
         if raised:
             found.append(f"{_words(attack.name)}: {', '.join(raised)} of the examples.")
+    found += [carried for name, own in after.benign.items() if (carried := _carried(name, own))]
     crossed = [f"{_words(flag)} in {count}" for flag, count in after.cross_flags.items() if count]
     if crossed:
         found.append(f"Between the attacks: {', '.join(crossed)} of the examples.")
@@ -187,8 +201,30 @@ def change(value: PairedDifference | None) -> Cell:
     )
 
 
-def _title(measure: Measure) -> Cell:
-    return Cell(measure.metric.titled(measure.judge))
+def _beside(snapshot: Snapshot, metric: Metric) -> list[Cell]:
+    """What an attack makes of benign prompts, in the row of its success; blank in others."""
+    if not snapshot.benign:
+        return []
+    own = snapshot.benign.get(metric.attack) if metric.quantity == "success_rate" else None
+    shares = (own.refused, own.utility) if own is not None else (None, None)
+    return [estimate(share) if share is not None else Cell(MISSING, math.nan) for share in shares]
+
+
+def _carried(name: str, own: UnderAttack) -> str:
+    """The sign that a model refuses whatever carries an attack, in words; '' where it is not raised."""
+    if not own.refuses_what_carries_it:
+        return ""
+    parts = []
+    if own.refused is not None:
+        parts.append(f"{100 * own.refused.value:.0f} % of {own.refused.n} harmless prompts are refused")
+    if own.fall is not None:
+        parts.append(
+            f"utility is {100 * own.fall.difference:+.0f} points against no attack (n = {own.fall.n})"
+        )
+    return (
+        f"{_words(name)}: refuses what carries it: done to benign prompts, {' and '.join(parts)}; "
+        "its success on harmful requests says little about harm."
+    )
 
 
 def _measures(snapshot: Snapshot, kind: str) -> Iterator[Measure]:

@@ -39,7 +39,11 @@ class RedTeamReplay:
 
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
         """Raises: ValueError where the run holds no results, no such attack, or no verdict of the judge."""
-        attacked = [row for row in read_rows(self.run) if row.attack and row.stage != "attack"]
+        attacked = [
+            row
+            for row in read_rows(self.run)
+            if row.attack and row.stage != "attack" and row.subject == "harmful"
+        ]
         if not attacked:
             raise ValueError(
                 f"RedTeamReplay.run: no attacked rows in {self.run}/{ROWS}; attack the training requests "

@@ -16,8 +16,8 @@ from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 from tqdm.auto import tqdm
 
+from callbacks.evaluations.asking import Job, judged, measure
 from callbacks.evaluations.probe import Probe
-from callbacks.evaluations.session import Job, judged, measure
 from callbacks.judges.base import label
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal

@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -140,8 +140,12 @@ class Data:
     """One held-out request."""
 
     examples = {"harmful": [None]}
+    blocks: ClassVar[dict[str, Any]] = {}
 
-    def loader(self, subject: str, limit: int | None, rank: int, world_size: int) -> list[Any]:
+    def rows_of(self, subject: str, block: str) -> list[Any]:
+        return [None]
+
+    def loader(self, subject: str, limit: int | None, rank: int, world_size: int, block: str) -> list[Any]:
         encoder = Encoder(tinychat_format(), EncodingConfig(max_length=128))
         return [evaluation_batch(encoder.harmful(TinyChatHarmful("heldout", limit=1).rows()), "user")]
 

@@ -39,8 +39,12 @@ class Data:
         rows = encoder.harmful(TinyChatHarmful("heldout", limit=6).rows())
         self.rows = [*rows, rows[0]] if repeat else rows
         self.examples = {"harmful": self.rows}
+        self.blocks: dict[str, Any] = {}
 
-    def loader(self, subject: str, limit: int | None, rank: int, world_size: int) -> list[Any]:
+    def rows_of(self, subject: str, block: str) -> list[Any]:
+        return self.rows
+
+    def loader(self, subject: str, limit: int | None, rank: int, world_size: int, block: str) -> list[Any]:
         own = self.rows[:limit][rank::world_size]
         return [evaluation_batch(own[i : i + 2], "user") for i in range(0, len(own), 2)]
 
@@ -330,7 +334,7 @@ def test_b_a_damaged_cost_file_is_named(content: str, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_rows_says_what_to_set(tmp_path: Path) -> None:
-    data = SimpleNamespace(examples={"harmful": []})
+    data = SimpleNamespace(examples={"harmful": []}, blocks={}, rows_of=lambda subject, block: [])
     with pytest.raises(ValueError, match="Suite: found no row to evaluate; set data.evaluation.harmful"):
         session(tmp_path, data)  # type: ignore[arg-type]
 

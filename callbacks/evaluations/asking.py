@@ -1,0 +1,171 @@
+"""One batch of a measurement: attack, reply, rows; and the judges' verdicts on rows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from callbacks.evaluations.probe import Probe
+from callbacks.evaluations.sampling import sample_seed
+from callbacks.health import example_flags
+from callbacks.judges.base import Judge, judge_all, label, sees
+from datamodules.batch import EvaluationBatch
+from datamodules.results import Identity, Measurement, Row
+from lightning_modules.attacks.base import AttackedPrompt
+from lightning_modules.attacks.transfer import Found
+from lightning_modules.models.language_model import Encoded, LanguageModel
+from lightning_modules.models.requests import Decoding
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch of one measurement."""
+
+    measurement: Measurement
+    probe: Probe
+    batch: EvaluationBatch
+    max_new_tokens: int
+    seed: int
+
+    @property
+    def title(self) -> str:
+        probe = self.probe
+        what = f"{probe.name}, {probe.subject}" if probe.transfer is not None else probe.name or probe.subject
+        return ": ".join(part for part in (self.measurement.evaluation, probe.block, what) if part)
+
+    @property
+    def identities(self) -> list[Identity]:
+        """Of all its rows, by example and then by repetition."""
+        own = self.measurement
+        return [
+            (own.settings, own.model, own.stage, own.step, own.subject, own.attack, key, repetition)
+            for key in self.batch.keys
+            for repetition in range(1 + own.samples)
+        ]
+
+
+def attack(model: LanguageModel, job: Job, found: Found | None = None) -> AttackedPrompt | None:
+    """What the job's attack makes of its batch; None without an attack.
+
+    Args:
+        found: what the attack has found on harmful requests, for jobs that do it to benign prompts.
+
+    Raises: NothingCarried where what it found cannot be done to other prompts.
+    """
+    own, batch = job.probe.attack, job.batch.to(model.device)
+    rng = torch.Generator().manual_seed(job.seed)
+    if job.probe.transfer is not None:
+        assert found is not None, "an attack on benign prompts needs what it found on harmful ones"
+        return job.probe.transfer(model, batch, found, rng)
+    if own is None:
+        return None
+    assert batch.adversarial is not None, "an attack needs rows with a harmful target"
+    return own(model, batch.adversarial, rng)
+
+
+def measure(
+    model: LanguageModel, job: Job, make: Callable[[], AttackedPrompt | None] | None = None
+) -> list[Row]:
+    """Attack the job's batch and reply to it: rows without verdicts.
+
+    Args:
+        make: makes the attacked prompts; null attacks the batch.
+    """
+    began = time.perf_counter()
+    attacked = attack(model, job) if make is None else make()
+    seconds = (time.perf_counter() - began) / len(job.batch) if attacked is not None else 0.0
+    return replied(model, job, attacked, seconds)
+
+
+def replied(
+    model: LanguageModel, job: Job, attacked: AttackedPrompt | None, seconds: float = 0.0
+) -> list[Row]:
+    """The greedy reply to every prompt, and after it the sampled ones; what the attack cost stands with the
+    first."""
+    batch, sampling = job.batch.to(model.device), job.probe.sampling
+    sent = attacked if attacked is not None else Encoded(batch.prompt_ids, batch.prompt_mask)
+    replies = [model.reply(sent, Decoding(job.max_new_tokens))]
+    for repetition in range(1, 1 + job.measurement.samples):
+        assert sampling is not None, "sampled replies need a way of sampling"
+        seed = sample_seed(job.seed, batch.keys[0], repetition)
+        replies.append(model.reply(sent, sampling.decoding(job.max_new_tokens), seed))
+    rows = []
+    for i in range(len(batch)):
+        first = replace(_row(model, job, batch, attacked, i), reply=replies[0][i], seconds=seconds)
+        free = replace(
+            first,
+            loss_curve=[],
+            steps=0,
+            forward_passes=0,
+            backward_passes=0,
+            queries=0,
+            seconds=0.0,
+            flags={},
+        )
+        rows += [first, *(replace(free, repetition=n, reply=replies[n][i]) for n in range(1, len(replies)))]
+    return rows
+
+
+def judged(rows: Sequence[Row], judges: Sequence[Judge]) -> list[Row]:
+    """The rows with the verdicts that they lacked; every judge sees them at once."""
+    found = list(rows)
+    for judge in judges:
+        name = label(judge)
+        lacking = [i for i, row in enumerate(found) if name not in row.verdicts]
+        chosen = [found[i] for i in lacking]
+        prompts = [_read_by(judge, row) for row in chosen]
+        verdicts = judge_all(judge, prompts, [r.reply for r in chosen], [r.expected for r in chosen])
+        for i, given in zip(lacking, verdicts, strict=True):
+            entry = {"verdict": given.verdict, "score": given.score}
+            found[i] = replace(found[i], verdicts={**found[i].verdicts, name: entry})
+    return found
+
+
+def _read_by(judge: Judge, row: Row) -> str:
+    """The prompt that the judge asks for; embeddings cannot be read, so the request stands for them."""
+    return row.attacked if sees(judge) == "attacked" and row.attacked is not None else row.prompt
+
+
+def _row(
+    model: LanguageModel, job: Job, batch: EvaluationBatch, attacked: AttackedPrompt | None, i: int
+) -> Row:
+    """The i-th example's row but for its reply: what was asked, what the attack found and what it cost."""
+    own = job.measurement
+    histories = (attacked.histories if attacked is not None else ()) or batch.histories
+    plain = Row(
+        settings=own.settings,
+        model=own.model,
+        stage=own.stage,
+        step=own.step,
+        subject=own.subject,
+        attack=own.attack,
+        example=batch.keys[i],
+        repetition=0,
+        prompt=batch.prompts[i],
+        system=batch.systems[i] if batch.systems else None,
+        expected=batch.expected[i],
+        category=batch.categories[i],
+        functional=batch.functional[i],
+        attacked=None,
+        history=[list(turn) for turn in histories[i]] if histories else [],
+        prefill="",
+        reply="",
+    )
+    if attacked is None:
+        return plain
+    curve = attacked.loss_curve[:, i].tolist()
+    return replace(
+        plain,
+        attacked=attacked.texts[i] if attacked.texts else None,
+        prefill=model.chat.decode(list(attacked.forced[i])) if attacked.forced else "",
+        loss_curve=[None if math.isnan(loss) else loss for loss in curve],
+        steps=sum(not math.isnan(loss) for loss in curve),
+        forward_passes=int(attacked.forward_passes[i]),
+        backward_passes=int(attacked.backward_passes[i]),
+        queries=0 if attacked.queries is None else int(attacked.queries[i]),
+        flags={sign: bool(raised[i]) for sign, raised in example_flags(attacked).items()},
+    )

@@ -1,0 +1,54 @@
+"""Benign prompts under attack, beside every attack on harmful requests: does the model refuse harm, or
+whatever carries an attack?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from callbacks.evaluations.probe import Probe
+from callbacks.judges.base import Judge
+from callbacks.judges.exact import ExactMatch
+from datamodules.fields import Count, checked
+from lightning_modules.attacks.base import Attack
+from lightning_modules.attacks.transfer import TowardsRefusal, has_ball, transfer_of
+
+TOWARDS_REFUSAL = "_towards_refusal"
+"""Ends the name of a search for refusals of benign prompts."""
+
+
+@checked
+@dataclass(frozen=True)
+class BenignUnderAttack:
+    """What an attack does to harmful requests is done to benign prompts (attacks/transfer.py says how).
+
+    The evaluation's harmless prompts count as refused or not, and its benign tasks as right or not. An attack
+    that cannot be done to another request has no such numbers.
+    """
+
+    limit: Count | None = 100
+    """Rows of each benign subject per attack, inside `fit` and elsewhere; null takes the evaluation's."""
+    towards_refusal: bool = True
+    """For attacks within a ball, also search for perturbations that make the model refuse."""
+
+    def probes(self, attacks: Mapping[str, Attack], refusal: Judge) -> Iterator[Probe]:
+        """The benign side of every attack of a suite."""
+        for name, attack in attacks.items():
+            transfer = transfer_of(attack)
+            if transfer is None:
+                continue
+            done = Probe(
+                "harmless",
+                "over_refusal_rate",
+                refusal,
+                name,
+                attack,
+                limit=self.limit,
+                test_limit=self.limit,
+                transfer=transfer,
+            )
+            yield done
+            yield replace(done, subject="utility", quantity="exact_match", judge=ExactMatch())
+            if self.towards_refusal and has_ball(attack):
+                title, search = f"{name}{TOWARDS_REFUSAL}", TowardsRefusal(attack)
+                yield replace(done, quantity="forced_refusal_rate", name=title, transfer=search)

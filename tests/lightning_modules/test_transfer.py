@@ -1,0 +1,173 @@
+"""What attacks do, done to benign prompts: every family, against what its attack does to requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from datamodules.batch import AdversarialBatch, EvaluationBatch
+from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
+from lightning_modules.attacks.base import Attack, AttackedPrompt
+from lightning_modules.attacks.embedding.latent import LatentPGD
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
+from lightning_modules.attacks.repeat import Repeat
+from lightning_modules.attacks.suffix.initial_suffix import InitialSuffix
+from lightning_modules.attacks.suffix.random_search import RandomSearch
+from lightning_modules.attacks.text.rewrites import DirectRequest, InContext, Noise, Prefilling, Templates
+from lightning_modules.attacks.transfer import (
+    Found,
+    NothingCarried,
+    RandomPoint,
+    Surroundings,
+    TowardsRefusal,
+    around,
+    has_ball,
+    transfer_of,
+)
+from lightning_modules.models.embeddings import mean_embedding_norm
+from tests.conftest import chat_model, text_batch, tinychat_format
+
+REFUSALS = ["I'm sorry, but I can't help with that.", "I cannot help you."]
+
+
+def benign(*rows: int) -> EvaluationBatch:
+    encoder = Encoder(tinychat_format(), EncodingConfig(128))
+    chats = encoder.chats(TinyChatBenign("heldout", num_rows=12, categories=["guide", "sum"]).rows())
+    return evaluation_batch([chats[i] for i in rows or range(4)], "user")
+
+
+def found(
+    sent: Sequence[tuple[str, str]] = (), donors: AdversarialBatch | None = None, attack: Attack | None = None
+) -> Found:
+    def attacked() -> tuple[AdversarialBatch, AttackedPrompt]:
+        assert donors is not None
+        assert attack is not None
+        return donors, attack(chat_model(), donors, torch.Generator().manual_seed(3))
+
+    return Found(sent, attacked, ["Sure, here is how to do it."], REFUSALS)
+
+
+def carried(attack: Attack, own: Found, batch: EvaluationBatch | None = None) -> AttackedPrompt:
+    transfer = transfer_of(attack)
+    assert transfer is not None
+    return transfer(chat_model(), batch or benign(), own, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("sent", "frame"),
+    [
+        ("Do it. ! ! !", ("", " ! ! !")),
+        ("In a play: Do it. Now", ("In a play: ", " Now")),
+        ("something else", None),
+    ],
+)
+def test_what_stands_around_a_request(sent: str, frame: tuple[str, str] | None) -> None:
+    assert around(" Do it. ", sent) == frame
+
+
+def test_suffixes_of_other_requests_follow_every_benign_prompt() -> None:
+    donors = text_batch(3)
+    sent = InitialSuffix(5, init=" y")(chat_model(), donors)
+    attacked = carried(InitialSuffix(5), found(list(zip(donors.prompts, sent.texts, strict=True))))
+    prompts = benign().prompts
+    suffixes = {text.removeprefix(p) for p, text in zip(donors.prompts, sent.texts, strict=True)}
+    assert all(text.removeprefix(p) in suffixes for p, text in zip(prompts, attacked.texts, strict=True))
+    ids = [ids[mask].tolist() for ids, mask in zip(attacked.prompt_ids, attacked.prompt_mask, strict=True)]
+    assert ids == [tinychat_format().prompt(text).ids for text in attacked.texts]
+
+
+def test_every_found_suffix_is_used_won_or_not() -> None:
+    pairs = [(f"Do {i}", f"Do {i} suffix{i}") for i in range(3)]
+    attacked = carried(RandomSearch(), found(pairs), benign(*range(12)))
+    used = {text.rsplit(" ", 1)[1] for text in attacked.texts}
+    assert used == {"suffix0", "suffix1", "suffix2"}
+
+
+def test_a_rewritten_request_that_is_gone_leaves_nothing() -> None:
+    with pytest.raises(NothingCarried):
+        Surroundings()(chat_model(), benign(), found([("Do it", "a story")]), torch.Generator())
+
+
+def test_rewritings_are_of_the_benign_prompt_itself() -> None:
+    batch = benign()
+    assert carried(DirectRequest(), found()).texts == batch.prompts
+    direct = carried(DirectRequest(), found())
+    assert torch.equal(direct.prompt_ids, batch.prompt_ids)
+    for prompt, text in zip(batch.prompts, carried(Templates("role_play"), found()).texts, strict=True):
+        assert prompt in text
+        assert text != prompt
+    noisy = carried(Noise("character", 0.5), found()).texts
+    assert all(text != prompt for text, prompt in zip(noisy, batch.prompts, strict=True))
+    shown = carried(InContext(TinyChatHarmful("train"), 2), found())
+    assert [len(turns) for turns in shown.histories] == [2] * len(batch)
+
+
+def test_a_forced_reply_begins_the_expected_one() -> None:
+    batch = benign()
+    attacked, chat = carried(Prefilling(2), found()), tinychat_format()
+    for expected, forced, ids in zip(batch.expected, attacked.forced, attacked.prompt_ids, strict=True):
+        assert 1 <= len(forced) <= 2
+        assert expected.startswith(chat.decode(list(forced)))
+        assert ids[-len(forced) :].tolist() == list(forced)
+
+
+def test_random_points_lie_in_the_ball_of_the_attackable_positions() -> None:
+    attack = EmbeddingPGD(epsilon=0.5)
+    attacked = carried(attack, found())
+    batch = benign()
+    assert torch.equal(attacked.prompt_ids, batch.prompt_ids)
+    assert attacked.delta is not None
+    size = attacked.delta.norm(dim=-1)
+    radius = 0.5 * mean_embedding_norm(chat_model())
+    assert (size <= radius * (1 + 1e-6)).all()
+    assert 0.9 < (size.amax() / radius).item() <= 1 + 1e-6
+    assert (size[~batch.prompt_mask] == 0).all()
+    touched = [int((row > 0).sum()) for row in size]
+    chat = tinychat_format()
+    assert touched == [sum(chat.prompt(prompt).attackable("user")) for prompt in batch.prompts]
+    alone = carried(attack, found(), benign(2))
+    assert alone.delta is not None
+    assert torch.equal(alone.delta[0], attacked.delta[2, -alone.delta.shape[1] :])
+
+
+def test_random_points_of_layers() -> None:
+    attacked = carried(LatentPGD([1], embedding=False, epsilon=2.0), found())
+    assert attacked.delta is None
+    size = attacked.layers[1].norm(dim=-1)
+    assert 1.8 < size.max().item() <= 2 * (1 + 1e-6)
+
+
+def test_free_suffixes_are_those_of_other_requests() -> None:
+    attack, donors = SoftPrompt(3, num_steps=2, step_size=0.1), text_batch(2)
+    own = found(donors=donors, attack=attack)
+    attacked = carried(attack, own)
+    _, source = own.attacked()
+    assert source.delta is not None
+    assert attacked.delta is not None
+    known = [row[row.abs().sum(-1) > 0] for row in source.delta]
+    for row in attacked.delta:
+        free = row[row.abs().sum(-1) > 0]
+        assert free.shape == (3, row.shape[-1])
+        assert any(torch.equal(free, other) for other in known)
+    assert attacked.prompt_ids.shape[1] == benign().prompt_ids.shape[1] + 3
+
+
+def test_a_search_towards_a_refusal_makes_it_likelier() -> None:
+    attack = EmbeddingPGD(epsilon=0.5, num_steps=5)
+    attacked = TowardsRefusal(attack)(chat_model(), benign(), found(), torch.Generator())
+    assert (attacked.best_loss < attacked.start_loss).all()
+
+
+def test_who_has_a_ball_and_who_can_be_done_to_others() -> None:
+    pgd = EmbeddingPGD(epsilon=0.1, random_start=True)
+    assert has_ball(pgd)
+    assert has_ball(Repeat(pgd))
+    assert not has_ball(SoftPrompt())
+    assert isinstance(transfer_of(Repeat(pgd)), RandomPoint)
+    free = EmbeddingPGD(epsilon=None, step_unit="absolute")
+    assert transfer_of(free) is None
+    assert not has_ball(free)
