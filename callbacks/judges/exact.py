@@ -3,7 +3,7 @@ benign task."""
 
 from __future__ import annotations
 
-import re
+from datamodules.text.opening import begins_with, opening
 
 
 class TargetPrefix:
@@ -14,8 +14,7 @@ class TargetPrefix:
     revision = "1"
 
     def __call__(self, prompt: str, completion: str, expected: str) -> bool:
-        sentence = re.split(r"(?<=[.!?:\n])", expected.strip(), maxsplit=1)[0]
-        return bool(sentence.strip()) and _plain(completion).startswith(_plain(sentence))
+        return begins_with(completion, opening(expected))
 
 
 class ExactMatch:
@@ -26,7 +25,3 @@ class ExactMatch:
 
     def __call__(self, prompt: str, completion: str, expected: str) -> bool:
         return completion.strip() == expected.strip()
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
