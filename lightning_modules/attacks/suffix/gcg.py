@@ -170,7 +170,7 @@ class GCG:
             for row, suffix, value in zip(active, base.tolist(), initial, strict=True):
                 pools[row].add(suffix, value)
             search.ledger.record(active, base.tolist(), search.mean(rows, losses))
-        top = self._promising(search.model, gradient, base, allowed)
+        top = promising(search.model, gradient, base, allowed, self.topk)
         swaps = dict(zip(active, zip(base.cpu(), top.cpu(), strict=True), strict=True))
         owners, candidates = search.typable(
             active,
@@ -229,18 +229,6 @@ class GCG:
             return partial(_mean)
         return partial(mellowmax, alpha=self.mellowmax_alpha)
 
-    def _promising(self, model: LanguageModel, gradient: Tensor, base: Tensor, allowed: Tensor) -> Tensor:
-        """(A, S, k) tokens whose one-hot coordinate has the most negative gradient, among allowed ones other
-        than the present."""
-        k = min(self.topk, int(allowed.sum()) - 1)
-        tops = []
-        table = embedding_table(model)
-        for slope, present in zip(gradient, base, strict=True):
-            scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
-            scores.scatter_(1, present[:, None], torch.inf)
-            tops.append(scores.topk(k, dim=1, largest=False).indices)
-        return torch.stack(tops)
-
 
 @dataclass(frozen=True)
 class _Tried:
@@ -281,6 +269,22 @@ class _Pool:
             self.entries = [(score, suffix)]
         else:
             self.entries = sorted([*self.entries, (score, suffix)], key=lambda entry: entry[0])[: self.size]
+
+
+def promising(model: LanguageModel, gradient: Tensor, base: Tensor, allowed: Tensor, topk: int) -> Tensor:
+    """(A, S, k) tokens whose one-hot coordinate has the most negative gradient, among allowed ones other than
+    the present.
+
+    Args: gradient (A, S, D) in the embeddings of the (A, S) base; allowed (V,) bool.
+    """
+    k = min(topk, int(allowed.sum()) - 1)
+    tops = []
+    table = embedding_table(model)
+    for slope, present in zip(gradient, base, strict=True):
+        scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
+        scores.scatter_(1, present[:, None], torch.inf)
+        tops.append(scores.topk(k, dim=1, largest=False).indices)
+    return torch.stack(tops)
 
 
 def draw_swaps(base: Tensor, top: Tensor, width: int, n_replace: int, rng: torch.Generator) -> Tensor:
