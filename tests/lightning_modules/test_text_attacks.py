@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import ClassVar
 
 import pytest
 import torch
