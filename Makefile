@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: quickstart test check bench tinychat clean
+.PHONY: quickstart test check bench tinychat organism clean
 
 # A model this small is 1.5 times faster on one thread (experiments/LOG.md). An earlier run is moved aside to
 # runs/quickstart.1, never deleted.
@@ -25,9 +25,14 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m experiments.benchmarks.training_step
 	$(BIN)/python -m experiments.benchmarks.gcg
 
-# Make the packaged tiny chat model again, from its corpus.
+# Make a packaged chat model again, from its corpus.
+organism: $(VENV)/.installed
+	$(BIN)/python -m experiments.studies.tinychat_base organism
+	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/organism_helpful.yaml --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/organism_aligned.yaml --overwrite
+
 tinychat: $(VENV)/.installed
-	$(BIN)/python -m experiments.studies.tinychat_base
+	$(BIN)/python -m experiments.studies.tinychat_base tinychat
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml --overwrite
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 

@@ -161,6 +161,11 @@ def _describe_one(hint: Any) -> str:
         return "null"
     if typing.get_origin(base) is Literal:
         return " | ".join(repr(value) for value in typing.get_args(base))
+    items = typing.get_args(base)
+    if typing.get_origin(base) is tuple and Ellipsis not in items:
+        return f"a list of {len(items)}: {', '.join(describe(item) for item in items)}"
+    if typing.get_origin(base) in (list, tuple):
+        return f"a list of ({describe(items[0])})"
     if base not in (int, float):
         names = {str: "text", bool: "true or false"}
         return names.get(base) or str(base).replace("typing.", "")

@@ -11,10 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal, TypeVar, get_type_hints
+
+import torch
 
 from datamodules.batch import EvaluationBatch
 from datamodules.fields import NonNegativeInt, problem
@@ -24,10 +28,12 @@ SCHEMA = 2
 ROWS = "rows"
 """Folder of the results within a run folder."""
 MEASUREMENTS = "measurements.jsonl"
+LONGEST_PATH = 4096
+"""Longer texts are no file's name."""
 
 Stage = Literal["fit", "validate", "test", "attack"]
 Identity = tuple[str, str, str, int, str, str, str, int]
-Slot = tuple[str, int, str, str]
+Slot = tuple[str, int, str, str, str]
 
 
 @dataclass
@@ -122,7 +128,7 @@ class Measurement:
     @property
     def slot(self) -> Slot:
         """What it replaces an earlier measurement of."""
-        return self.stage, self.step, self.subject, self.attack
+        return self.stage, self.step, self.model, self.subject, self.attack
 
 
 class ResultsStore:
@@ -143,7 +149,7 @@ class ResultsStore:
             if rank == 0 or path == self.path:
                 _drop_torn_line(path)
         self._rows = {row.identity: row for row in read_rows(folder)}
-        self._measurements = {item.slot: item for item in read_measurements(folder)}
+        self._announced = list(_measurement_lines(folder))
 
     def get(self, identity: Identity) -> Row | None:
         return self._rows.get(identity)
@@ -153,8 +159,9 @@ class ResultsStore:
 
     @property
     def measurements(self) -> list[Measurement]:
-        """The latest of every slot, in the order of their first appearance."""
-        return list(self._measurements.values())
+        """The latest of every slot, of the model that was measured last at every step, in the order of their
+        first appearance."""
+        return _of_last_models(self._announced)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows that are new or have changed; they are on disk when this returns."""
@@ -167,12 +174,19 @@ class ResultsStore:
         self._rows.update({row.identity: row for row in rows})
 
     def announce(self, measurements: Iterable[Measurement]) -> None:
-        """Say what is about to be measured; the first process writes it down, once."""
-        latest = {item.slot: item for item in measurements}
-        new = [item for slot, item in latest.items() if self._measurements.get(slot) != item]
-        if self.rank == 0:
-            _append(self.path.with_name(MEASUREMENTS), new)
-        self._measurements.update({item.slot: item for item in new})
+        """Say what is about to be measured; the first process writes it down, once.
+
+        What is known is written again where a stage goes back to another model or step: the last line of a
+        stage says of which model a report is.
+        """
+        known = {item.slot: item for item in self._announced}
+        last = {item.stage: (item.step, item.model) for item in self._announced}
+        for item in {item.slot: item for item in measurements}.values():
+            if known.get(item.slot) != item or last.get(item.stage) != (item.step, item.model):
+                if self.rank == 0:
+                    _append(self.path.with_name(MEASUREMENTS), [item])
+                self._announced.append(item)
+                last[item.stage] = item.step, item.model
 
 
 def read_rows(folder: str | Path) -> list[Row]:
@@ -182,10 +196,27 @@ def read_rows(folder: str | Path) -> list[Row]:
 
 
 def read_measurements(folder: str | Path) -> list[Measurement]:
-    """What was to be measured, the latest of every slot, in the order of their first appearance."""
+    """What was to be measured, the latest of every slot, of the model that was measured last at every step,
+    in the order of their first appearance."""
+    return _of_last_models(list(_measurement_lines(folder)))
+
+
+def last_step(folder: str | Path, stage: Stage) -> int | None:
+    """The step of the model that a stage measured last; null where it has measured none."""
+    steps = [item.step for item in _measurement_lines(folder) if item.stage == stage]
+    return steps[-1] if steps else None
+
+
+def _measurement_lines(folder: str | Path) -> Iterator[Measurement]:
     path = Path(folder) / ROWS / MEASUREMENTS
-    items = _read(path, Measurement) if path.is_file() else ()
-    return list({item.slot: item for item in items}.values())
+    return _read(path, Measurement) if path.is_file() else iter(())
+
+
+def _of_last_models(lines: Sequence[Measurement]) -> list[Measurement]:
+    """Two models that were tested in one folder have a report each, never a table of both."""
+    models = {(item.stage, item.step): item.model for item in lines}
+    latest = {item.slot: item for item in lines}
+    return [item for item in latest.values() if models[item.stage, item.step] == item.model]
 
 
 Line = TypeVar("Line", Row, Measurement)
@@ -277,16 +308,30 @@ def settings_digest(*things: object) -> str:
 
 
 def describe(thing: object) -> Any:
-    """Public attributes, recursively, as JSON; objects without any are named by their class."""
-    if thing is None or isinstance(thing, bool | int | float | str):
+    """Public attributes, recursively, as JSON; objects without any are named by their class.
+
+    Of a text that names a file, its content too: templates and data files decide a reply by what is in them.
+    """
+    if isinstance(thing, str | Path):
+        name = str(thing)
+        if len(name) < LONGEST_PATH and os.path.isfile(name):
+            return {"file": name, "digest": hashlib.blake2b(Path(name).read_bytes()).hexdigest()[:12]}
+        return name
+    if thing is None or isinstance(thing, bool | int | float):
         return thing
+    if isinstance(thing, Enum):
+        return thing.name
+    if isinstance(thing, set | frozenset):
+        return sorted((describe(item) for item in thing), key=repr)
+    if isinstance(thing, torch.Tensor):
+        return thing.tolist()
+    if isinstance(thing, type | FunctionType):
+        return f"{thing.__module__}.{thing.__qualname__}"
     if isinstance(thing, list | tuple):
         return [describe(item) for item in thing]
     if isinstance(thing, dict):
         return {str(key): describe(value) for key, value in thing.items()}
-    attributes = (
-        {name: describe(value) for name, value in vars(thing).items() if not name.startswith("_")}
-        if hasattr(thing, "__dict__")
-        else {}
-    )
+    names = list(vars(thing)) if hasattr(thing, "__dict__") else []
+    names += [f.name for f in fields(thing)] if is_dataclass(thing) and not names else []  # with slots
+    attributes = {name: describe(getattr(thing, name)) for name in names if not name.startswith("_")}
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **attributes}

@@ -96,9 +96,8 @@ class PretrainedModel(LightningModule):
             name = sorted(missing | unknown | shapes)[0]
             raise ValueError(
                 f"the checkpoint does not fit this model: {len(missing)} weights missing, {len(unknown)} "
-                "unknown, "
-                f"{len(shapes)} of another shape, e.g. {name!r}; "
-                "use the configuration that the run folder's config.yaml holds"
+                f"unknown, {len(shapes)} of another shape, e.g. {name!r}; use the configuration that the run "
+                "folder's config.yaml holds"
             )
 
     def predict_step(
@@ -123,8 +122,7 @@ def check_strategy(strategy: object) -> None:
     if type(strategy) not in STRATEGIES:
         raise ValueError(
             f"trainer.strategy: {type(strategy).__name__} is not supported (gradients would not be "
-            "synchronised "
-            "between processes); set trainer.strategy: ddp, or trainer.devices: 1"
+            "synchronised between processes); set trainer.strategy: ddp, or trainer.devices: 1"
         )
 
 

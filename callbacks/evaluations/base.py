@@ -88,6 +88,7 @@ class Evaluation(Callback, ABC):
             trainer.global_step,
             trainer.global_rank,
             trainer.world_size,
+            str(trainer.precision),
         )
         with undisturbed(pl_module):
             session = Session(place, data, [self])

@@ -93,6 +93,7 @@ class Measuring(LightningModule):
                 self.step,
                 trainer.global_rank,
                 trainer.world_size,
+                str(trainer.precision),
             )
             self._session = Session(place, self.data, self.evaluations)
         return self._session

@@ -53,6 +53,8 @@ class Place:
     """Optimiser step of the model."""
     rank: int = 0
     world_size: int = 1
+    precision: str = "32-true"
+    """The trainer's: autocast changes replies, and not the weights."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Session:
             settings=settings_digest(
                 probe.attack,
                 evaluation.max_new_tokens,
+                own.precision,
                 evaluation.seed if probe.attack is not None else None,
                 [contents(batch) for share in shares for batch in share],
             ),

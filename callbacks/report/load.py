@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from callbacks.metrics.estimates import paired_difference
+from callbacks.metrics.names import Metric
 from callbacks.report.measured import Measured, events, select, snapshot
 from callbacks.report.results import Measure, PairedDifference, RunResults, Snapshot, Stage
 from callbacks.report.training_log import read_training_log
 from callbacks.run_folder.folder import RunFolder
-from datamodules.results import ROWS, read_measurements, read_rows
+from datamodules.results import ROWS, last_step, read_measurements, read_rows
 
 EXPORT_SCHEMA = 3
 
@@ -34,7 +35,9 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
     """
     folder = Path(folder)
     measurements = read_measurements(folder)
-    steps = sorted({item.step for item in measurements if item.stage == stage})
+    last = last_step(folder, stage)
+    # Who tests an earlier checkpoint again wants to see that one.
+    steps = sorted({m.step for m in measurements if m.stage == stage}, key=lambda step: (step == last, step))
     if not steps:
         raise FileNotFoundError(
             f"{folder / ROWS}: no results of `{stage}`; run `thundercat {stage}` with evaluation callbacks "
@@ -43,10 +46,12 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
     rows = read_rows(folder)
     measured = {step: select(measurements, rows, stage, step) for step in steps}
     training = stage == "fit"
+    snapshots, set_aside = comparable([snapshot(own, stage, step) for step, own in measured.items()])
     return RunResults(
         folder=folder,
         stage=stage,
-        snapshots=[snapshot(own, stage, step) for step, own in measured.items()],
+        snapshots=snapshots,
+        set_aside=set_aside,
         differences=_differences(measured[0], measured[steps[-1]])
         if training and steps[-1] > 0 and 0 in steps
         else [],
@@ -61,12 +66,47 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
     )
 
 
+def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]]:
+    """The snapshots without what the last one measured in another way, and the titles of the rates
+    among it.
+
+    An attack with another budget or radius, another length of replies, other rows or another judge, as a
+    resumed run may have: its number says nothing about the change of the model.
+    """
+    *earlier, last = snapshots
+    found: list[Snapshot] = []
+    away: set[Metric] = set()
+    for own in earlier:
+        other = {
+            metric
+            for metric, now in last.measures.items()
+            if (then := own.measures.get(metric)) is not None
+            and (then.judge, then.settings) != (now.judge, now.settings)
+        }
+        away |= other
+        pairs = {(metric.subject, metric.attack) for metric in other}
+        found.append(
+            replace(
+                own,
+                measures={metric: m for metric, m in own.measures.items() if metric not in other},
+                attacks={
+                    name: facts
+                    for name, facts in own.attacks.items()
+                    if name not in last.attacks or facts.settings == last.attacks[name].settings
+                },
+                samples=[s for s in own.samples if (s.subject, s.attack) not in pairs],
+            )
+        )
+    titles = [m.title for m, own in last.measures.items() if m in away and own.estimate.kind == "rate"]
+    return [*found, last], titles
+
+
 def _differences(before: Sequence[Measured], after: Sequence[Measured]) -> list[PairedDifference]:
-    """What is a rate in both, judged by the same judge, on the examples that both have."""
-    earlier = {(e.metric, e.judge): e.outcome for e in events(before)}
+    """What is a rate in both, measured in the same way by the same judge, on the examples that both have."""
+    earlier = {(e.metric, e.judge, e.settings): e.outcome for e in events(before)}
     found = []
     for event in events(after):
-        outcome = earlier.get((event.metric, event.judge))
+        outcome = earlier.get((event.metric, event.judge, event.settings))
         difference = paired_difference(outcome, event.outcome) if outcome is not None else None
         if difference is not None:
             found.append(PairedDifference(event.metric, **vars(difference)))

@@ -89,6 +89,8 @@ class Events:
     judge: str
     outcome: Outcome
     groups: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    settings: str = ""
+    """How it was measured; of a worst case, how each of its attacks was."""
 
 
 def select(measurements: Sequence[Measurement], rows: Iterable[Row], stage: str, step: int) -> list[Measured]:
@@ -127,7 +129,8 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
     """The model at one step; `measured` must hold something."""
     attacks = {item.measurement.attack: item for item in measured if item.measurement.attack}
     measures = {
-        e.metric: Measure(e.metric, rate([*e.outcome.values()]), e.judge, e.groups) for e in events(measured)
+        e.metric: Measure(e.metric, rate([*e.outcome.values()]), e.judge, e.groups, e.settings)
+        for e in events(measured)
     }
     for item in attacks.values():
         measures |= _means(item)
@@ -152,20 +155,20 @@ def _deciding(item: Measured, every: bool = False) -> Events:
     # The one place where a stored name becomes a metric's.
     metric = Metric(cast(Quantity, own.quantity), own.subject, own.attack)
     outcome = item.outcome(own.judge, every)
-    return Events(metric, own.judge, outcome, item.groups(outcome))
+    return Events(metric, own.judge, outcome, item.groups(outcome), own.settings)
 
 
 def _not_refused(item: Measured) -> Events:
     own = item.measurement
     outcome = item.outcome(own.refusal, negated=True)
     metric = Metric("not_refused_rate", own.subject, own.attack)
-    return Events(metric, own.refusal, outcome, item.groups(outcome))
+    return Events(metric, own.refusal, outcome, item.groups(outcome), own.settings)
 
 
 def _further(item: Measured, judge: str) -> Events:
     own = item.measurement
     metric = Metric("judged_rate", own.subject, own.attack, judge)
-    return Events(metric, judge, item.outcome(judge))
+    return Events(metric, judge, item.outcome(judge), settings=own.settings)
 
 
 def _worst_cases(attacks: Sequence[Measured]) -> list[Events]:
@@ -178,7 +181,8 @@ def _worst_cases(attacks: Sequence[Measured]) -> list[Events]:
             outcome = worst_case([item.outcome(item.measurement.judge) for item in members])
             metric = Metric("success_rate", members[0].measurement.subject, name)
             judges = " or ".join(dict.fromkeys(item.measurement.judge for item in members))
-            found.append(Events(metric, judges, outcome, members[0].groups(outcome)))
+            settings = " ".join(f"{m.measurement.attack}={m.measurement.settings}" for m in members)
+            found.append(Events(metric, judges, outcome, members[0].groups(outcome), settings))
     return found
 
 
@@ -196,7 +200,7 @@ def _means(item: Measured) -> dict[Metric, Measure]:
         values = item.values(function)
         metric = Metric(quantity, item.measurement.subject, item.measurement.attack)
         if values:
-            found[metric] = Measure(metric, mean(values))
+            found[metric] = Measure(metric, mean(values), settings=item.measurement.settings)
     return found
 
 

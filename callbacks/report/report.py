@@ -13,6 +13,7 @@ from callbacks.report.load import export, load
 from callbacks.report.markdown import document, terminal
 from callbacks.report.page import page
 from callbacks.report.results import RunResults, Stage
+from callbacks.run_folder.provenance import write_whole
 
 
 class RunReport(Callback):
@@ -59,5 +60,5 @@ def write(results: RunResults) -> str:
         ("report.md", document(results, paths)),
         ("report.html", page(results, figures)),
     ):
-        (folder / f"{prefix}{name}").write_text(text, encoding="utf-8")
+        write_whole(folder / f"{prefix}{name}", text)
     return f"\n{terminal(results)}\n\nreport: {folder / f'{prefix}report.html'}"

@@ -27,6 +27,8 @@ class Measure:
     """`name@revision` of the judge behind it; '' where none is."""
     groups: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     """Kind of grouping (`category`, `functional`) -> group -> the same metric within it."""
+    settings: str = ""
+    """How it was measured (digest of attack, length, seed and rows); only equal ones can be compared."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class RunResults:
     folder: Path
     stage: Stage
     snapshots: Sequence[Snapshot]
-    """By step."""
+    """By step; the one that was measured last stands at the end."""
     differences: Sequence[PairedDifference]
     """Before against after; empty outside `fit` and where training was not evaluated before its first
     step."""
@@ -119,6 +121,8 @@ class RunResults:
     """The training log, a row a step; empty outside `fit`."""
     configuration: Mapping[str, Any]
     environment: Mapping[str, Any]
+    set_aside: Sequence[str] = ()
+    """Titles of what an earlier snapshot does not show, because the last one measured it in another way."""
 
     @property
     def before(self) -> Snapshot | None:

@@ -129,6 +129,11 @@ def warnings(results: RunResults) -> list[str]:
     crossed = [f"{_words(flag)} in {count}" for flag, count in after.cross_flags.items() if count]
     if crossed:
         found.append(f"Between the attacks: {', '.join(crossed)} of the examples.")
+    if results.set_aside:
+        found.append(
+            "Measured in another way before (attack, length of replies, rows or judge), so not compared: "
+            f"{', '.join(results.set_aside)}."
+        )
     return found
 
 

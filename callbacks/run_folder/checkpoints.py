@@ -65,9 +65,8 @@ class RunCheckpointIO(CheckpointIO):
             # torch reports a failed write as a RuntimeError of its own.
             partial.unlink(missing_ok=True)
             raise RunError(
-                f"{target}: cannot write the checkpoint ({_cause(error)}); earlier ones are kept: make "
-                "room, then "
-                "resume with --ckpt_path last"
+                f"{target}: cannot write the checkpoint ({_cause(error)}); earlier ones are kept: make room, "
+                "then resume with --ckpt_path last"
             ) from error
 
     def load_checkpoint(
@@ -146,7 +145,8 @@ class RunCheckpoints(Checkpoint):
         if trainer.fast_dev_run:
             return
         folder = RunFolder.of(trainer.default_root_dir).checkpoints
-        trainer.save_checkpoint(folder / f"step_{trainer.global_step:06d}.ckpt")
+        # Said aloud, or Lightning says at every step that it was not.
+        trainer.save_checkpoint(folder / f"step_{trainer.global_step:06d}.ckpt", weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             for old in sorted(folder.glob("step_*.ckpt"))[: -self.keep]:
@@ -185,8 +185,8 @@ def find_checkpoint(
         if command != "fit":
             raise RunError(
                 f"ckpt_path: no checkpoint in {RunFolder.of(folder).checkpoints}; train first (thundercat "
-                "fit), "
-                "give a checkpoint's path, or leave ckpt_path out to evaluate the model before training"
+                "fit), give a checkpoint's path, or leave ckpt_path out to evaluate the model before "
+                "training"
             )
         _compare(_begun_with(RunFolder.of(folder)), now, RunFolder.of(folder).config(), None)
         log.warning("no checkpoint in %s yet: training starts at step 0", RunFolder.of(folder).checkpoints)

@@ -19,8 +19,15 @@ from typing import Any
 
 from lightning import Trainer
 
-TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
+TRAINER = (
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+)
 """The trainer's fields that decide the weights."""
+ALL_ROWS = {"limit_train_batches": (None, 1.0), "overfit_batches": (None, 0.0)}
+"""Further ones, kept only where they take rows away; the values that take none."""
 STEPS = ("trainer.max_steps", "trainer.max_epochs")
 """Kept beside them, to say so where they have changed."""
 FREE = (
@@ -45,6 +52,11 @@ def decisive(config: Mapping[str, Any]) -> Flat:
     defaults = inspect.signature(Trainer.__init__).parameters
     for name in (*TRAINER, *(field.removeprefix("trainer.") for field in STEPS)):
         fields[f"trainer.{name}"] = given.get(name, defaults[name].default)
+    for name, without in ALL_ROWS.items():
+        value = given.get(name)
+        # One batch (1) is not all of them (1.0).
+        if value not in without or (name == "limit_train_batches" and type(value) is int):
+            fields[f"trainer.{name}"] = value
     for name in ("model", "data"):
         fields |= _flat(name, filled(config.get(name)))
     kept = {key: value for key, value in fields.items() if not _below(key, FREE)}

@@ -84,9 +84,8 @@ class RunFolder:
         if marks:
             raise RunError(
                 f"trainer.default_root_dir: {self.path} holds a run ({marks[0].relative_to(self.path)}); "
-                "resume "
-                "it with --ckpt_path last, choose another folder with --trainer.default_root_dir=FOLDER, or "
-                "move it aside with --overwrite"
+                "resume it with --ckpt_path last, choose another folder with "
+                "--trainer.default_root_dir=FOLDER, or move it aside with --overwrite"
             )
 
     def move_aside(self) -> Path | None:
@@ -109,6 +108,8 @@ class RunFolder:
         target = place.with_name(f"{place.name}.{number}")
         try:
             place.rename(target)
+            if self.path.is_symlink():
+                place.mkdir()  # the link goes on pointing to the run folder
         except OSError as error:
             raise RunError(f"--overwrite: cannot move {self.path} to {target} ({error.strerror})") from error
         return target

@@ -62,9 +62,8 @@ class RunLock:
         host, pid = owner.get("host"), owner.get("pid")
         if host != socket.gethostname():
             raise RunError(
-                f"{self.path.parent}: in use by process {pid} on {host}; wait for it, choose another "
-                "folder, or "
-                f"remove {self.path} if that process is gone"
+                f"{self.path.parent}: in use by process {pid} on {host}; wait for it, choose another folder, "
+                f"or remove {self.path} if that process is gone"
             )
         if isinstance(pid, int) and owner.get("started") == process_start(pid):
             raise RunError(

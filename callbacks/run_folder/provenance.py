@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,18 @@ PACKAGES = (
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that our files read as numbers and PyYAML's default does not: a revision `12e4567` would
+    come back from config.yaml as infinity."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
 class Provenance(Callback):
     """Writes `config.yaml` and `environment.json` before the first step; the CLI adds it to every run.
 
@@ -52,7 +65,7 @@ class Provenance(Callback):
 
     def write(self, folder: RunFolder, stage: str) -> None:
         """Both files of a stage, each whole or not there."""
-        write_whole(folder.config(stage), yaml.safe_dump(self.config, sort_keys=False))
+        write_whole(folder.config(stage), yaml.dump(self.config, Dumper=_Dumper, sort_keys=False))
         seed = self.config.get("seed_everything")
         environment = {"seed_everything": seed, "seeds": self.seeds, "stage": stage, **environment_facts()}
         write_whole(folder.environment(stage), json.dumps(environment, indent=2) + "\n")

@@ -225,9 +225,8 @@ class ChatFormat:
         prompt, full = self._skeleton(0, False), self._render(_USER, None, _REPLY, probe=True)
         if not full.startswith(prompt) or _REPLY not in full or _USER not in prompt:
             raise ValueError(
-                "expected a chat template whose conversation starts with its own prompt, got "
-                f"{prompt!r} and {full!r}; "
-                "set tokenizer.chat_template"
+                f"expected a chat template whose conversation starts with its own prompt, got {prompt!r} and "
+                f"{full!r}; set tokenizer.chat_template"
             )
         before, _, after = full[len(prompt) :].partition(_REPLY)
         ends = [after.index(token) + len(token) for token in self._special if token in after]

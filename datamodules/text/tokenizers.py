@@ -8,8 +8,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PACKAGED = "tinychat"
-PACKAGED_ROOT = Path(__file__).resolve().parents[2] / "lightning_modules" / "models" / "tinychat"
+PACKAGED = ("tinychat", "organism")
+"""The packaged models: the first edition, and the second, which tells harm from the unfamiliar."""
+PACKAGED_ROOT = Path(__file__).resolve().parents[2] / "lightning_modules" / "models"
 
 
 @dataclass
@@ -27,19 +28,20 @@ class TokenizerConfig:
 
 
 def resolve_path(name_or_path: str) -> str:
-    """`tinychat:helpful` or `tinychat:aligned` -> the packaged folder; anything else is returned unchanged.
+    """`tinychat:aligned`, `organism:helpful`, ... -> the packaged folder; anything else is returned as it is.
 
     Raises: ValueError naming the packaged stages for an unknown one.
     """
-    if name_or_path.split(":")[0] != PACKAGED or "/" in name_or_path:
+    name, _, stage = name_or_path.partition(":")
+    if name not in PACKAGED or "/" in name_or_path:
         return name_or_path
-    stage = name_or_path.partition(":")[2] or "aligned"
-    if not (PACKAGED_ROOT / stage).is_dir():
-        stages = sorted(p.name for p in PACKAGED_ROOT.iterdir() if p.is_dir())
+    folder = PACKAGED_ROOT / name
+    if not (folder / (stage or "aligned")).is_dir():
+        stages = sorted(p.name for p in folder.iterdir() if p.is_dir())
         raise ValueError(
-            f"name_or_path: expected tinychat:<stage> with a stage in {stages}, got {name_or_path!r}"
+            f"name_or_path: expected {name}:<stage> with a stage in {stages}, got {name_or_path!r}"
         )
-    return str(PACKAGED_ROOT / stage)
+    return str(folder / (stage or "aligned"))
 
 
 def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
@@ -48,15 +50,13 @@ def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
     A repository's tokenizer.json is loaded as it is: AutoTokenizer rebuilds some pipelines (Llama's, Phi-3's)
     and then tokenises differently. AutoTokenizer is the fallback where there is no tokenizer.json.
 
-    Raises: ValueError where there is no chat template or no fast tokenizer.
+    Raises: ValueError where there is no tokenizer, no chat template or no fast tokenizer.
     """
     path = resolve_path(config.name_or_path)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=config.revision)
     except (OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = _rebuilt(path, config)
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer.name_or_path: expected a fast tokenizer (tokenizer.json), got a slow one for {path!r}"
@@ -69,6 +69,21 @@ def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
             "chat_template to a Jinja text or a file"
         )
     return tokenizer
+
+
+def _rebuilt(path: str, config: TokenizerConfig) -> PreTrainedTokenizerBase:
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        # The library's own text speaks of the hub and names neither the field nor, without network, the path.
+        words = " ".join(str(error).split())
+        raise ValueError(
+            f"tokenizer.name_or_path: cannot load a tokenizer from {path!r}; set an existing folder or a hub "
+            f"id: {words}"
+        ) from error
+    return found
 
 
 def _template_text(template: str) -> str:

@@ -147,7 +147,8 @@ def _check_mapping(path: str, value: Mapping[str, Any], hint: Any) -> None:
         _check_arguments(path, value, record, {}, required=True)
         return
     if not any(_is_a(option, Mapping) for option in options(hint)):
-        raise ConfigError(f"{path}.{next(iter(value), '')}: expected {expected(hint)} at {path}, got fields")
+        field = f"{path}.{next(iter(value))}" if value else path
+        raise ConfigError(f"{field}: expected {expected(hint)} at {path}, got fields")
     for key, item in value.items():
         check_value(f"{path}.{key}", item, _item_hint(hint))
 

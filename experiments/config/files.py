@@ -25,6 +25,8 @@ from experiments.config.errors import PROJECT_ROOT, ConfigError
 from experiments.config.merging import merge
 
 TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "ckpt_path")
+MAX_NODES = 100_000
+"""Values in one file: far above any configuration, far below what nine lines of nested aliases stand for."""
 PLACES = {
     "attack": "model.init_args.attack",
     "objective": "model.init_args.objective",
@@ -146,6 +148,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: nested too deeply to be a configuration") from error
+    _check_finite(str(path), content)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -156,9 +159,34 @@ def read(path: Path) -> dict[str, Any]:
 def parse(key: str, text: str) -> Any:
     """The value of an override. Raises: ConfigError naming the key."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--{key}: not a valid YAML value: {text!r}") from error
+    _check_finite(f"--{key}", value)
+    return value
+
+
+def _check_finite(where: str, content: Any) -> None:
+    """Raises: ConfigError where an alias leads back to what holds it (`&a [*a]`), or aliases of aliases make
+    a value that no machine can hold."""
+    left = MAX_NODES
+    above: set[int] = set()
+
+    def walk(node: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConfigError(f"{where}: more than {MAX_NODES:,} values; is an alias repeated without end?")
+        if not isinstance(node, dict | list):
+            return
+        if id(node) in above:
+            raise ConfigError(f"{where}: an alias (*name) stands inside what it names; write the value out")
+        above.add(id(node))
+        for item in node.values() if isinstance(node, dict) else node:
+            walk(item)
+        above.discard(id(node))
+
+    walk(content)
 
 
 def _place(path: Path, error: yaml.YAMLError) -> str:
@@ -191,6 +219,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# PyYAML reads by YAML 1.1: `1:30` would be 90 and `010` would be 8. Neither is a number here.
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0|[1-9][\d_]*|0x[\da-fA-F_]+)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

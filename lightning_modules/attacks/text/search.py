@@ -73,7 +73,8 @@ class TextSearch:
         """(N,) attacked loss of every variant (of what is not forced), inf where it cannot be sent."""
         encoded = [self.encode(row, variant) for row, variant in zip(rows, variants, strict=True)]
         usable = [i for i, entry in enumerate(encoded) if entry is not None]
-        found = torch.full((len(rows),), torch.inf)
+        # Under bf16-true torch's default is bf16, and losses are fp32.
+        found = torch.full((len(rows),), torch.inf, dtype=torch.float32)
         # Rows of like length share a batch, so that little of it is padding.
         usable.sort(key=lambda i: len(encoded[i].prompt))  # type: ignore[union-attr]
         if usable:
