@@ -123,7 +123,7 @@ class GCGEvaluation(RobustnessEvaluation):
         gcg = gcg or GCG()
         attacks: dict[str, Attack] = {
             "direct": DirectRequest(),
-            "initial_suffix": InitialSuffix(gcg.num_tokens),
+            "initial_suffix": InitialSuffix(gcg.num_tokens, gcg.init, gcg.place),
             "gcg": gcg,
         }
         super().__init__(attacks, schedule=schedule, max_new_tokens=max_new_tokens, seed=seed)

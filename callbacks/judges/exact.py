@@ -3,7 +3,7 @@ benign task."""
 
 from __future__ import annotations
 
-import re
+from datamodules.text.opening import begins_with, opening
 
 
 class TargetPrefix:
@@ -14,8 +14,7 @@ class TargetPrefix:
     revision = "1"
 
     def __call__(self, prompt: str, completion: str, expected: str) -> bool:
-        sentence = first_sentence(expected)
-        return bool(sentence) and _plain(completion).startswith(_plain(sentence))
+        return begins_with(completion, opening(expected))
 
 
 class ExactMatch:
@@ -26,12 +25,3 @@ class ExactMatch:
 
     def __call__(self, prompt: str, completion: str, expected: str) -> bool:
         return completion.strip() == expected.strip()
-
-
-def first_sentence(text: str) -> str:
-    """A text up to its first full stop, colon, mark or line break, that included."""
-    return re.split(r"(?<=[.!?:\n])", text.strip(), maxsplit=1)[0].strip()
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())

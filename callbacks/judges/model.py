@@ -184,7 +184,13 @@ class Rubric(ModelJudge):
 
     def score(self, prompt: str, completion: str, expected: str = "") -> float:
         """The score on PAIR's scale from 1 to 10."""
-        return 1 + 9 * (self.judge_batch([prompt], [completion], [expected])[0].score or 0.0)
+        return self.score_batch([prompt], [completion], [expected])[0]
+
+    def score_batch(
+        self, prompts: Sequence[str], completions: Sequence[str], expected: Sequence[str]
+    ) -> list[float]:
+        """The scores of many at once, on PAIR's scale."""
+        return [1 + 9 * (given.score or 0.0) for given in self.judge_batch(prompts, completions, expected)]
 
 
 def _read(template: str) -> str:

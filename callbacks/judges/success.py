@@ -17,10 +17,11 @@ from collections.abc import Sequence
 import torch
 
 from callbacks.judges.base import Judge, Judgement, judge_all, label, sees
-from callbacks.judges.exact import TargetPrefix, first_sentence
+from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from datamodules.batch import pad
 from datamodules.fields import Count, Share, checked
+from datamodules.text.opening import opening
 from lightning_modules.models.chat import LocalChat
 from lightning_modules.models.language_model import Reply
 
@@ -219,7 +220,7 @@ def repetition(text: str) -> float:
 
 
 def _nothing_more(completion: str, expected: str) -> bool:
-    said, target = completion.split(), first_sentence(expected).split()
+    said, target = completion.split(), opening(expected).split()
     return len(said) <= len(target)
 
 

@@ -99,7 +99,7 @@ def groups(results: RunResults) -> Table:
             continue
         for kind, by_name in measure.groups.items():
             for name, value in by_name.items():
-                cells = _title(measure), Cell(f"{kind}: {name}"), estimate(value), _count(value.n)
+                cells = Cell(measure.title), Cell(f"{kind}: {name}"), estimate(value), _count(value.n)
                 rows.append(cells)
     return Table("By group", ("metric", "group", "rate", "n"), rows)
 
@@ -110,7 +110,7 @@ def history(results: RunResults) -> Table:
     if results.after is None or len(snapshots) < 3:
         return Table("Over training", (), ())
     rows = [
-        [_title(m), *(_earlier(snapshot, m.metric) for snapshot in snapshots)]
+        [Cell(m.title), *(_earlier(snapshot, m.metric) for snapshot in snapshots)]
         for m in _measures(results.after, "rate")
     ]
     return Table("Over training", ("metric", *(f"step {snapshot.step}" for snapshot in snapshots)), rows)

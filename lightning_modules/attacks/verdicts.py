@@ -11,7 +11,7 @@ class Verdict(Protocol):
 
     A judge that is faster on many replies at once may also have `judge_batch(prompts, replies, expected)`,
     which returns objects with a `verdict`; and one that grades may have `score(prompt, reply, expected)`,
-    from 1 to 10.
+    from 1 to 10, or `score_batch` of many at once.
     """
 
     def __call__(self, prompt: str, reply: str, expected: str, /) -> bool: ...
@@ -32,4 +32,24 @@ def verdicts(
         given = ([texts[i] for i in asked] for texts in (prompts, replies, expected))
         for i, judgement in zip(asked, batch(*given), strict=True):
             found[i] = judgement.verdict
+    return found
+
+
+def grades(
+    judge: Verdict, prompts: Sequence[str], replies: Sequence[str], expected: Sequence[str]
+) -> list[float] | None:
+    """Grades from 1 to 10, in one call where the judge can; an empty reply is a refusal. None for a judge
+    that gives none."""
+    many, one = getattr(judge, "score_batch", None), getattr(judge, "score", None)
+    if many is None and one is None:
+        return None
+    found = [1.0] * len(replies)
+    asked = [i for i, reply in enumerate(replies) if reply]
+    if many is not None and asked:
+        given = ([texts[i] for i in asked] for texts in (prompts, replies, expected))
+        for i, grade in zip(asked, many(*given), strict=True):
+            found[i] = float(grade)
+    elif one is not None:
+        for i in asked:
+            found[i] = float(one(prompts[i], replies[i], expected[i]))
     return found

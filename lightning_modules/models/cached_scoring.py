@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from lightning_modules.models.decoder import decode, logits_of, weight_dtype
-from lightning_modules.models.language_model import LanguageModel, Reply, score
+from lightning_modules.models.decoder import decode, logits_of, scores_where, weight_dtype
+from lightning_modules.models.language_model import LanguageModel, Reply, predictors, score
 from lightning_modules.models.masks import positions_of
 from lightning_modules.models.prefix_cache import PrefixCache
 
@@ -57,9 +57,24 @@ def continued_log_probs(
 
     Returns: fp32, 0 where the reply's mask is False.
     """
-    whole = torch.cat([embeds.to(weight_dtype(model.module)), model.embed(reply.fed.ids)], dim=1)
-    hidden = _continue(model, prefix, rows, whole, torch.cat([mask, reply.fed.mask], dim=1))
+    hidden = _continued_by(model, prefix, rows, embeds, mask, reply)
     return score(model.module, hidden, reply, mask.shape[1], mask.shape[1])
+
+
+@torch.no_grad()
+def continued_scores(
+    model: LanguageModel,
+    prefix: PrefixCache,
+    rows: Int[Tensor, " row"],
+    embeds: Float[Tensor, "row rest dim"],
+    mask: Bool[Tensor, "row rest"],
+    reply: Reply,
+) -> tuple[Float[Tensor, "row reply"], Bool[Tensor, "row reply"]]:
+    """As `continued_log_probs`, without a gradient, and whether greedy decoding would say each of the tokens
+    after those before it (True outside the reply's mask)."""
+    hidden = _continued_by(model, prefix, rows, embeds, mask, reply)
+    states = predictors(hidden, reply, mask.shape[1], mask.shape[1])
+    return scores_where(model.module, states[reply.mask], reply.ids[reply.mask], reply.mask)
 
 
 @torch.no_grad()
@@ -72,6 +87,14 @@ def next_token_logits(
 ) -> Float[Tensor, "row vocabulary"]:
     """fp32 logits of the token after each continued prompt; arguments as in `continued_log_probs`."""
     return logits_of(model.module, _continue(model, prefix, rows, model.embed(ids), mask)[:, -1])
+
+
+def _continued_by(
+    model: LanguageModel, prefix: PrefixCache, rows: Tensor, embeds: Tensor, mask: Tensor, reply: Reply
+) -> Float[Tensor, "row rest dim"]:
+    """Final hidden states of the prompts' rest and of what is fed of the reply."""
+    whole = torch.cat([embeds.to(weight_dtype(model.module)), model.embed(reply.fed.ids)], dim=1)
+    return _continue(model, prefix, rows, whole, torch.cat([mask, reply.fed.mask], dim=1))
 
 
 def _continue(

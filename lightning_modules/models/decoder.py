@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.models.passes import count_backward, count_forward
-from lightning_modules.models.token_log_probs import LogitTransform, token_log_probs
+from lightning_modules.models.token_log_probs import LogitTransform, token_log_probs, token_scores
 
 
 def causal_lm(module: nn.Module) -> PreTrainedModel:
@@ -88,6 +88,26 @@ def log_probs_where(
         logits = logits_of(module, hidden)
         scores = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
     return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
+
+
+@torch.no_grad()
+def scores_where(
+    module: nn.Module,
+    hidden: Float[Tensor, "row dim"],
+    targets: Int[Tensor, " row"],
+    mask: Bool[Tensor, "batch token"],
+) -> tuple[Float[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
+    """As `log_probs_where`, and whether each target is what greedy decoding would say; True outside the
+    mask."""
+    head = causal_lm(module).get_output_embeddings()
+    if type(head) is nn.Linear:
+        scores, said = token_scores(hidden, head.weight, head.bias, targets, _logit_transform(module))
+    else:
+        logits = logits_of(module, hidden)
+        own = logits.gather(1, targets[:, None]).squeeze(1)
+        scores, said = own - logits.logsumexp(1), own == logits.amax(1)
+    log_probs = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
+    return log_probs, torch.ones_like(mask).masked_scatter(mask, said)
 
 
 def _logit_transform(module: nn.Module) -> LogitTransform:

@@ -67,6 +67,31 @@ def token_log_probs(
     return result
 
 
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `token_log_probs` without a gradient, and (N,) bool whether greedy decoding would say the target.
+
+    The maximum is at hand anyway: knowing what is said costs a comparison.
+    """
+    transform = transform or LogitTransform()
+    log_probs, said = [], []
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = transform(_widen(torch.nn.functional.linear(h, weight, bias)))
+        own, top = logits.gather(1, t[:, None]), logits.amax(1, keepdim=True)
+        said.append((own == top).squeeze(1))
+        log_probs.append((own - top - logits.sub_(top).exp_().sum(1, keepdim=True).log()).squeeze(1))
+    if not said:
+        return hidden.new_zeros(0).float(), targets.bool()
+    return torch.cat(log_probs), torch.cat(said)
+
+
 def _reference_log_probs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
 ) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from callbacks.judges.exact import TargetPrefix
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from experiments.benchmarks import gcg as gcg_benchmark
@@ -156,7 +157,7 @@ def test_starting_at_the_first_change_changes_no_loss(family: str) -> None:
     for i, position in enumerate((4, 0, 3, 1, 1, 4, 2)):
         candidates[i, position] = 7 + i
     candidates[6] = base[1]  # nothing changed
-    found = search.losses_of_changes(rows, candidates, [0, 2], base)
+    found, _ = search.scores_of_changes(rows, candidates, [0, 2], base)
     torch.testing.assert_close(found, search.losses(rows, candidates), atol=1e-9, rtol=1e-9)
 
 
@@ -294,8 +295,8 @@ def test_reached_behaviours_leave_the_batch() -> None:
         [5],
     )
     batch = text_batch(4)
-    target = batch.harmful_ids[first, batch.harmful_mask[first]].tolist()[:-1]
-    assert out[0][: len(target)] == target
+    says = TargetPrefix()
+    assert says(batch.prompts[first], language_model.chat.decode(out[0]), batch.targets[first])
 
 
 def test_gcg_lowers_the_loss_on_every_family() -> None:

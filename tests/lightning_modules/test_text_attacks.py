@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lightning_modules.attacks.suffix.random_search import RandomSearch
 from lightning_modules.attacks.text.autodan import AutoDAN, exchange, reword
 from lightning_modules.attacks.text.choosers import FirstSuccess
 from lightning_modules.attacks.text.noise import augment, misspell
-from lightning_modules.attacks.text.pair import PAIR, read_prompt
+from lightning_modules.attacks.text.pair import PAIR, STRATEGIES, read_prompt
 from lightning_modules.attacks.text.rewrites import (
     BestOfN,
     InContext,
@@ -214,6 +215,32 @@ def test_pair_shows_the_latest_turns_and_stops_at_success() -> None:
     )  # type: ignore[arg-type]
     assert len(attacker.asked) == 3
     assert attacked.texts == ("Try this.",)
+
+
+def test_pair_s_streams_take_the_strategies_in_turn() -> None:
+    attacker = Scripted(['{"prompt": "Try this."}'])
+    PAIR(attacker, Never(), num_streams=4, num_steps=1, max_new_tokens=4)(
+        chat_model(), text_batch(1), rng_of()
+    )
+    told = [[text in (asked.system or "") for text in STRATEGIES.values()] for asked in attacker.asked]
+    one, two, three = ([i == j for j in range(3)] for i in range(3))
+    assert told == [one, two, three, one]
+    with pytest.raises(ValueError, match=r"PAIR.strategies: unknown 'force'; known: role_play, logic"):
+        PAIR(attacker, Never(), strategies=["force"])  # type: ignore[list-item]
+
+
+def test_pair_stops_at_ten_only_and_grades_in_one_call() -> None:
+    class Graded(Never):
+        batches: ClassVar[list[int]] = []
+
+        def score_batch(self, prompts: list[str], replies: list[str], expected: list[str]) -> list[float]:
+            self.batches.append(len(prompts))
+            return [9.0 if len(self.batches) < 3 else 10.0] * len(prompts)
+
+    attacker = Scripted(['{"prompt": "Try this."}'])
+    attack = PAIR(attacker, Graded(), num_streams=2, num_steps=5, max_new_tokens=4)
+    attack(chat_model(), text_batch(1), rng_of())
+    assert Graded.batches == [2, 2, 2]
 
 
 def test_a_loaded_model_attacks() -> None:

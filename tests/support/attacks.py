@@ -8,25 +8,30 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 import lightning_modules.attacks
 from callbacks.judges.exact import TargetPrefix
 from datamodules.batch import AdversarialBatch
+from datamodules.rows import HarmfulRow
 from datamodules.sources.tinychat import TinyChatHarmful
 from lightning_modules.attacks.base import Attack, AttackedPrompt, NoAttack
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.repeat import Repeat
+from lightning_modules.attacks.suffix.adaptive import AdaptiveGCG, Stage
 from lightning_modules.attacks.suffix.beast import BEAST
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.suffix.initial_suffix import InitialSuffix
 from lightning_modules.attacks.suffix.random_search import RandomSearch
+from lightning_modules.attacks.suffix.universal import UniversalSuffix
 from lightning_modules.attacks.text.autodan import AutoDAN
 from lightning_modules.attacks.text.choosers import FirstSuccess
 from lightning_modules.attacks.text.pair import PAIR
@@ -39,6 +44,7 @@ from lightning_modules.attacks.text.rewrites import (
     Rewrite,
     Templates,
 )
+from lightning_modules.attacks.text.transfer import TransferSuffixes
 from lightning_modules.attacks.text.variants import Variant
 from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.persistent_gcg import PersistentGCG
@@ -48,6 +54,7 @@ from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.requests import Request
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model
+from tests.support.rows import row, stored
 
 SOURCE = TinyChatHarmful("train")
 
@@ -103,6 +110,27 @@ def suffix_generator() -> SuffixGenerator:
     return SuffixGenerator(
         ModelConfig("tinychat:helpful"), num_tokens=3, candidates=4, beams=2, updates=3, batch_size=4
     )
+
+
+def small_gcg(num_tokens: int = 4, **settings: Any) -> GCG:
+    return GCG(num_tokens=num_tokens, num_steps=2, width=6, topk=16, **settings)
+
+
+def adaptive(share: bool) -> AdaptiveGCG:
+    """Stages of every kind; on a random model nothing is ever said, so each example sees all of them."""
+    stages = [
+        Stage(small_gcg()),
+        Stage(small_gcg(), "last"),
+        Stage(small_gcg(5, place="around"), "found", repetitions=2),
+    ]
+    return AdaptiveGCG(stages, share=share)
+
+
+def transfer() -> TransferSuffixes:
+    """Replays two rows as a run with a GCG would have left them."""
+    prompts = [own.prompt for own in SOURCE.rows() if isinstance(own, HarmfulRow)][:2]
+    rows = [row(prompt, prompt=prompt, attacked=f"{prompt} x{i}") for i, prompt in enumerate(prompts)]
+    return TransferSuffixes(stored(Path(tempfile.mkdtemp()), *rows), judge=None)
 
 
 @dataclass(frozen=True)
@@ -197,6 +225,19 @@ CASES: dict[str, Case] = {
         ),
         text=True,
     ),
+    "gcg_before": Case(lambda: small_gcg(place="before", merge=2), text=True),
+    "gcg_around": Case(lambda: small_gcg(5, place="around", n_replace=2, merge=1), text=True),
+    "initial_around": Case(lambda: InitialSuffix(5, place="around"), text=True),
+    "adaptive_gcg": Case(lambda: adaptive(share=False), text=True),
+    "adaptive_gcg_shared": Case(lambda: adaptive(share=True), text=True, alone=False),
+    # One suffix for all: made for the batch, and no request's own best.
+    "universal": Case(
+        lambda: UniversalSuffix(num_tokens=4, num_steps=3, width=6, topk=16, join_every=1),
+        text=True,
+        alone=False,
+        keeps_best=False,
+    ),
+    "transfer": Case(transfer, text=True),
     "beast": Case(lambda: BEAST(num_tokens=3, beams=2, samples=4), text=True),
     "random_search": Case(
         lambda: RandomSearch(num_tokens=6, num_steps=4, width=2), text=True, target_tokens=1

@@ -15,6 +15,7 @@ from datamodules.batch import pad
 from lightning_modules.attacks.suffix.slots import SuffixSlot
 from lightning_modules.models.cached_scoring import (
     continued_log_probs,
+    continued_scores,
     extend_cache,
     next_token_logits,
     prefix_cache,
@@ -41,15 +42,22 @@ class Frames:
         device = target.ids.device
         # Every continuation is given one length by letting shorter template ends borrow tokens from before
         # the suffix.
-        end = lead + max(len(slot.after) for slot in slots)
-        borrowed = [end - len(slot.after) for slot in slots]
+        ends = [len(slot.middle) + len(slot.after) for slot in slots]
+        end = lead + max(ends)
+        borrowed = [end - own for own in ends]
         heads = [slot.before[: max(0, len(slot.before) - n)] for slot, n in zip(slots, borrowed, strict=True)]
-        frames = [(slot.before[len(head) :], slot.after) for slot, head in zip(slots, heads, strict=True)]
+        frames = [
+            (slot.before[len(head) :], slot.middle + slot.after)
+            for slot, head in zip(slots, heads, strict=True)
+        ]
         ids, prefix_mask = (tensor.to(device) for tensor in pad([head or [0] for head in heads], "left"))
         prefix_mask &= torch.tensor([[bool(head)] for head in heads], device=device)
         frame_ids, frame_mask = pad([lead + after for lead, after in frames], "left")
         self.frame_ids, self.frame_mask = frame_ids.to(device), frame_mask.to(device)
-        self.place = torch.tensor([end - len(after) for _, after in frames], device=device)
+        self.place = torch.tensor([end - own for own in ends], device=device)
+        # Where the tokens after a request in the middle stand; without one, they all stand together.
+        self.second = self.place + torch.tensor([len(slot.middle) for slot in slots], device=device)
+        self.head = slots[0].head
         self.prefix = prefix_cache(model, ids, prefix_mask)
 
     def extended(self, rows: Tensor, suffixes: Tensor) -> PrefixCache:
@@ -72,13 +80,42 @@ class Frames:
         `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns
         are taken from its rows.
         """
+        given, reply = self._given(rows, suffixes, embeds, cache, cached_rows, skip)
+        losses = -continued_log_probs(self.model, *given, reply)
+        return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - losses.shape[1]))
+
+    def token_scores(
+        self,
+        rows: Tensor,
+        suffixes: Tensor,
+        cache: PrefixCache | None = None,
+        cached_rows: Tensor | None = None,
+        skip: int = 0,
+    ) -> Tensor:
+        """(N, R, 2) losses as `token_losses` without a gradient, and 1 where greedy decoding says the token
+        after those before it, outside the target too."""
+        given, reply = self._given(rows, suffixes, self.model.embed(suffixes), cache, cached_rows, skip)
+        log_probs, said = continued_scores(self.model, *given, reply)
+        missing = (0, self.target.mask.shape[1] - said.shape[1])
+        losses = torch.nn.functional.pad(-log_probs, missing)
+        return torch.stack([losses, torch.nn.functional.pad(said.to(losses), missing, value=1.0)], dim=2)
+
+    def _given(
+        self,
+        rows: Tensor,
+        suffixes: Tensor,
+        embeds: Tensor,
+        cache: PrefixCache | None,
+        cached_rows: Tensor | None,
+        skip: int,
+    ) -> tuple[tuple[PrefixCache, Tensor, Tensor, Tensor], Reply]:
+        """What is fed after a cache, and the target that is scored."""
         whole, mask = self._frame(rows, suffixes, embeds)
         longest = int(self.target.mask[rows].sum(1).max())
         reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest])
         prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)
         index = rows if cached_rows is None else cached_rows
-        losses = -continued_log_probs(self.model, prefix, index, whole[:, skip:], mask[:, skip:], reply)
-        return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - longest))
+        return (prefix, index, whole[:, skip:], mask[:, skip:]), reply
 
     def next_token_logits(self, rows: Tensor, suffixes: Tensor) -> Tensor:
         """(N, V) logits of the token that the model itself would put after each unfinished suffix."""
@@ -101,15 +138,23 @@ class Frames:
     def _frame(self, rows: Tensor, suffixes: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """(N, M, D) embeddings and (N, M) mask of the prompts after the fixed beginning, with (N, S, D)
         suffix embeddings put in."""
-        size = suffixes.shape[1]
-        frame, place = self.model.embed(self.frame_ids[rows]), self.place[rows]
+        frame, places = self.model.embed(self.frame_ids[rows]), self._places(rows, suffixes.shape[1])
         column = torch.arange(frame.shape[1], device=frame.device)
-        target = column + size * (column >= place[:, None])
-        whole = frame.new_zeros(len(rows), frame.shape[1] + size, frame.shape[2])
+        target = column + (column[None, :, None] >= places[:, None, :]).sum(2)
+        whole = frame.new_zeros(len(rows), frame.shape[1] + places.shape[1], frame.shape[2])
         whole = whole.scatter(1, target[..., None].expand_as(frame), frame)
-        slot = place[:, None] + torch.arange(size, device=frame.device)
+        slot = self.columns(rows, suffixes.shape[1])
         whole = whole.scatter(1, slot[..., None].expand(-1, -1, frame.shape[2]), embeds)
         mask = torch.ones(whole.shape[:2], dtype=torch.bool, device=frame.device).scatter(
             1, target, self.frame_mask[rows]
         )
         return whole, mask
+
+    def columns(self, rows: Tensor, size: int) -> Tensor:
+        """(N, S) columns of the whole in which the free tokens stand."""
+        return self._places(rows, size) + torch.arange(size, device=rows.device)
+
+    def _places(self, rows: Tensor, size: int) -> Tensor:
+        """(N, S) frame columns before which the free tokens stand."""
+        first = self.place[rows, None].expand(-1, self.head)
+        return torch.cat([first, self.second[rows, None].expand(-1, size - self.head)], dim=1)

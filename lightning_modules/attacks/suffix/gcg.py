@@ -23,7 +23,7 @@ from lightning_modules.attacks.base import (
     require_gradients,
 )
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
-from lightning_modules.attacks.suffix.slots import typable_tokens
+from lightning_modules.attacks.suffix.slots import Placement, typable_tokens
 from lightning_modules.models.embeddings import embedding_table, embedding_weight
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy, mellowmax
@@ -35,17 +35,22 @@ class GCG:
 
     Args:
         num_tokens: length of the suffix.
+        place: where its tokens stand, seen from the request: after, before, or around it (half on each side).
         init: text repeated to make the initial suffix.
         num_steps: number of steps.
         width: candidates per step and behaviour; each of them can be typed.
         topk: tokens per position that the gradient proposes.
         n_replace: positions swapped in one candidate.
+        merge: further candidates per step: the best two swaps together, the best three, ... (I-GCG's
+            multi-coordinate update, arXiv 2405.21018); 0 for none.
         buffer_size: suffixes kept; each step starts from the best of them. 0 always goes on from the step's
             best candidate.
         mellowmax_alpha: steer by the mellowmax of the target's token losses with this temperature instead of
             by their mean.
         target_tokens: search for the target's first so many tokens only; null for all but its end of turn.
-        stop_at_target: a behaviour whose greedy reply begins with the target leaves the batch.
+        stop_at_target: a behaviour leaves the batch, with that suffix, once any candidate (or the suffix that
+            it starts from) makes greedy decoding say the target's first sentence, as the judge of target
+            prefixes counts it; whatever tokens are searched for.
         ascii_only: use only tokens of printable ASCII.
         max_rows: candidates per forward pass; null takes 64 on a CPU and 512 elsewhere; halved and remembered
             when memory runs out.
@@ -54,11 +59,13 @@ class GCG:
     def __init__(
         self,
         num_tokens: Count = 20,
+        place: Placement = "after",
         init: str = " x",
         num_steps: Count = 500,
         width: Count = 512,
         topk: Count = 256,
         n_replace: Count = 1,
+        merge: NonNegativeInt = 0,
         buffer_size: NonNegativeInt = 0,
         mellowmax_alpha: Positive | None = None,
         target_tokens: Count | None = None,
@@ -68,12 +75,16 @@ class GCG:
     ) -> None:
         if n_replace > num_tokens:
             raise ValueError(f"GCG.n_replace: expected at most num_tokens {num_tokens}, got {n_replace}")
+        if place == "around" and num_tokens == 1:
+            raise ValueError("GCG.num_tokens: expected at least 2 to stand around the request, got 1")
         self.num_tokens = num_tokens
+        self.place: Placement = place
         self.init = init
         self.num_steps = num_steps
         self.width = width
         self.topk = topk
         self.n_replace = n_replace
+        self.merge = merge
         self.buffer_size = buffer_size
         self.mellowmax_alpha = mellowmax_alpha
         self.target_tokens = target_tokens
@@ -99,7 +110,7 @@ class GCG:
         too."""
         require_gradients(self)
         with model.frozen():
-            search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, self.target_tokens)
+            search = self._search(model, batch)
             search.start_from(suffixes)
             rngs = example_rngs(batch, rng)
             allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only).to(
@@ -112,6 +123,30 @@ class GCG:
                 if not active:
                     break
             return search.result(), search.ledger.best
+
+    def likeliest(
+        self, model: LanguageModel, batch: AdversarialBatch, starts: Sequence[list[int]]
+    ) -> tuple[list[list[int] | None], Tensor]:
+        """Each behaviour's likeliest start of several, None where none can be typed, and (B,) the forward
+        passes that this cost."""
+        with model.frozen():
+            search = self._search(model, batch)
+            flat = [(row, list(start)) for row in range(len(batch)) for start in starts]
+            texts = search.texts([row for row, _ in flat], [start for _, start in flat])
+            flat = [entry for entry, text in zip(flat, texts, strict=True) if text is not None]
+            chosen: list[list[int] | None] = [None] * len(batch)
+            if flat:
+                owners, device = [row for row, _ in flat], search.start.device
+                index = torch.tensor(owners, device=device)
+                suffixes = torch.tensor([start for _, start in flat], device=device)
+                scores = self._objective(search.losses(index, suffixes), search.target.mask[index])
+                for row, i in best_by_owner(owners, scores.cpu()).items():
+                    chosen[row] = flat[i][1]
+            return chosen, search.ledger.forward_passes.to(batch.prompt_ids.device)
+
+    def _search(self, model: LanguageModel, batch: AdversarialBatch) -> SuffixSearch:
+        limits = self.max_rows, self.target_tokens
+        return SuffixSearch(model, batch, self.num_tokens, self.init, *limits, place=self.place)
 
     def _step(
         self,
@@ -135,28 +170,58 @@ class GCG:
             for row, suffix, value in zip(active, base.tolist(), initial, strict=True):
                 pools[row].add(suffix, value)
             search.ledger.record(active, base.tolist(), search.mean(rows, losses))
-        top = self._promising(search.model, gradient, base, allowed)
+        top = promising(search.model, gradient, base, allowed, self.topk)
         swaps = dict(zip(active, zip(base.cpu(), top.cpu(), strict=True), strict=True))
         owners, candidates = search.typable(
             active,
             self.width,
             lambda row: draw_swaps(*swaps[row], self.width, self.n_replace, rngs[row]).tolist(),
         )
+        done = set(search.reached(active)) if first and self.stop_at_target else set()
         if not owners:
-            return active
-        index = torch.tensor(owners, device=allowed.device)
-        token_losses = search.losses_of_changes(index, candidates.to(allowed.device), active, base)
-        scores, means = (
-            self._objective(token_losses, search.target.mask[index]).cpu(),
-            search.mean(index, token_losses).cpu(),
-        )
-        best = best_by_owner(owners, scores)
-        chosen = {row: candidates[i].tolist() for row, i in best.items()}
+            return [row for row in active if row not in done]
+        tried = self._tried(search, owners, candidates, active, base)
+        if self.merge:
+            tried = tried.joined(self._merged(search, tried, active, base))
+        best = best_by_owner(tried.owners, tried.scores)
+        chosen = {row: tried.candidates[i].tolist() for row, i in best.items()}
+        kept = {row: search.ledger.best[row] for row in done}
         for row, i in best.items():
-            pools[row].add(chosen[row], float(scores[i]))
-        improved = search.ledger.record(list(best), list(chosen.values()), means[list(best.values())])
-        done = set(search.reached(improved)) if self.stop_at_target else set()
+            pools[row].add(chosen[row], float(tried.scores[i]))
+        search.ledger.record(list(best), list(chosen.values()), tried.means[list(best.values())])
+        for row, suffix in kept.items():
+            # It said the target from the start: a lower loss is no reason to leave that.
+            search.ledger.best[row] = suffix
+        if self.stop_at_target:
+            done |= search.finish(tried.owners, tried.candidates, tried.could, tried.means)
         return [row for row in active if row not in done]
+
+    def _tried(
+        self, search: SuffixSearch, owners: list[int], candidates: Tensor, active: list[int], base: Tensor
+    ) -> _Tried:
+        """Score candidates that were made from their behaviours' bases."""
+        index = torch.tensor(owners, device=base.device)
+        losses, could = search.scores_of_changes(index, candidates.to(base.device), active, base)
+        scores = self._objective(losses, search.target.mask[index]).cpu()
+        return _Tried(owners, candidates, scores, search.mean(index, losses).cpu(), could.cpu())
+
+    def _merged(self, search: SuffixSearch, tried: _Tried, active: list[int], base: Tensor) -> _Tried | None:
+        """The best swaps of each behaviour put together one by one, as far as they can be typed."""
+        order = tried.scores.argsort(stable=True).tolist()
+        flat: list[tuple[int, list[int]]] = []
+        for row, start in zip(active, base.cpu(), strict=True):
+            merged = start.clone()
+            for number, i in enumerate([i for i in order if tried.owners[i] == row][: self.merge + 1]):
+                changed = tried.candidates[i] != start
+                merged[changed] = tried.candidates[i][changed]
+                if number:
+                    flat.append((row, merged.tolist()))
+        texts = search.texts([row for row, _ in flat], [suffix for _, suffix in flat])
+        flat = [entry for entry, text in zip(flat, texts, strict=True) if text is not None]
+        if not flat:
+            return None
+        owners = [row for row, _ in flat]
+        return self._tried(search, owners, torch.tensor([suffix for _, suffix in flat]), active, base)
 
     @property
     def _objective(self) -> partial[Tensor]:
@@ -164,17 +229,28 @@ class GCG:
             return partial(_mean)
         return partial(mellowmax, alpha=self.mellowmax_alpha)
 
-    def _promising(self, model: LanguageModel, gradient: Tensor, base: Tensor, allowed: Tensor) -> Tensor:
-        """(A, S, k) tokens whose one-hot coordinate has the most negative gradient, among allowed ones other
-        than the present."""
-        k = min(self.topk, int(allowed.sum()) - 1)
-        tops = []
-        table = embedding_table(model)
-        for slope, present in zip(gradient, base, strict=True):
-            scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
-            scores.scatter_(1, present[:, None], torch.inf)
-            tops.append(scores.topk(k, dim=1, largest=False).indices)
-        return torch.stack(tops)
+
+@dataclass(frozen=True)
+class _Tried:
+    """N candidates with what was found of them, on the CPU."""
+
+    owners: list[int]
+    """The behaviour of each."""
+    candidates: Tensor
+    scores: Tensor
+    """(N,) what the search minimises."""
+    means: Tensor
+    """(N,) attacked losses."""
+    could: Tensor
+    """(N,) bool, whether greedy decoding may say the target."""
+
+    def joined(self, other: _Tried | None) -> _Tried:
+        if other is None:
+            return self
+        pairs = (
+            (getattr(self, name), getattr(other, name)) for name in ("candidates", "scores", "means", "could")
+        )
+        return _Tried(self.owners + other.owners, *(torch.cat(pair) for pair in pairs))
 
 
 @dataclass
@@ -193,6 +269,22 @@ class _Pool:
             self.entries = [(score, suffix)]
         else:
             self.entries = sorted([*self.entries, (score, suffix)], key=lambda entry: entry[0])[: self.size]
+
+
+def promising(model: LanguageModel, gradient: Tensor, base: Tensor, allowed: Tensor, topk: int) -> Tensor:
+    """(A, S, k) tokens whose one-hot coordinate has the most negative gradient, among allowed ones other than
+    the present.
+
+    Args: gradient (A, S, D) in the embeddings of the (A, S) base; allowed (V,) bool.
+    """
+    k = min(topk, int(allowed.sum()) - 1)
+    tops = []
+    table = embedding_table(model)
+    for slope, present in zip(gradient, base, strict=True):
+        scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
+        scores.scatter_(1, present[:, None], torch.inf)
+        tops.append(scores.topk(k, dim=1, largest=False).indices)
+    return torch.stack(tops)
 
 
 def draw_swaps(base: Tensor, top: Tensor, width: int, n_replace: int, rng: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from datamodules.batch import AdversarialBatch
 from datamodules.fields import Count, checked
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.suffix.search import SuffixSearch
+from lightning_modules.attacks.suffix.slots import Placement
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -19,12 +20,20 @@ class InitialSuffix:
     Args:
         num_tokens: length of the suffix; DirectRequest has none.
         init: text repeated to make it, as in GCG.
+        place: where it stands, as in GCG.
         max_rows: prompts per forward pass; null takes 64 on a CPU and 512 elsewhere; halved and remembered
             when memory runs out.
     """
 
-    def __init__(self, num_tokens: Count = 20, init: str = " x", max_rows: Count | None = None) -> None:
+    def __init__(
+        self,
+        num_tokens: Count = 20,
+        init: str = " x",
+        place: Placement = "after",
+        max_rows: Count | None = None,
+    ) -> None:
         self.num_tokens = num_tokens
+        self.place: Placement = place
         self.init = init
         self.max_rows = max_rows
 
@@ -33,6 +42,6 @@ class InitialSuffix:
     ) -> AttackedPrompt:
         """Score the suffix. Raises: ValueError without texts."""
         with model.frozen():
-            search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows)
+            search = SuffixSearch(model, batch, self.num_tokens, self.init, self.max_rows, place=self.place)
             search.record_start()
             return search.result()

@@ -33,8 +33,9 @@ class RandomSearch:
         block: positions replaced at once in the beginning; it shrinks to 1 as the target becomes likely.
         width: proposals per step, of which the best counts; 1 is the published algorithm.
         target_tokens: how many of the target's first tokens are made likely.
-        stop_probability: a behaviour is done once these tokens have this mean probability, or are what greedy
-            decoding says.
+        stop_probability: leave a behaviour once these tokens have this mean probability; null searches on
+            until greedy decoding says the target's first sentence, which is what an evaluation of greedy
+            replies counts. A sampled evaluation may take the published 0.1.
         ascii_only: use only tokens of printable ASCII.
         max_rows: candidates per forward pass; null takes 64 on a CPU and 512 elsewhere; halved and remembered
             when memory runs out.
@@ -49,7 +50,7 @@ class RandomSearch:
         block: Count = 4,
         width: Count = 1,
         target_tokens: Count = 1,
-        stop_probability: Share = 0.1,
+        stop_probability: Share | None = None,
         ascii_only: bool = True,
         max_rows: Count | None = None,
     ) -> None:
@@ -64,7 +65,7 @@ class RandomSearch:
         self.block = block
         self.width = width
         self.target_tokens = target_tokens
-        self.stop_loss = -math.log(stop_probability)
+        self.stop_probability = stop_probability
         self.ascii_only = ascii_only
         self.max_rows = max_rows
 
@@ -83,7 +84,9 @@ class RandomSearch:
                 .nonzero()
                 .squeeze(1)
             )
-            active = self._open(search, search.record_start())
+            started = search.record_start()
+            done = set(search.reached(started)) | self._likely(search, started)
+            active = [row for row in started if row not in done]
             for _ in range(self.num_steps):
                 if not active:
                     break
@@ -103,26 +106,27 @@ class RandomSearch:
         if not owners:
             return active
         index = torch.tensor(owners, device=search.start.device)
-        means = search.mean(index, search.losses(index, candidates.to(index.device))).cpu()
+        losses, could = search.scores(index, candidates.to(index.device))
+        means = search.mean(index, losses).cpu()
         best = best_by_owner(owners, means)
         improved = search.ledger.record(
             list(best), [candidates[i].tolist() for i in best.values()], means[list(best.values())]
         )
-        still_open = set(self._open(search, improved))
-        return [row for row in active if row not in improved or row in still_open]
+        done = search.finish(owners, candidates, could.cpu(), means) | self._likely(search, improved)
+        return [row for row in active if row not in done]
 
-    def _open(self, search: SuffixSearch, rows: list[int]) -> list[int]:
-        """Rows that are not done yet."""
-        unlikely = [row for row in rows if search.ledger.best_loss[row] > self.stop_loss]
-        reached = set(search.reached(unlikely))
-        return [row for row in unlikely if row not in reached]
+    def _likely(self, search: SuffixSearch, rows: list[int]) -> set[int]:
+        """Rows that the probability trigger stops."""
+        if self.stop_probability is None:
+            return set()
+        return {row for row in rows if search.ledger.best_loss[row] <= -math.log(self.stop_probability)}
 
     def _block(self, loss: float) -> int:
-        """Block length by the target's probability: full below a tenth of the stop, halved below a half of
-        it, then single tokens."""
-        if loss > self.stop_loss + math.log(10):
+        """Block length by the target's mean probability: full below 1 %, halved below 5 %, then single
+        tokens."""
+        if loss > -math.log(0.01):
             return self.block
-        return max(1, self.block // 2) if loss > self.stop_loss + math.log(2) else 1
+        return max(1, self.block // 2) if loss > -math.log(0.05) else 1
 
 
 def replace_block(suffix: list[int], block: int, tokens: torch.Tensor, rng: torch.Generator) -> list[int]:

@@ -16,7 +16,13 @@ from lightning_modules.attacks.base import AttackedPrompt, require_texts
 from lightning_modules.attacks.chunks import Chunked
 from lightning_modules.attacks.ledger import CandidateLedger
 from lightning_modules.attacks.suffix.frames import Frames
-from lightning_modules.attacks.suffix.slots import make_slot, replayable, without_end_of_turn
+from lightning_modules.attacks.suffix.slots import (
+    Placement,
+    counted_mask,
+    make_slot,
+    replayable,
+    without_end_of_turn,
+)
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.logits import replies_greedily
@@ -25,6 +31,8 @@ GROUP = 6
 """Forward passes' worth of candidates whose order is by position alone."""
 DRAWS = 4
 """Rounds of drawing candidates until enough of them can be typed."""
+CHECKED = 4
+"""Candidates of a behaviour and step whose greedy reply is looked at, of those that could say the target."""
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """(N, R) token losses and their mask -> (N,) what a search minimises."""
 
@@ -41,6 +49,7 @@ class SuffixSearch:
         target_tokens: score only the target's first so many tokens; None scores all but its end of turn.
         lead: tokens before the suffix that every candidate computes again; 1 lets an empty suffix have a next
             token.
+        place: where the free tokens stand, seen from the request.
     """
 
     def __init__(
@@ -52,15 +61,19 @@ class SuffixSearch:
         max_rows: int | None,
         target_tokens: int | None = None,
         lead: int = 0,
+        place: Placement = "after",
     ) -> None:
         require_texts(batch)
         self.model, self.batch, self.chat = model, batch, model.chat
         self.slots = [
-            make_slot(self.chat, p, s, init, num_tokens)
+            make_slot(self.chat, p, s, init, num_tokens, place)
             for p, s in zip(batch.prompts, batch.systems, strict=True)
         ]
         device = batch.harmful_ids.device
         mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, self.chat.end_of_turn)
+        said = counted_mask(self.chat, batch.harmful_ids, mask, batch.targets)
+        said = said[:, : int(said.sum(1).max())]
+        self.counted = Reply(batch.harmful_ids[:, : said.shape[1]], said)
         mask = mask[:, :target_tokens]
         width = int(mask.sum(1).max())
         self.target = Reply(batch.harmful_ids[:, :width], mask[:, :width])
@@ -93,6 +106,19 @@ class SuffixSearch:
         self.ledger.count_forward(rows)
         return self.chunked(lambda r, s: self.frames.token_losses(r, s, self.model.embed(s)), rows, suffixes)
 
+    @torch.no_grad()
+    def scores(self, rows: Tensor, suffixes: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses as above, and (N,) bool, True for the candidates that could make greedy decoding say the
+        target: they do as far as the scored tokens go."""
+        self.ledger.count_forward(rows)
+        return self._read(rows, self.chunked(self.frames.token_scores, rows, suffixes))
+
+    def _read(self, rows: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        said, counted = found[..., 1].bool(), self.counted.mask[rows, : found.shape[1]]
+        said[:, : counted.shape[1]] |= ~counted
+        said[:, counted.shape[1] :] = True
+        return found[..., 0].contiguous(), said.all(1)
+
     def _order(self, rows: Tensor, changed: Tensor) -> Tensor:
         """(N,) order in which candidates share forward passes: alike in target length, then in where they
         first change.
@@ -109,10 +135,10 @@ class SuffixSearch:
         return (group[rows] * (changed.max() + 1) + changed).argsort(stable=True)
 
     @torch.no_grad()
-    def losses_of_changes(
+    def scores_of_changes(
         self, rows: Tensor, suffixes: Tensor, active: Sequence[int], base: Tensor
-    ) -> Tensor:
-        """As `losses`, for candidates that differ from a base in some positions: what stands before the first
+    ) -> tuple[Tensor, Tensor]:
+        """As `scores`, for candidates that differ from a base in some positions: what stands before the first
         change is computed once.
 
         Args:
@@ -127,17 +153,16 @@ class SuffixSearch:
         place = torch.zeros(len(self.slots), dtype=torch.long, device=base.device).scatter(
             0, own, torch.arange(len(own), device=base.device)
         )
-        changed = (suffixes != base[place[rows]]).to(torch.uint8).argmax(1) + self.frames.place[rows]
+        first = (suffixes != base[place[rows]]).to(torch.uint8).argmax(1, keepdim=True)
+        changed = self.frames.columns(rows, suffixes.shape[1]).gather(1, first).squeeze(1)
         order = self._order(rows, changed)
         found = self.chunked(
-            lambda r, s, c: self.frames.token_losses(
-                r, s, self.model.embed(s), extended, place[r], int(c.min())
-            ),
+            lambda r, s, c: self.frames.token_scores(r, s, extended, place[r], int(c.min())),
             rows[order],
             suffixes[order],
             changed[order],
         )
-        return torch.empty_like(found).index_copy(0, order, found)
+        return self._read(rows, torch.empty_like(found).index_copy(0, order, found))
 
     def gradient(self, rows: Tensor, suffixes: Tensor, objective: TokenLoss) -> tuple[Tensor, Tensor]:
         """(N, R) token losses and the (N, S, D) gradient of each row's objective in its suffix embeddings."""
@@ -195,18 +220,52 @@ class SuffixSearch:
     def typed(self, suffixes: Sequence[list[int]]) -> list[str]:
         """What a user would type to replay a suffix of every behaviour."""
         own = replayable(self.chat, self.slots, suffixes)
-        return [slot.user + (text or "") for slot, text in zip(self.slots, own, strict=True)]
+        return [slot.user + (text or "") + slot.rest for slot, text in zip(self.slots, own, strict=True)]
 
-    def reached(self, rows: Sequence[int]) -> list[int]:
-        """Those of the rows whose best suffix already makes greedy decoding begin with the target."""
+    def saying(self, rows: Sequence[int], suffixes: Sequence[list[int]]) -> list[bool]:
+        """Whether greedy decoding says each row's target with this suffix, as an evaluation counts it; one
+        forward pass each."""
         if not rows:
             return []
         index = torch.tensor(rows, device=self.target.ids.device)
-        prompt_ids, prompt_mask = self._prompts([self.slots[row].ids(self.ledger.best[row]) for row in rows])
+        prompt_ids, prompt_mask = self._prompts(
+            [self.slots[row].ids(suffix) for row, suffix in zip(rows, suffixes, strict=True)]
+        )
         self.ledger.count_forward(index)
-        target = Reply(self.target.ids[index], self.target.mask[index])
-        hits = replies_greedily(self.model, self.model.embed(prompt_ids), prompt_mask, target)
-        return [row for row, hit in zip(rows, hits.tolist(), strict=True) if hit]
+        counted = Reply(self.counted.ids[index], self.counted.mask[index])
+        hits: list[bool] = replies_greedily(
+            self.model, self.model.embed(prompt_ids), prompt_mask, counted
+        ).tolist()
+        return hits
+
+    def reached(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows whose best suffix makes greedy decoding say the target."""
+        hits = self.saying(rows, [self.ledger.best[row] for row in rows])
+        return [row for row, hit in zip(rows, hits, strict=True) if hit]
+
+    def finish(self, owners: Sequence[int], candidates: Tensor, could: Tensor, means: Tensor) -> set[int]:
+        """Rows of which a candidate says the target; the likeliest such candidate becomes their result,
+        whatever its loss.
+
+        Args:
+            owners: the row of each candidate.
+            candidates: (N, S).
+            could: (N,) from `scores`: which of them are looked at, the CHECKED likeliest of each row.
+            means: (N,) attacked losses.
+        """
+        looked: dict[int, list[int]] = {}
+        for i in means.argsort(stable=True).tolist():
+            own = looked.setdefault(owners[i], []) if could[i] else []
+            if could[i] and len(own) < CHECKED:
+                own.append(i)
+        flat = [i for own in looked.values() for i in own]
+        done: set[int] = set()
+        said = self.saying([owners[i] for i in flat], [candidates[i].tolist() for i in flat])
+        for i, hit in zip(flat, said, strict=True):
+            if hit and owners[i] not in done:
+                done.add(owners[i])
+                self.ledger.keep(owners[i], candidates[i].tolist(), float(means[i]))
+        return done
 
     def result(self) -> AttackedPrompt:
         """The best suffixes. Raises: AssertionError if a text does not re-tokenise to the optimised ids."""

@@ -1,0 +1,85 @@
+"""What worked in an earlier run: the texts that stood around its requests, read from its rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from datamodules.fields import checked
+from datamodules.results import ROWS, Row, read_rows
+from datamodules.text.chat_format import ChatFormat
+
+
+class Surroundings(NamedTuple):
+    """What an attack put around a request."""
+
+    request: str
+    before: str
+    after: str
+
+
+@checked
+class StoredSuffixes:
+    """Suffixes (and prefixes) of a run's attacked rows, each once.
+
+    The results of an attack that reads them are stored under this run's folder, not its content: give new
+    rows a new folder.
+
+    Args:
+        run: the run folder.
+        attacks: names of the attacks whose rows count; null for all.
+        judge: name (`target_prefix`) or `name@revision` of the judge whose yes counts; null takes failures
+            too.
+    """
+
+    def __init__(
+        self, run: str, attacks: list[str] | None = None, judge: str | None = "target_prefix"
+    ) -> None:
+        self.run = run
+        self.attacks = attacks
+        self.judge = judge
+        self._found: list[Surroundings] | None = None
+
+    def surroundings(self) -> list[Surroundings]:
+        """Raises: ValueError where the run holds no such attack, no verdict of the judge, or nothing that
+        worked."""
+        if self._found is None:
+            rows = [row for row in read_rows(self.run) if row.attack and row.attacked is not None]
+            unknown = set(self.attacks or ()) - {row.attack for row in rows}
+            if not rows or unknown:
+                missing = f"no rows of {sorted(unknown)}" if unknown else "no attacked rows"
+                raise ValueError(
+                    f"StoredSuffixes.run: {missing} in {self.run}/{ROWS}; name a run that attacked with text"
+                )
+            wanted = (row for row in rows if self.attacks is None or row.attack in self.attacks)
+            found = (_around(row) for row in wanted if self._worked(row))
+            self._found = list(dict.fromkeys(entry for entry in found if entry is not None))
+            if not self._found:
+                raise ValueError(
+                    f"StoredSuffixes.run: no suffix in {self.run}/{ROWS} worked by {self.judge!r}; set judge "
+                    "null to take failures too"
+                )
+        return self._found
+
+    def ids(self, chat: ChatFormat) -> list[list[int]]:
+        """The texts as tokens, as a start for searches; those that cannot be typed so are left out there."""
+        texts = list(dict.fromkeys(found.after or found.before for found in self.surroundings()))
+        return [list(ids) for ids in chat.encode_batch(texts) if ids]
+
+    def _worked(self, row: Row) -> bool:
+        if self.judge is None:
+            return True
+        names = [name for name in row.verdicts if self.judge in (name, name.split("@")[0])]
+        if not names:
+            raise ValueError(
+                f"StoredSuffixes.judge: {row.where} has no verdict of {self.judge!r}, got "
+                f"{sorted(row.verdicts)}"
+            )
+        return any(row.verdict(name) for name in names)
+
+
+def _around(row: Row) -> Surroundings | None:
+    """None where the request does not stand as it is in what was sent, or nothing was put around it."""
+    request, sent = row.prompt.strip(), row.attacked or ""
+    before, middle, after = sent.partition(request)
+    plain = row.history or row.prefill or not middle or not (before or after)
+    return None if plain else Surroundings(request, before, after)
