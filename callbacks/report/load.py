@@ -97,7 +97,7 @@ def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]
                 samples=[s for s in own.samples if (s.subject, s.attack) not in pairs],
             )
         )
-    titles = [m.title for m, own in last.measures.items() if m in away and own.estimate.kind == "rate"]
+    titles = [own.title for m, own in last.measures.items() if m in away and own.estimate.kind == "rate"]
     return [*found, last], titles
 
 

@@ -75,10 +75,12 @@ def test_a_model_that_refuses_every_suffix_is_found_out(tmp_path: Path) -> None:
     assert "100 % of 6 harmless prompts are refused" in said
     table = rates(results)
     by_title = {line[0].text: dict(zip(table.columns, line, strict=True)) for line in table.rows}
-    line = by_title["initial suffix: attack success"]
+    line = by_title["initial suffix: target prefix (a trend, not success)"]
     assert line["benign refused under it"].text.startswith("100.0 % [")
     assert line["utility under it"].text.startswith("0.0 % [")
-    assert by_title["direct: attack success"]["utility under it"].text.startswith("100.0 % [")
+    assert by_title["direct: target prefix (a trend, not success)"]["utility under it"].text.startswith(
+        "100.0 % ["
+    )
 
 
 def test_a_model_that_refuses_nothing_benign_is_not_flagged(tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_sampled_replies_stand_beside_the_greedy_one(tmp_path: Path) -> None:
     assert values == {"success_rate": 0.25, "success_at_1": 0.25, "success_at_k": 0.5}
     titles = [measure.title for measure in found.measures.values()]
     assert "gcg: success of at least one sampled reply (k = 3)" in titles
-    assert "gcg: attack success" in titles
+    assert "gcg: target prefix (a trend, not success)" in titles
 
 
 def test_an_example_without_all_its_samples_does_not_count(tmp_path: Path) -> None:

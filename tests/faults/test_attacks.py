@@ -91,7 +91,11 @@ def test_a12_no_field_of_an_attack_takes_nonsense(path: str, field: str, value: 
     hints = typing.get_type_hints(cls.__init__, include_extras=True)
     needed = {
         # The first required plain field is LatentPGD's list of layers; other objects are not checked.
-        name: [0] if problem(None, hints[name]) else object()
+        name: "run"
+        if problem([0], hints[name]) and not problem("run", hints[name])
+        else [0]
+        if problem(None, hints[name])
+        else object()
         for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]
         if parameter.default is parameter.empty
     }

@@ -235,7 +235,7 @@ def test_first_step_is_the_best_of_all_single_swaps_the_reference_would_try() ->
     found = GCG(num_tokens=4, num_steps=1, width=64, topk=8, stop_at_target=False)(
         language_model, batch, generator(7)
     )
-    (behaviour,) = gcg_benchmark._reference_behaviours(language_model, batch)
+    (behaviour,) = gcg_benchmark._yardstick_behaviours(language_model, batch)
     slot = make_slot(language_model.chat, batch.prompts[0], None, " x", 4)
     behaviour = dataclasses.replace(behaviour, slot=slot)
     allowed = typable_tokens(language_model.chat, 1024, True)
@@ -363,7 +363,7 @@ def test_reference_and_ours_score_candidates_alike() -> None:
         gcg_benchmark._loss_difference(
             LanguageModel(language_model.module, chat=language_model.chat),
             batch,
-            gcg_benchmark._reference_behaviours(language_model, batch),
+            gcg_benchmark._yardstick_behaviours(language_model, batch),
             vocabulary=1024,
         )
         <= 1e-4
