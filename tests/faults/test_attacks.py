@@ -23,6 +23,7 @@ from lightning_modules.attacks.training.per_rank import gathered
 from lightning_modules.models.language_model import LanguageModel
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model
 from tests.support.attacks import Recording, attack_classes, persistent, suffix_generator
+from tests.support.small_run import small_config
 from tests.support.two_processes import ATTACKS, go_on
 
 
@@ -107,10 +108,9 @@ def test_b_two_steps_draw_different_noise(
     thundercat: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     # A step generator with a constant seed survived all tests: every step then starts at the same point.
-    config = tmp_path / "run.yaml"
-    config.write_text(CONFIG.replace("FOLDER", str(tmp_path / "run")), encoding="utf-8")
     Recording.noise.clear()
-    status, _, stderr = thundercat("fit", "--config", str(config))
+    recording = "--model.attack={class_path: tests.support.attacks.Recording}"
+    status, _, stderr = thundercat("fit", "--config", str(small_config(tmp_path)), recording)
     assert status == 0, stderr
     assert len(Recording.noise) == 3
     assert len({tuple(noise.tolist()) for noise in Recording.noise}) == 3
@@ -154,32 +154,3 @@ def test_c7_best_of_n_is_judged_in_batches() -> None:
     # Empty replies are not asked about.
     assert 0 < sum(judge.batches) <= 12
     assert max(judge.batches) > 2
-
-
-CONFIG = """
-seed_everything: 0
-trainer:
-  default_root_dir: FOLDER
-  accelerator: cpu
-  devices: 1
-  max_steps: 3
-  logger: false
-  enable_progress_bar: false
-  enable_checkpointing: false
-model:
-  class_path: lightning_modules.adversarial.AdversarialFineTuning
-  init_args:
-    base: {name_or_path: "tinychat:aligned", lora: {r: 2}}
-    attack: {class_path: tests.support.attacks.Recording}
-    objective: {class_path: lightning_modules.losses.toward_away.TowardAwayUtility}
-data:
-  class_path: datamodules.adversarial.AdversarialData
-  init_args:
-    tokenizer: {name_or_path: "tinychat:aligned"}
-    harmful:
-      - {class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: train}}
-    utility:
-      - {class_path: datamodules.sources.tinychat.TinyChatBenign, init_args: {split: train, num_rows: 50}}
-    harmful_per_step: 2
-    utility_per_step: 2
-"""
