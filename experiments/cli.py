@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
 from typing import Any, NoReturn
 
 from experiments.config.errors import ConfigError, suggest
@@ -33,7 +35,11 @@ OTHERS = {
     "list": "what there is to choose from, one line each",
     "schema": "a JSON schema of configurations, for editors",
 }
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM before a run has put its own handlers in place: importing torch alone takes seconds."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,12 +122,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a failed run, 2 for a wrong call or configuration, 130
-    for Ctrl-C."""
+    for Ctrl-C, 143 for SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
     except KeyboardInterrupt:
         return _fail(words, "interrupted before anything was run", INTERRUPTED)
+    except Terminated:
+        return _fail(words, "stopped by SIGTERM before anything was run", TERMINATED)
     except BrokenPipeError:
         # Whoever reads our output has gone (`thundercat list | head`): nobody is left to tell.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -256,8 +264,14 @@ def _version() -> str:
         return "(not installed)"
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process as it is
+    raise Terminated
+
+
 def console() -> Any:
     """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminate)
     if "_ARGCOMPLETE" in os.environ:
         from experiments.config.completion import complete
 

@@ -4,7 +4,7 @@ May differ between a run and its continuation, because the weights of a given st
 and time limits (the learning rate follows the schedule of the new total from there on), loggers, callbacks
 and evaluations, hardware (accelerator, devices, attention kernel, activation checkpointing) and
 folders. All else must be equal: model, attack, objective, terms, data, optimiser, seed, precision, clipping
-and how a step is divided.
+and how a step is divided; and the files that these fields name must hold what they held.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning import Trainer
+
+from callbacks.run_folder.contents import CONTENT, fingerprints
 
 TRAINER = (
     "precision",
@@ -61,7 +63,8 @@ def decisive(config: Mapping[str, Any]) -> Flat:
         fields |= _flat(name, filled(config.get(name)))
     kept = {key: value for key, value in fields.items() if not _below(key, FREE)}
     # As the checkpoint gives it back: no tuples, no enums.
-    return typing.cast(Flat, json.loads(json.dumps(kept, default=str)))
+    plain = typing.cast(Flat, json.loads(json.dumps(kept, default=str)))
+    return plain | fingerprints(plain)
 
 
 def differences(then: Flat, now: Flat, only: tuple[str, ...] | None = None) -> list[str]:
@@ -73,7 +76,16 @@ def differences(then: Flat, now: Flat, only: tuple[str, ...] | None = None) -> l
         f"{key}: {_word(then.get(key, '(unset)'))} then, {_word(now.get(key, '(unset)'))} now"
         for key in keys
         if not _equal(then.get(key, missing), now.get(key, missing))
+        # A file that is not here is its loader's to name; where a path differs, so does what it holds.
+        and not (
+            key.endswith(f".{CONTENT}") and not (key in then and key in now and _same_path(key, then, now))
+        )
     ]
+
+
+def _same_path(key: str, then: Flat, now: Flat) -> bool:
+    field = key.removesuffix(f".{CONTENT}")
+    return _equal(then.get(field), now.get(field))
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -53,8 +53,12 @@ class ExportModel(Callback):
         try:
             model.save_pretrained(partial)
             pl_module.language_model.chat.tokenizer.save_pretrained(partial)
-            shutil.rmtree(folder, ignore_errors=True)
+            before = folder.with_name(folder.name + ".before")
+            shutil.rmtree(before, ignore_errors=True)
+            if folder.exists():
+                folder.rename(before)  # a kill here leaves both models whole, under other names
             partial.rename(folder)
+            shutil.rmtree(before, ignore_errors=True)
         except Exception as error:  # each library has its own kind for a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(

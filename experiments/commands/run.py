@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from callbacks.evaluations.measuring import Measuring
 from callbacks.progress import install_progress
 from callbacks.report.report import RunReport
 from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint, load_weights
+from callbacks.run_folder.completion import CompletesRun
 from callbacks.run_folder.decisive import decisive
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
@@ -135,7 +137,8 @@ def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
         # `validate`.
         trainer.limit_val_batches = 0
     install_progress(trainer)
-    own = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow(), LogConfiguration(config)]
+    own: list[Callback] = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow()]
+    own += [LogConfiguration(config), CompletesRun()]
     callbacks_of(trainer)[:0] = own
 
 
@@ -190,6 +193,10 @@ def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) 
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            remedy = "make room, then go on with --ckpt_path last (fit) or the same command (others)"
+            _say(f"{error.filename or folder.path}: no space left on the disk; {remedy}")
+            return 1
         _say(one_line(error))
         return 1
 

@@ -71,7 +71,7 @@ def sweep(folder: Path, kills: int, seed: int) -> int:
         started, process, moment = time.monotonic(), begin(name), rng.uniform(0.0, life)
         if number % 2:
             # Start-up takes most of so short a life: every second kill falls among the steps.
-            step = rng.randint(1, 5)
+            step = rng.randint(1, 6)
             await_file(process, folder / name / "checkpoints" / f"step_{step:06d}.ckpt")
             time.sleep(rng.uniform(0.0, 0.3))
         else:

@@ -265,21 +265,25 @@ def test_b_attack_honours_traceback(thundercat: Run, monkeypatch: pytest.MonkeyP
     assert err.splitlines()[-1] == "thundercat: unexpected error RuntimeError: broken"
 
 
-def test_b_ctrl_c_at_start_up_is_one_line() -> None:
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by SIGTERM")],
+)
+def test_b_a_signal_at_start_up_is_one_line(number: signal.Signals, words: str) -> None:
     command = [sys.executable, "-m", "experiments.cli", "fit", "--config", TINYCHAT, "--print_config"]
-    # Ctrl-C as soon as the heavy imports have begun.
+    # As soon as the heavy imports have begun.
     code = (
         "import os, signal, sys; sys.path.insert(0, '.')\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        if name == 'torch': os.kill(os.getpid(), {int(number)})\n"
         "sys.meta_path.insert(0, Interrupt())\n"
         f"sys.argv = {command[2:]!r}\n"
         "from experiments.cli import console; console()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr == "thundercat: interrupted before anything was run\n"
+    assert done.returncode == 128 + number
+    assert done.stderr == f"thundercat: {words} before anything was run\n"
 
 
 def test_b_a_yaml_that_gives_a_key_twice_loses_nothing_in_silence(thundercat: Run, tmp_path: Path) -> None:
