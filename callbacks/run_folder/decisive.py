@@ -77,6 +77,7 @@ def differences(then: Flat, now: Flat, only: tuple[str, ...] | None = None) -> l
 
 
 def _equal(a: Any, b: Any) -> bool:
+    # In Python True == 1; in a configuration they are different values.
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 
