@@ -7,7 +7,9 @@ import logging
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from datamodules.fields import Probability, checked
 from lightning_modules.attacks.base import AttackedPrompt
@@ -21,9 +23,9 @@ REMEDIES = {
 }
 
 
-def example_flags(attacked: AttackedPrompt) -> dict[str, torch.Tensor]:
-    """(B,) bool per sign that the attack did not do its work (after Carlini et al. 2019); none for an attack
-    that took no step."""
+def example_flags(attacked: AttackedPrompt) -> dict[str, Bool[Tensor, " batch"]]:
+    """Signs that the attack did not do its work (after Carlini et al. 2019); none for an attack that took no
+    step."""
     curve = attacked.loss_curve
     if len(curve) == 0:
         return {}

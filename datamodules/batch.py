@@ -2,7 +2,9 @@
 two strings.
 
 Prompts are left-padded and replies right-padded, so that a reply always starts right after its prompt. Masks
-are explicit boolean tensors: token id 0 is an ordinary token. Each batch is padded to its own longest row.
+are explicit boolean tensors: token id 0 is an ordinary token. Ids are int64. Each batch is padded to its own
+longest row.
+
 The classes are not frozen, since Lightning rebuilds a batch field by field where it converts floats
 (trainer.precision: bf16-true); nobody else assigns to a batch.
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from datamodules.rows import Turn
@@ -33,23 +36,20 @@ class _Movable:
 
 @dataclass(eq=False)
 class AdversarialBatch(_Movable):
-    """B prompts, each with a harmful target and a safe reply (both end with the template's end-of-turn
+    """Prompts, each with a harmful target and a safe reply (both end with the template's end-of-turn
     token)."""
 
-    example_id: Tensor
-    """(B,) int64, stable over runs and machines."""
-    prompt_ids: Tensor
-    """(B, P) int64, left-padded."""
-    prompt_mask: Tensor
-    """(B, P) bool, False on padding."""
-    attackable_mask: Tensor
-    """(B, P) bool, True where an attack may perturb; a subset of prompt_mask."""
-    harmful_ids: Tensor
-    """(B, H) int64, right-padded."""
-    harmful_mask: Tensor
-    safe_ids: Tensor
-    """(B, S) int64, right-padded."""
-    safe_mask: Tensor
+    example_id: Int[Tensor, " batch"]
+    """Stable over runs and machines."""
+    prompt_ids: Int[Tensor, "batch prompt"]
+    prompt_mask: Bool[Tensor, "batch prompt"]
+    """False on padding."""
+    attackable_mask: Bool[Tensor, "batch prompt"]
+    """True where an attack may perturb; a subset of prompt_mask."""
+    harmful_ids: Int[Tensor, "batch harmful"]
+    harmful_mask: Bool[Tensor, "batch harmful"]
+    safe_ids: Int[Tensor, "batch safe"]
+    safe_mask: Bool[Tensor, "batch safe"]
     prompts: tuple[str, ...] = ()
     """The users' texts behind `prompt_ids`; attacks that rewrite text need them, others do not. Empty where
     unknown."""
@@ -120,14 +120,12 @@ class AdversarialBatch(_Movable):
 
 @dataclass(eq=False)
 class UtilityBatch(_Movable):
-    """B conversations to keep the model useful on, right-padded to the batch's own longest row."""
+    """Conversations to keep the model useful on, right-padded."""
 
-    input_ids: Tensor
-    """(B, T) int64."""
-    attention_mask: Tensor
-    """(B, T) bool."""
-    labels: Tensor
-    """(B, T) int64, -100 on every token that is not part of a learned reply; a conversation has several."""
+    input_ids: Int[Tensor, "batch token"]
+    attention_mask: Bool[Tensor, "batch token"]
+    labels: Int[Tensor, "batch token"]
+    """-100 on every token that is not part of a learned reply; a conversation has several."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -157,9 +155,8 @@ class EvaluationBatch(_Movable):
     """Semantic category of every row, '' where there is none."""
     functional: tuple[str, ...]
     """HarmBench's functional category (standard, contextual, copyright), '' where there is none."""
-    prompt_ids: Tensor
-    """(B, P) int64, left-padded."""
-    prompt_mask: Tensor
+    prompt_ids: Int[Tensor, "batch prompt"]
+    prompt_mask: Bool[Tensor, "batch prompt"]
     adversarial: AdversarialBatch | None = None
     systems: tuple[str | None, ...] = ()
     """System message of every conversation, None where there is none."""
@@ -170,13 +167,15 @@ class EvaluationBatch(_Movable):
         return len(self.prompts)
 
 
-def _is_left_padded(mask: Tensor) -> bool:
+def _is_left_padded(mask: Bool[Tensor, "batch token"]) -> bool:
     """True when every row is False…False True…True with at least one True."""
     return bool(mask[:, -1].all()) and not bool((mask[:, :-1] & ~mask[:, 1:]).any())
 
 
-def pad(rows: Sequence[Sequence[int]], side: str, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad token lists to (B, T) ids and mask; `side` is 'left' or 'right'."""
+def pad(
+    rows: Sequence[Sequence[int]], side: str, fill: int = 0
+) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
+    """Pad token lists to ids and mask; `side` is 'left' or 'right'."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), fill, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)

@@ -43,6 +43,7 @@ class Stream:
         return [int(row) for row in self._window_order(window)[place]]
 
     def _permutation(self, number: int) -> np.ndarray:
+        # The 0 here and the 1 below keep passes and windows of one number from drawing alike.
         return np.random.default_rng([self.seed, 0, number]).permutation(len(self.lengths))
 
     def _bucketed(self, number: int) -> np.ndarray:
@@ -50,6 +51,7 @@ class Stream:
         positions = np.arange(number * size, (number + 1) * size)
         passes, places = np.divmod(positions, len(self.lengths))
         rows = np.array([self._pass_order(int(p))[place] for p, place in zip(passes, places, strict=True)])
+        # Stable: where lengths are equal, numpy's default order depends on the processor.
         ordered = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(self.window, self.batch_size)
         shuffled: np.ndarray = np.random.default_rng([self.seed, 1, number]).permutation(ordered)
         return shuffled
@@ -84,10 +86,12 @@ class StepSampler(Sampler[list[Item]]):
         return self.length
 
     def __iter__(self) -> Iterator[list[Item]]:
+        # A run that resumes within an epoch has only the rest of it left.
         start = self.position()
         for number in range(start, start - start % self.length + self.length):
             yield [
                 (name, row)
                 for name, stream in self.streams.items()
+                # In turn and not in blocks: the rows stand by length, and all processes wait for the slowest.
                 for row in stream.micro_batch(number)[self.rank :: self.world_size]
             ]

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import NoAttack
@@ -87,7 +89,7 @@ class ReferenceTable:
             ) from error
 
     def __call__(self, batch: AdversarialBatch) -> ReferenceScores:
-        """The batch's scores, (B,) fp64 each. Raises: ValueError for an example that `fill` has not seen."""
+        """The batch's scores in fp64. Raises: ValueError for an example that `fill` has not seen."""
         try:
             found = [self._by_id[number] for number in batch.example_id.tolist()]
         except KeyError as error:
@@ -131,7 +133,10 @@ def row_digests(batch: AdversarialBatch) -> list[str]:
     return [hashlib.blake2b(json.dumps(row).encode(), digest_size=12).hexdigest() for row in rows]
 
 
-def _mean_log_probs(model: LanguageModel, batch: AdversarialBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_log_probs(
+    model: LanguageModel, batch: AdversarialBatch
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Of the safe and of the harmful reply."""
     scores = score_replies(model, batch, NoAttack()(model, batch))
     return -mean_cross_entropy(scores.safe_log_probs, scores.safe_mask), -mean_cross_entropy(
         scores.harmful_log_probs, scores.harmful_mask

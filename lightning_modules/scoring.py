@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, UtilityBatch
@@ -23,6 +24,8 @@ def score_replies(
     return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask, reference)
 
 
-def score_utility(model: LanguageModel, batch: UtilityBatch) -> tuple[Tensor, Tensor]:
-    """(B, T - 1) log-probabilities and mask of the utility replies' tokens."""
+def score_utility(
+    model: LanguageModel, batch: UtilityBatch
+) -> tuple[Float[Tensor, "batch token-1"], Bool[Tensor, "batch token-1"]]:
+    """Log-probabilities and mask of the utility replies' tokens."""
     return model.labelled_log_probs(batch.input_ids, batch.attention_mask, batch.labels)

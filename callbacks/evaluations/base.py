@@ -68,6 +68,7 @@ class Evaluation(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        # Between two steps of an accumulation the weights have not changed.
         if step == self._last_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if self.schedule.due(step, int(trainer.estimated_stepping_batches)):

@@ -77,6 +77,7 @@ class Measuring(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         session = self._opened()
+        # Every process has the same numbers; without sync_dist Lightning warns that they might differ.
         self.log_dict(monitored(session.finish()), sync_dist=True)
         show_rows(self.trainer, f"{session.place.stage}/evaluation", session.rows)
 

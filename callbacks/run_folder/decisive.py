@@ -89,6 +89,7 @@ def _same_path(key: str, then: Flat, now: Flat) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    # In Python True == 1; in a configuration they are different values.
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 

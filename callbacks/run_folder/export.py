@@ -34,6 +34,7 @@ class ExportModel(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        # Several batches end at one step where gradients are accumulated.
         if self.every_n_steps is not None and step != self._last_step and step % self.every_n_steps == 0:
             self._last_step = step
             self._save(trainer, pl_module, Path(trainer.default_root_dir) / f"model_step_{step:06d}")

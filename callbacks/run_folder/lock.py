@@ -79,6 +79,8 @@ def process_start(pid: int) -> str | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None if Path("/proc/self").exists() else _start_without_proc(pid)
+    # The process's name, in brackets, may hold spaces and brackets itself. Behind it stand the state (field 3
+    # of proc(5)) and the start (field 22), which counts from the machine's boot.
     state, start = fields.rpartition(")")[2].split()[0], fields.rpartition(")")[2].split()[19]
     # A killed process whose parent has not fetched its status writes nothing any more.
     return None if state in "ZX" else f"{boot}/{start}"
@@ -86,10 +88,10 @@ def process_start(pid: int) -> str | None:
 
 def _start_without_proc(pid: int) -> str | None:
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # asks whether it is there, sends nothing
     except ProcessLookupError:
         return None
-    except PermissionError:
+    except PermissionError:  # it is there and belongs to somebody else
         pass
     return "alive"
 

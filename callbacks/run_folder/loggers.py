@@ -75,6 +75,7 @@ class LastLogRow(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if self._row and isinstance(logger, RunCSVLogger):
+                # Lightning counts the log's rows from 0.
                 logger.log_metrics(self._row, trainer.global_step - 1)
                 logger.save()
 
@@ -150,6 +151,7 @@ class ResilientWandbLogger(WandbLogger):
         return self._experiment or _DummyExperiment()
 
     def _start(self) -> None:
+        # Lightning's own start, which this class's property of the same name hides.
         begin = WandbLogger.experiment.fget
         assert begin is not None
         try:

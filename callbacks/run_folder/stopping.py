@@ -60,11 +60,13 @@ class StopsAtOnce(Callback):
     """
 
     def _install(self, trainer: Trainer) -> None:
+        # Lightning leaves SIGINT alone, so that its handler says whether `stoppable` is in force.
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _stop:
             signal.signal(signal.SIGTERM, lambda number, frame: self._stop(trainer, number, frame))
 
     def _stop(self, trainer: Trainer, number: int, frame: FrameType | None) -> None:
         launcher = trainer.strategy.launcher
+        # The processes that this one has started do not get its signal.
         if launcher is not None and trainer.world_size > 1:
             launcher.kill(number)
         _stop(number, frame)

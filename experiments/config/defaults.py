@@ -12,6 +12,7 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     trainer = dict(config.get("trainer") or {})
     trainer.setdefault("default_root_dir", "runs/unnamed")
     trainer.setdefault("inference_mode", False)
+    # The data deals its rows out to the processes itself; Lightning's sampler would divide them again.
     trainer.setdefault("use_distributed_sampler", False)
     trainer.setdefault("log_every_n_steps", 1)
     loggers = trainer.get("logger")

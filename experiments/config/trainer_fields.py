@@ -15,6 +15,7 @@ Part = NonNegativeInt | Probability | None
 """So many batches, or a part of all."""
 
 TRAINER_FIELDS: dict[str, Any] = {
+    # `auto` and `gpu` are the Trainer's own words and stand in no registry.
     "accelerator": Literal[("auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators()))],
     "devices": Count | Literal["auto", -1] | list[NonNegativeInt] | str,
     "num_nodes": Count,

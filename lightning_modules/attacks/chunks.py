@@ -39,6 +39,7 @@ class Chunked:
                 if self.max_rows == 1:
                     raise
                 self.max_rows //= 2
+                # What the failed pass left is cut to its own sizes, which smaller passes could not use.
                 torch.cuda.empty_cache()
                 log.warning("out of memory: candidates are evaluated %d at a time from now on", self.max_rows)
                 continue

@@ -1,4 +1,4 @@
-"""What a search over B examples has found and what it has cost so far: one account for every attack.
+"""What a search over examples has found and what it has cost so far: one account for every attack.
 
 A search says what it spends (`count_*`) and enters every iterate's losses (`enter`); the ledger keeps the
 curve, the best so far and the signs of trouble, and writes them into the AttackedPrompt. Nothing here waits
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from datamodules.text.chat_format import Turn
@@ -24,7 +25,7 @@ class Ledger:
     """The account of one search.
 
     Args:
-        size: number of examples B.
+        size: number of examples.
         device: where losses are entered.
         dtype: of the losses.
     """
@@ -32,19 +33,19 @@ class Ledger:
     def __init__(
         self, size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.best_loss = torch.full((size,), torch.inf, device=device, dtype=dtype)
-        self.forward_passes = torch.zeros(size, dtype=torch.long, device=device)
-        self.backward_passes = torch.zeros_like(self.forward_passes)
-        self.zero_gradient = torch.zeros_like(self.forward_passes, dtype=torch.bool)
-        self.queries: Tensor | None = None
-        self._curve: list[Tensor] = []
+        self.best_loss: Float[Tensor, " batch"] = torch.full((size,), torch.inf, device=device, dtype=dtype)
+        self.forward_passes: Int[Tensor, " batch"] = torch.zeros(size, dtype=torch.long, device=device)
+        self.backward_passes: Int[Tensor, " batch"] = torch.zeros_like(self.forward_passes)
+        self.zero_gradient: Bool[Tensor, " batch"] = torch.zeros_like(self.forward_passes, dtype=torch.bool)
+        self.queries: Int[Tensor, " batch"] | None = None
+        self._curve: list[Float[Tensor, " batch"]] = []
 
-    def count_forward(self, rows: Tensor) -> None:
-        """One forward pass for every entry of (N,) `rows`; an example may stand there many times."""
+    def count_forward(self, rows: Int[Tensor, " row"]) -> None:
+        """One forward pass for every entry of `rows`; an example may stand there many times."""
         _count(self.forward_passes, rows)
 
-    def count_backward(self, rows: Tensor, gradient: Tensor) -> None:
-        """One backward pass for every entry of (N,) `rows`, with what it gave; a zero gradient is a sign of
+    def count_backward(self, rows: Int[Tensor, " row"], gradient: Float[Tensor, "row ..."]) -> None:
+        """One backward pass for every entry of `rows`, with what it gave; a zero gradient is a sign of
         trouble."""
         _count(self.backward_passes, rows)
         own = rows.to(self.zero_gradient.device)
@@ -56,14 +57,14 @@ class Ledger:
             self.queries = torch.zeros_like(self.forward_passes)
         _count(self.queries, torch.tensor(rows, dtype=torch.long))
 
-    def enter(self, rows: Tensor, losses: Tensor) -> Tensor:
+    def enter(self, rows: Int[Tensor, " row"], losses: Float[Tensor, " row"]) -> Bool[Tensor, " row"]:
         """Enter one iterate; several candidates of an example count as one, by the best of them.
 
         Args:
-            rows: (N,) the example of each candidate.
-            losses: (N,) attacked losses; inf where a candidate could not be tried.
+            rows: the example of each candidate.
+            losses: attacked losses; inf where a candidate could not be tried.
 
-        Returns: (N,) bool, True for the candidates that are now their example's best (all of equal ones).
+        Returns: True for the candidates that are now their example's best (all of equal ones).
         """
         losses = losses.detach().to(self.best_loss)
         rows = rows.to(losses.device)
@@ -75,10 +76,10 @@ class Ledger:
 
     def attacked(
         self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        delta: Tensor | None = None,
-        distance: Tensor | None = None,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        delta: Float[Tensor, "batch prompt dim"] | None = None,
+        distance: Float[Tensor, " batch"] | None = None,
         texts: Sequence[str] = (),
         histories: Sequence[tuple[Turn, ...]] = (),
         forced: Sequence[tuple[int, ...]] = (),
@@ -107,17 +108,20 @@ class PointLedger(Ledger):
     """A search over points of a space: `best` is a tensor whose rows are the examples' best points.
 
     Args:
-        start: (B, ...) where each example starts.
+        start: where each example starts.
     """
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Float[Tensor, "batch ..."]) -> None:
         super().__init__(len(start), start.device, start.dtype)
         # A copy: the search goes on in `start` itself.
         self.best = start.clone()
 
-    def record(self, rows: Tensor, points: Tensor, losses: Tensor) -> None:
-        """Enter one (N, ...) iterate of different examples."""
+    def record(
+        self, rows: Int[Tensor, " row"], points: Float[Tensor, "row ..."], losses: Float[Tensor, " row"]
+    ) -> None:
+        """Enter one iterate of different examples."""
         improved = self.enter(rows, losses)
+        # `where` and no boolean index, which would wait for the GPU to know how many there are.
         wide = improved.view(-1, *[1] * (points.dim() - 1))
         self.best[rows] = torch.where(wide, points.detach(), self.best[rows])
         notify(self._curve[-1])
@@ -132,11 +136,14 @@ class CandidateLedger(Ledger, Generic[T]):
     """
 
     def __init__(self, start: Sequence[T], texts: Callable[[Sequence[T]], list[str]]) -> None:
+        # On the CPU: candidates are Python objects, so every iterate's winners are read in any case.
         super().__init__(len(start))
         self.best = list(start)
         self._texts = texts
 
-    def record(self, rows: Sequence[int], candidates: Sequence[T], losses: Tensor) -> list[int]:
+    def record(
+        self, rows: Sequence[int], candidates: Sequence[T], losses: Float[Tensor, " row"]
+    ) -> list[int]:
         """Enter one iterate; returns the examples that improved, in the order of their first candidates."""
         won = self.enter(torch.tensor(rows, dtype=torch.long), losses)
         improved: dict[int, T] = {}
@@ -153,6 +160,7 @@ class CandidateLedger(Ledger, Generic[T]):
         self.best[row], self.best_loss[row] = candidate, loss
 
 
-def _count(passes: Tensor, rows: Tensor) -> None:
+def _count(passes: Int[Tensor, " batch"], rows: Int[Tensor, " row"]) -> None:
     own = rows.to(passes.device)
+    # `passes[own] += 1` would count an example that stands there twice only once.
     passes.index_add_(0, own, torch.ones_like(own))

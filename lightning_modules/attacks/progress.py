@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from jaxtyping import Float
 from torch import Tensor
 
-Observer = Callable[[Tensor, Callable[[], list[str]]], None]
-"""Called after every iterate with the (B,) attacked losses (NaN where a behaviour is done) and a function
-that gives the best texts."""
+Observer = Callable[[Float[Tensor, " batch"], Callable[[], list[str]]], None]
+"""Called after every iterate with the attacked losses (NaN where a behaviour is done) and a function that
+gives the best texts."""
 
 _observer: ContextVar[Observer | None] = ContextVar("attack_observer", default=None)
 
@@ -26,7 +27,7 @@ def observed(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
-def notify(losses: Tensor, texts: Callable[[], list[str]] = list) -> None:
+def notify(losses: Float[Tensor, " batch"], texts: Callable[[], list[str]] = list) -> None:
     """Tell the observer, if there is one."""
     observer = _observer.get()
     if observer is not None:

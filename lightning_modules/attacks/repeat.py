@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -99,14 +100,16 @@ class Repeat:
         load_attack_state(self.attack, state["attack"])
 
 
-def merged(old: AttackedPrompt, new: AttackedPrompt, rows: Sequence[int], wins: Tensor) -> AttackedPrompt:
+def merged(
+    old: AttackedPrompt, new: AttackedPrompt, rows: Sequence[int], wins: Bool[Tensor, " row"]
+) -> AttackedPrompt:
     """The old result with those of the new one that win; costs add up. Prompts may differ in length.
 
     Args:
-        old: B examples.
-        new: N of them, attacked again.
-        rows: N places of the new examples among the old ones.
-        wins: (N,) bool, which of the new ones replace their old ones.
+        old: the examples.
+        new: some of them, attacked again.
+        rows: places of the new examples among the old ones.
+        wins: which of the new ones replace their old ones.
     """
     first, second = _alike(old, new), _alike(new, old)
     index = torch.tensor(rows, device=old.prompt_ids.device)
@@ -181,8 +184,8 @@ def _alike(attacked: AttackedPrompt, other: AttackedPrompt) -> AttackedPrompt:
     )
 
 
-def _best_loss(attacked: AttackedPrompt) -> Tensor:
-    """(B,) lowest loss of each example's curve, inf where there is none."""
+def _best_loss(attacked: AttackedPrompt) -> Float[Tensor, " batch"]:
+    """Lowest loss of each example's curve, inf where there is none."""
     if len(attacked.loss_curve) == 0:
         return torch.full((len(attacked.prompt_ids),), torch.inf, device=attacked.prompt_ids.device)
     return attacked.best_loss

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, EvaluationBatch, pad
@@ -181,8 +182,10 @@ class FreeSuffix:
         delta[wide.attackable_mask] = suffixes[chosen].flatten(0, 1)
         return Ledger(len(plain), plain.prompt_ids.device).attacked(wide.prompt_ids, wide.prompt_mask, delta)
 
-    def _suffixes(self, donors: AdversarialBatch, attacked: AttackedPrompt) -> Tensor:
-        """(B, S, D) what was added to the slots of each donor."""
+    def _suffixes(
+        self, donors: AdversarialBatch, attacked: AttackedPrompt
+    ) -> Float[Tensor, "donor suffix dim"]:
+        """What was added to the slots of each donor."""
         slots = append_slots(donors, self.num_tokens, self.init_token_id).attackable_mask
         assert attacked.delta is not None, "a soft prompt has embeddings"
         return attacked.delta[slots].view(len(donors), self.num_tokens, -1)
@@ -219,6 +222,7 @@ def written(
     Raises: ValueError where a prompt has no such variant.
     """
     chat, prompts, forced, chosen = model.chat, [], [], []
+    # A model that states no limit (ALiBi, recurrent ones) gets one that no prompt reaches.
     limit = getattr(text_config(model.module), "max_position_embeddings", None) or 1 << 20
     for row, (variants, target) in enumerate(zip(choices, _targets(batch, targets), strict=True)):
         history = batch.histories[row] if batch.histories else ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from datamodules.batch import TrainingBatch
@@ -20,33 +21,33 @@ from lightning_modules.models.language_model import Attacked, LanguageModel
 class ReferenceScores:
     """Mean log-probabilities per token of both replies under the reference model, on the clean prompts."""
 
-    safe: Tensor
-    """(B,) lp0(y | x)."""
-    harmful: Tensor
-    """(B,) lp0(y_hat | x)."""
+    safe: Float[Tensor, " batch"]
+    """lp0(y | x)."""
+    harmful: Float[Tensor, " batch"]
+    """lp0(y_hat | x)."""
 
 
 @dataclass(frozen=True)
 class ReplyScores:
-    """Token log-probabilities of both replies of B adversarial examples, under the same perturbation."""
+    """Token log-probabilities of both replies of adversarial examples, under the same perturbation."""
 
-    safe_log_probs: Tensor
-    """(B, S) log p(y_t | x + delta, y_<t)."""
-    safe_mask: Tensor
-    harmful_log_probs: Tensor
-    """(B, H) log p(y_hat_t | x + delta, y_hat_<t)."""
-    harmful_mask: Tensor
+    safe_log_probs: Float[Tensor, "batch safe"]
+    """log p(y_t | x + delta, y_<t)."""
+    safe_mask: Bool[Tensor, "batch safe"]
+    harmful_log_probs: Float[Tensor, "batch harmful"]
+    """log p(y_hat_t | x + delta, y_hat_<t)."""
+    harmful_mask: Bool[Tensor, "batch harmful"]
     reference: ReferenceScores | None = None
     """Present where the objective asks for it."""
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Losses (B,), or () where a term has no examples or joins both streams, already weighted; and detached
-    parts for the logs."""
+    """Losses, already weighted, one per example, or one number where a term has no examples or joins both
+    streams; and detached parts for the logs."""
 
-    loss: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    loss: Float[Tensor, " batch"] | Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, " batch"] | Float[Tensor, ""]] = field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -59,8 +60,10 @@ class Objective(Protocol):
 
     def adversarial(self, scores: ReplyScores) -> LossTerms: ...
 
+    # No shapes in this annotation: the command line takes a class as an objective only where it repeats the
+    # protocol's annotations to the letter, and a user's own class says Tensor.
     def utility(self, log_probs: Tensor, mask: Tensor) -> LossTerms:
-        """log_probs and mask (B, T): the reply tokens of B utility conversations."""
+        """log_probs and mask (batch, token): the reply tokens of utility conversations."""
         ...
 
 

@@ -11,6 +11,7 @@ was represented by stays.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -21,13 +22,21 @@ from lightning_modules.models.language_model import Reply
 from lightning_modules.models.likelihood import masked_mean
 
 
-def reroute(states: Tensor, before: Tensor, mask: Tensor) -> Tensor:
-    """(B,) mean over tokens of relu(cos(h, h0)) from (B, T, D) states."""
+def reroute(
+    states: Float[Tensor, "batch token dim"],
+    before: Float[Tensor, "batch token dim"],
+    mask: Bool[Tensor, "batch token"],
+) -> Float[Tensor, " batch"]:
+    """Mean over tokens of relu(cos(h, h0))."""
     return masked_mean(torch.relu(cosine_similarity(states, before, dim=-1)), mask)
 
 
-def retain(states: Tensor, before: Tensor, mask: Tensor) -> Tensor:
-    """(B,) mean over tokens of the l2 distance || h - h0 ||."""
+def retain(
+    states: Float[Tensor, "batch token dim"],
+    before: Float[Tensor, "batch token dim"],
+    mask: Bool[Tensor, "batch token"],
+) -> Float[Tensor, " batch"]:
+    """Mean over tokens of the l2 distance || h - h0 ||."""
     # At the start h = h0, where the norm has no gradient: the tiny offset gives it the subgradient 0.
     distance = ((states - before).square().sum(-1) + torch.finfo(states.dtype).tiny).sqrt()
     return masked_mean(distance, mask)
@@ -77,6 +86,7 @@ class CircuitBreakers:
             )
         reply = Reply(harmful.harmful_ids, harmful.harmful_mask)
         with step.reference.active() as reference:
+            # Both models read the attacked prompt: the cosine is to tell the models apart, not the prompts.
             with step.attacked.applied(reference) as embeds:
                 harmful_before = reply_states(
                     reference, embeds, step.attacked.prompt_mask, reply, self.layers
@@ -87,6 +97,7 @@ class CircuitBreakers:
         with step.attacked.applied(step.model) as embeds:
             harmful_now = reply_states(step.model, embeds, step.attacked.prompt_mask, reply, self.layers)
         utility_now = conversation_states(step.model, utility.input_ids, utility.attention_mask, self.layers)
+        # A reply's last column is never fed (it predicts nothing), so it has no state to compare.
         pairs = zip(harmful_now, harmful_before, strict=True)
         rerouted = torch.stack([reroute(now, before, reply.mask[:, :-1]) for now, before in pairs]).mean(0)
         pairs = zip(utility_now, utility_before, strict=True)

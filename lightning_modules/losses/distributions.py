@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from datamodules.fields import NonNegative, Positive, checked
@@ -17,9 +18,12 @@ from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.logits import labelled_logits, reply_logits
 
 
-def token_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """(N,) T^2 KL(softmax(teacher / T) || softmax(student / T)) from (N, V) logits (Hinton et al. 2015,
-    section 2).
+def token_kl(
+    teacher: Float[Tensor, "scored vocabulary"],
+    student: Float[Tensor, "scored vocabulary"],
+    temperature: float = 1.0,
+) -> Float[Tensor, " scored"]:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) from logits (Hinton et al. 2015, section 2).
 
     Raises: ValueError where the vocabularies differ.
     """
@@ -32,6 +36,7 @@ def token_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tens
         (teacher / temperature).log_softmax(-1),
         (student / temperature).log_softmax(-1),
     )
+    # The gradient of the softened KL falls with 1 / T^2: times T^2 the term's weight means the same at any T.
     return temperature**2 * (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
 
 
@@ -113,7 +118,7 @@ class Distillation:
             )
         return LossTerms(torch.stack(losses).sum(), parts)
 
-    def _safe(self, step: Step) -> Tensor:
+    def _safe(self, step: Step) -> Float[Tensor, " batch"]:
         batch = step.batch.adversarial
         assert batch is not None and step.attacked is not None
         reply = Reply(batch.safe_ids, batch.safe_mask)
@@ -123,7 +128,7 @@ class Distillation:
             said = reply_logits(step.model, embeds, step.attacked.prompt_mask, reply)
         return masked_mean(_spread(token_kl(taught, said, self.temperature), reply.mask), reply.mask)
 
-    def _utility(self, step: Step) -> Tensor:
+    def _utility(self, step: Step) -> Float[Tensor, " batch"]:
         batch = step.batch.utility
         assert batch is not None
         with self._active(step) as teacher:
@@ -135,6 +140,8 @@ class Distillation:
         return step.reference.active() if self._teacher is None else self._teacher.active(step.model)
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values of the True positions of a mask -> the mask's shape, 0 elsewhere."""
+def _spread(
+    values: Float[Tensor, " scored"], mask: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch token"]:
+    """The values at the True positions of a mask, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

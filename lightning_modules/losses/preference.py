@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -20,22 +21,22 @@ from lightning_modules.losses.base import LossTerms, ReplyScores
 from lightning_modules.models.likelihood import mean_cross_entropy
 
 
-def ipo(margin: Tensor, beta: float) -> Tensor:
+def ipo(margin: Float[Tensor, " batch"], beta: float) -> Float[Tensor, " batch"]:
     """(h - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17)."""
     return (margin - 1.0 / (2.0 * beta)).square()
 
 
-def sigmoid(margin: Tensor, beta: float) -> Tensor:
+def sigmoid(margin: Float[Tensor, " batch"], beta: float) -> Float[Tensor, " batch"]:
     """-log sigmoid(beta h) (DPO; Rafailov et al. 2023, eq. 7)."""
     return -logsigmoid(beta * margin)
 
 
-def hinge(margin: Tensor, beta: float) -> Tensor:
+def hinge(margin: Float[Tensor, " batch"], beta: float) -> Float[Tensor, " batch"]:
     """max(0, 1 - beta h) (SLiC; Zhao et al. 2023, with a reference)."""
     return torch.relu(1.0 - beta * margin)
 
 
-def npo(harmful_gain: Tensor, beta: float) -> Tensor:
+def npo(harmful_gain: Float[Tensor, " batch"], beta: float) -> Float[Tensor, " batch"]:
     """-(2 / beta) log sigmoid(-beta [lp(y_hat) - lp0(y_hat)]) (Zhang et al. 2024, eq. 3): unlearns the
     harmful reply alone."""
     return -(2.0 / beta) * logsigmoid(-beta * harmful_gain)
@@ -80,6 +81,7 @@ class Preference:
             )
         safe = -mean_cross_entropy(scores.safe_log_probs, scores.safe_mask)
         harmful = -mean_cross_entropy(scores.harmful_log_probs, scores.harmful_mask)
+        # The table's fp64 is rounded after the subtraction, whose result may be small beside its two terms.
         margin = (safe - harmful) - (scores.reference.safe - scores.reference.harmful).to(safe)
         if self.form == "npo":
             preference = npo(harmful - scores.reference.harmful.to(harmful), self.beta)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from datamodules.fields import Fraction, NonNegative, checked
@@ -32,6 +33,7 @@ class TowardAwayUtility:
 
     needs_reference = False
 
+    # Weights and cutoffs are those of the CAT authors' code.
     def __init__(
         self,
         weight_toward: NonNegative = 0.5,
@@ -60,6 +62,7 @@ class TowardAwayUtility:
         self.weight_away = weight_away
         self.weight_utility = weight_utility
         self.cutoff_toward = cutoff_toward
+        # log1m is never negative: the default, which is made for ce, would cut nothing off there.
         self.cutoff_away = cutoff_away if away_form == "ce" or (cutoff_away or 0) > 0 else None
         self.away_form = away_form
         self.cutoff_slope = cutoff_slope
@@ -80,5 +83,5 @@ class TowardAwayUtility:
         loss = mean_cross_entropy(log_probs, mask)
         return LossTerms(self.weight_utility * loss, {"loss_utility": loss.detach()})
 
-    def _cut(self, loss: Tensor, cutoff: float | None) -> Tensor:
+    def _cut(self, loss: Float[Tensor, " batch"], cutoff: float | None) -> Float[Tensor, " batch"]:
         return loss if cutoff is None else soft_cutoff(loss, cutoff, self.cutoff_slope)

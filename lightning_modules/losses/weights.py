@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -15,9 +16,8 @@ from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.embeddings import embedding_matrix
 
 
-def singular_values(matrix: Tensor) -> Tensor:
-    """(d,) singular values of a (V, d) matrix in fp32 or wider, from the (d, d) Gram matrix: no decomposition
-    of V x d."""
+def singular_values(matrix: Float[Tensor, "vocabulary dim"]) -> Float[Tensor, " dim"]:
+    """In fp32 or wider, from the small Gram matrix (dim x dim): no decomposition of the matrix itself."""
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     eigenvalues: Tensor = torch.linalg.eigvalsh(wide.T @ wide)
     # Rounding may push a zero below 0, where the root has no gradient.
@@ -46,6 +46,7 @@ class SpectralSpread:
                 "name (e.g. embed_tokens) to "
                 "base.lora.target_modules, or set base.lora: null"
             )
+        # These are all the singular values, not a sample of them: no correction.
         spread = singular_values(matrix).std(correction=0)
         return LossTerms(self.weight * spread, {"loss_spectral_spread": spread.detach()})
 
@@ -70,6 +71,7 @@ class WeightDrift:
         part: nn.Module = network.get_input_embeddings() if self.which == "embeddings" else network
         adapters = [layer for layer in part.modules() if isinstance(layer, LoraLayer)]
         if adapters:
+            # A fresh adapter's B is 0, so its product is how far the weights have moved.
             squares = [_product_norm(layer, name) for layer in adapters for name in layer.active_adapters]
         else:
             with step.reference.active() as reference:
@@ -88,7 +90,7 @@ class WeightDrift:
         return LossTerms(self.weight * drift, {"loss_weight_drift": drift.detach()})
 
 
-def _product_norm(layer: LoraLayer, name: str) -> Tensor:
+def _product_norm(layer: LoraLayer, name: str) -> Float[Tensor, ""]:
     """|| s B A ||_F^2 = s^2 < B^T B, A A^T >, without the product."""
     if name in layer.lora_A:
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight

@@ -27,7 +27,7 @@ from lightning_modules.models.requests import GREEDY, Decoding, Request
 
 
 class Reply(NamedTuple):
-    """A continuation to score: ids and mask of shape (B, R), right-padded."""
+    """A continuation to score, right-padded."""
 
     ids: Int[Tensor, "batch reply"]
     mask: Bool[Tensor, "batch reply"]
@@ -42,16 +42,15 @@ class Attacked(Protocol):
     """Prompts as an attack left them, ready for a model."""
 
     @property
-    def prompt_mask(self) -> Tensor: ...
+    def prompt_mask(self) -> Bool[Tensor, "batch prompt"]: ...
 
     @property
     def forced(self) -> Sequence[Sequence[int]]:
         """Ids that each reply is made to begin with (they end the prompts already); empty where none are."""
         ...
 
-    def applied(self, model: LanguageModel) -> AbstractContextManager[Tensor]:
-        """(B, P, D) embeddings of the prompts; the rest of the perturbation is in place while the context
-        lasts."""
+    def applied(self, model: LanguageModel) -> AbstractContextManager[Float[Tensor, "batch prompt dim"]]:
+        """Embeddings of the prompts; the rest of the perturbation is in place while the context lasts."""
         ...
 
 
@@ -63,7 +62,7 @@ class Encoded:
     prompt_mask: Bool[Tensor, "batch prompt"]
     forced: tuple[tuple[int, ...], ...] = ()
 
-    def applied(self, model: LanguageModel) -> AbstractContextManager[Tensor]:
+    def applied(self, model: LanguageModel) -> AbstractContextManager[Float[Tensor, "batch prompt dim"]]:
         return nullcontext(model.embed(self.prompt_ids))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
@@ -13,14 +14,12 @@ from transformers.cache_utils import DynamicLayer
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """The computed beginnings of B prompts.
+    """The computed beginnings of prompts, left-padded like a prompt; `layers` holds keys and values."""
 
-    `mask` is (B, P) bool, left-padded like a prompt; `layers` holds keys and values of shape (B, heads, P,
-    head dim) per layer.
-    """
-
-    mask: Tensor
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    mask: Bool[Tensor, "batch prefix"]
+    layers: tuple[
+        tuple[Float[Tensor, "batch head prefix head_dim"], Float[Tensor, "batch head prefix head_dim"]], ...
+    ]
 
     @property
     def length(self) -> int:
@@ -31,20 +30,19 @@ class PrefixCache:
         layers = ((keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers)
         return PrefixCache(self.mask[:, :length], tuple(layers))
 
-    def rows(self, index: Tensor) -> Continuation:
-        """A cache of N rows for one forward pass, row n beginning like prompt index[n]; this object stays
-        unchanged."""
+    def rows(self, index: Int[Tensor, " row"]) -> Continuation:
+        """A cache for one forward pass, row n beginning like prompt index[n]; this object stays unchanged."""
         return Continuation(self, index)
 
 
 class Continuation(Cache):
     """What a model reads the beginnings from; afterwards it also knows the whole prompts' keys and values."""
 
-    def __init__(self, prefix: PrefixCache, index: Tensor) -> None:
+    def __init__(self, prefix: PrefixCache, index: Int[Tensor, " row"]) -> None:
         self.shared = [_PrefixLayer(keys, values, index) for keys, values in prefix.layers]
         super().__init__(layers=list(self.shared))
 
-    def extended(self, mask: Tensor) -> PrefixCache:
+    def extended(self, mask: Bool[Tensor, "row whole"]) -> PrefixCache:
         """The rows with what the model added to them; `mask` is that of the whole."""
         return PrefixCache(mask, tuple(layer.whole for layer in self.shared))
 

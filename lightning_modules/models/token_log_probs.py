@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -33,22 +34,23 @@ class LogitTransform:
 
 
 def token_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
+    hidden: Float[Tensor, "row dim"],
+    weight: Float[Tensor, "vocabulary dim"],
+    bias: Float[Tensor, " vocabulary"] | None,
+    targets: Int[Tensor, " row"],
     transform: LogitTransform | None = None,
-) -> Tensor:
+) -> Float[Tensor, " row"]:
     """log p(targets) under softmax(transform(hidden @ weight.T + bias)), in fp32 or wider.
 
     Args:
-        hidden: (N, D) hidden states that predict the targets.
-        weight: (V, D) output embedding; bias: (V,) or None.
-        targets: (N,) int64 token ids.
+        hidden: states that predict the targets.
+        weight: the output embedding.
+        bias: its bias, where it has one.
+        targets: token ids.
         transform: the architecture's logit transform.
 
-    Returns: (N,) log-probabilities, differentiable once in `hidden`, and in `weight` and `bias` where they
-        require gradients.
+    Returns: log-probabilities, differentiable once in `hidden`, and in `weight` and `bias` where they require
+        gradients.
     """
     transform = transform or LogitTransform()
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
@@ -69,13 +71,13 @@ def token_log_probs(
 
 @torch.no_grad()
 def token_scores(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
+    hidden: Float[Tensor, "row dim"],
+    weight: Float[Tensor, "vocabulary dim"],
+    bias: Float[Tensor, " vocabulary"] | None,
+    targets: Int[Tensor, " row"],
     transform: LogitTransform | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As `token_log_probs` without a gradient, and (N,) bool whether greedy decoding would say the target.
+) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
+    """As `token_log_probs` without a gradient, and whether greedy decoding would say the target.
 
     The maximum is at hand anyway: knowing what is said costs a comparison.
     """

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
@@ -95,7 +96,9 @@ class LatentPGD:
             )
             allowed = batch.attackable_mask.repeat(1, sites)[..., None]
 
-            def loss(point: Tensor, active: Tensor) -> Tensor:
+            def loss(
+                point: Float[Tensor, "active site_token dim"], active: Int[Tensor, " active"]
+            ) -> Float[Tensor, " active"]:
                 embedding, layers = self._split(point)
                 with perturbed_layers(model, layers):
                     return self._loss(
@@ -110,9 +113,16 @@ class LatentPGD:
         attacked = found.ledger.attacked(batch.prompt_ids, batch.prompt_mask, embedding, found.distance)
         return replace(attacked, layers=layers)
 
-    def _loss(self, model: LanguageModel, batch: AdversarialBatch, embeds: Tensor, active: Tensor) -> Tensor:
-        """(A,) what the adversary minimises."""
+    def _loss(
+        self,
+        model: LanguageModel,
+        batch: AdversarialBatch,
+        embeds: Float[Tensor, "active prompt dim"],
+        active: Int[Tensor, " active"],
+    ) -> Float[Tensor, " active"]:
+        """What the adversary minimises."""
         if self.weight_safe == 0:
+            # As in EmbeddingPGD: without a weight the safe replies need not be there, nor cost a pass.
             return target_loss(model, batch, embeds, active)
         replies = (
             Reply(batch.harmful_ids[active], batch.harmful_mask[active]),
@@ -122,7 +132,10 @@ class LatentPGD:
         towards, away = mean_cross_entropy(harmful, replies[0].mask), unlikelihood(safe, replies[1].mask)
         return (1 - self.weight_safe) * towards + self.weight_safe * away
 
-    def _split(self, delta: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
+    def _split(
+        self, delta: Float[Tensor, "row site_token dim"]
+    ) -> tuple[Float[Tensor, "row prompt dim"] | None, dict[int, Float[Tensor, "row prompt dim"]]]:
+        """What is added to the embeddings, and to each layer's output."""
         parts = list(delta.chunk(len(self.layers) + self.embedding, dim=1))
         embedding = parts.pop(0) if self.embedding else None
         return embedding, dict(zip(self.layers, parts, strict=True))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
@@ -28,17 +29,16 @@ StepRule = Literal["sign", "l2", "adam"]
 StepUnit = Literal["radius", "embedding_norm", "absolute"]
 RadiusUnit = Literal["embedding_norm", "absolute"]
 
-
-TargetLoss = Callable[[Tensor, Tensor], Tensor]
+TargetLoss = Callable[[Float[Tensor, "active token dim"], Int[Tensor, " active"]], Float[Tensor, " active"]]
+"""Perturbations of the examples that are still attacked, and which those are -> their attacked losses."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """What a descent found: (B, T, D) perturbations, their (B,) distance in units of the radius, and the
-    account."""
+    """What a descent found: perturbations, their distance in units of the radius, and the account."""
 
-    delta: Tensor
-    distance: Tensor
+    delta: Float[Tensor, "batch token dim"]
+    distance: Float[Tensor, " batch"]
     ledger: Ledger
 
 
@@ -109,22 +109,28 @@ class EmbeddingPGD:
             clean = model.embed(batch.prompt_ids).detach()
             delta = self._start(clean, batch, radius, rng)
 
-            def loss(point: Tensor, active: Tensor) -> Tensor:
+            def loss(
+                point: Float[Tensor, "active prompt dim"], active: Int[Tensor, " active"]
+            ) -> Float[Tensor, " active"]:
                 return target_loss(model, batch, clean[active] + point, active)
 
             found = self.descend(loss, delta, batch.attackable_mask[..., None], radius, step)
         return found.ledger.attacked(batch.prompt_ids, batch.prompt_mask, found.delta, found.distance)
 
     def descend(
-        self, target: TargetLoss, delta: Tensor, allowed: Tensor, radius: Tensor | None, step: Tensor
+        self,
+        target: TargetLoss,
+        delta: Float[Tensor, "batch token dim"],
+        allowed: Bool[Tensor, "batch token 1"],
+        radius: Float[Tensor, ""] | None,
+        step: Float[Tensor, ""],
     ) -> Descent:
         """The projected descent itself, whatever delta is added to.
 
         Args:
-            target: (A, T, D) perturbations of the active examples and their (A,) indices -> (A,) attacked
-                losses.
-            delta: (B, T, D) start, fp32.
-            allowed: (B, T, 1) bool, where delta may differ from zero.
+            target: what is minimised.
+            delta: the start, in fp32.
+            allowed: where delta may differ from zero.
             radius: absolute radius per token, None for no ball.
             step: absolute step length.
         """
@@ -142,10 +148,13 @@ class EmbeddingPGD:
                 break
             if self.stop_loss is not None and not (loss >= self.stop_loss).any():
                 break
+            # `grad` writes to no weight: a gradient left there would train towards the target. Of the sum, so
+            # that an example's gradient does not depend on how many batch-mates it has.
             (gradient,) = torch.autograd.grad(loss.sum(), point)
             if self.stop_loss is not None:
                 going = loss.detach() >= self.stop_loss
                 active, gradient, point = active[going], gradient[going], point[going]
+            # Before anybody reads it: whether it is zero is a question about the attackable positions alone.
             gradient = gradient * allowed[active]
             ledger.count_backward(active, gradient)
             moved = point.detach() + step * self._direction(gradient, moments, active)
@@ -154,7 +163,7 @@ class EmbeddingPGD:
         distance = self.ball.size(final).amax(1) / (radius if radius is not None else torch.nan)
         return Descent(final, distance, ledger)
 
-    def lengths(self, model: LanguageModel) -> tuple[Tensor | None, Tensor]:
+    def lengths(self, model: LanguageModel) -> tuple[Float[Tensor, ""] | None, Float[Tensor, ""]]:
         """Absolute radius (None without a ball) and absolute step length."""
         rho = mean_embedding_norm(model)
         units = {"embedding_norm": rho, "absolute": torch.ones_like(rho)}
@@ -165,8 +174,12 @@ class EmbeddingPGD:
         return radius, self.step_size * units[self.step_unit]
 
     def _start(
-        self, clean: Tensor, batch: AdversarialBatch, radius: Tensor | None, rng: torch.Generator | None
-    ) -> Tensor:
+        self,
+        clean: Float[Tensor, "batch prompt dim"],
+        batch: AdversarialBatch,
+        radius: Float[Tensor, ""] | None,
+        rng: torch.Generator | None,
+    ) -> Float[Tensor, "batch prompt dim"]:
         delta = torch.zeros(
             clean.shape, dtype=torch.promote_types(clean.dtype, torch.float32), device=clean.device
         )
@@ -178,7 +191,12 @@ class EmbeddingPGD:
                 delta[row, where] = noise.to(delta)
         return delta
 
-    def _direction(self, gradient: Tensor, moments: _Adam | None, active: Tensor) -> Tensor:
+    def _direction(
+        self,
+        gradient: Float[Tensor, "active token dim"],
+        moments: _Adam | None,
+        active: Int[Tensor, " active"],
+    ) -> Float[Tensor, "active token dim"]:
         if moments is not None:
             return moments.direction(gradient, active)
         return -gradient.sign() if self.step_rule == "sign" else BALLS["l2"].steepest_descent(gradient)
@@ -188,11 +206,21 @@ class _Adam:
     """Adam's direction per coordinate (Kingma and Ba 2015, algorithm 1), with the step size left to the
     caller."""
 
-    def __init__(self, like: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-12) -> None:
+    def __init__(
+        self,
+        like: Float[Tensor, "batch token dim"],
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-12,
+    ) -> None:
+        # eps is far below the usual 1e-8: gradients shrink with the loss, the steps are not to.
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.first, self.second, self.count = torch.zeros_like(like), torch.zeros_like(like), 0
 
-    def direction(self, gradient: Tensor, active: Tensor) -> Tensor:
+    def direction(
+        self, gradient: Float[Tensor, "active token dim"], active: Int[Tensor, " active"]
+    ) -> Float[Tensor, "active token dim"]:
+        # One count for all: an example that has left never comes back.
         self.count += 1
         self.first[active] = self.beta1 * self.first[active] + (1 - self.beta1) * gradient
         self.second[active] = self.beta2 * self.second[active] + (1 - self.beta2) * gradient**2
@@ -201,9 +229,13 @@ class _Adam:
         return -mean / (scale + self.eps)
 
 
-def target_loss(model: LanguageModel, batch: AdversarialBatch, embeds: Tensor, active: Tensor) -> Tensor:
-    """(A,) CE of the harmful target for the active examples, whose prompts are given as (A, P, D)
-    embeddings."""
+def target_loss(
+    model: LanguageModel,
+    batch: AdversarialBatch,
+    embeds: Float[Tensor, "active prompt dim"],
+    active: Int[Tensor, " active"],
+) -> Float[Tensor, " active"]:
+    """CE of the harmful target for the active examples, whose prompts are given as embeddings."""
     reply = Reply(batch.harmful_ids[active], batch.harmful_mask[active])
     (log_probs,) = model.reply_log_probs(embeds, batch.prompt_mask[active], reply)
     return mean_cross_entropy(log_probs, reply.mask)

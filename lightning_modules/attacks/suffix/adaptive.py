@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
@@ -140,8 +141,8 @@ class AdaptiveGCG:
 
     def _judged(
         self, model: LanguageModel, batch: AdversarialBatch, found: AttackedPrompt
-    ) -> tuple[list[bool], Tensor, AttackedPrompt]:
-        """Which examples are done, (B,) losses of what counts of their targets, and the result with what that
+    ) -> tuple[list[bool], Float[Tensor, " batch"], AttackedPrompt]:
+        """Which examples are done, losses of what counts of their targets, and the result with what that
         cost."""
         said, losses = says_target(model, batch, found)
         found = replace(found, forward_passes=found.forward_passes + 1)

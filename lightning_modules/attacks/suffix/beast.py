@@ -4,6 +4,7 @@ al. 2024, arXiv 2402.15570)."""
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
@@ -53,6 +54,7 @@ class BEAST:
     ) -> AttackedPrompt:
         """Attack the batch. Raises: ValueError without texts."""
         with model.frozen():
+            # The beams start from nothing: " x" only finds the place after the request.
             search = SuffixSearch(model, batch, 1, " x", self.max_rows, lead=1)
             allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
             rngs = example_rngs(batch, rng)
@@ -68,7 +70,7 @@ class BEAST:
         self,
         search: SuffixSearch,
         beams: dict[int, list[list[int]]],
-        allowed: Tensor,
+        allowed: Bool[Tensor, " vocabulary"],
         rngs: list[torch.Generator],
     ) -> dict[int, list[list[int]]]:
         """One more token for every beam; returns the beams that go on."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from datamodules.batch import pad
@@ -25,12 +26,12 @@ from lightning_modules.models.prefix_cache import PrefixCache
 
 
 class Frames:
-    """B slots with their targets, ready to be scored with any suffix. The model must be frozen meanwhile.
+    """Slots with their targets, ready to be scored with any suffix. The model must be frozen meanwhile.
 
     Args:
         model: the model under attack.
         slots: the prompts around the suffix.
-        target: (B, R) what is scored after them.
+        target: what is scored after them.
         lead: tokens before the suffix that every candidate computes again; 1 lets an empty suffix have a next
             token.
     """
@@ -50,6 +51,7 @@ class Frames:
             (slot.before[len(head) :], slot.middle + slot.after)
             for slot, head in zip(slots, heads, strict=True)
         ]
+        # The cache needs a column: a row that lends its whole beginning gets one that nobody sees.
         ids, prefix_mask = (tensor.to(device) for tensor in pad([head or [0] for head in heads], "left"))
         prefix_mask &= torch.tensor([[bool(head)] for head in heads], device=device)
         frame_ids, frame_mask = pad([lead + after for lead, after in frames], "left")
@@ -60,22 +62,22 @@ class Frames:
         self.head = slots[0].head
         self.prefix = prefix_cache(model, ids, prefix_mask)
 
-    def extended(self, rows: Tensor, suffixes: Tensor) -> PrefixCache:
-        """The cache of these rows, held on over their (A, S) suffixes."""
+    def extended(self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"]) -> PrefixCache:
+        """The cache of these rows, held on over their suffixes."""
         return extend_cache(
             self.model, self.prefix, rows, *self._frame(rows, suffixes, self.model.embed(suffixes))
         )
 
     def token_losses(
         self,
-        rows: Tensor,
-        suffixes: Tensor,
-        embeds: Tensor,
+        rows: Int[Tensor, " row"],
+        suffixes: Int[Tensor, "row suffix"],
+        embeds: Float[Tensor, "row suffix dim"],
         cache: PrefixCache | None = None,
-        cached_rows: Tensor | None = None,
+        cached_rows: Int[Tensor, " row"] | None = None,
         skip: int = 0,
-    ) -> Tensor:
-        """(N, R) losses with (N, S, D) suffix embeddings put into their frames.
+    ) -> Float[Tensor, "row reply"]:
+        """Losses with suffix embeddings put into their frames.
 
         `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns
         are taken from its rows.
@@ -86,29 +88,33 @@ class Frames:
 
     def token_scores(
         self,
-        rows: Tensor,
-        suffixes: Tensor,
+        rows: Int[Tensor, " row"],
+        suffixes: Int[Tensor, "row suffix"],
         cache: PrefixCache | None = None,
-        cached_rows: Tensor | None = None,
+        cached_rows: Int[Tensor, " row"] | None = None,
         skip: int = 0,
-    ) -> Tensor:
-        """(N, R, 2) losses as `token_losses` without a gradient, and 1 where greedy decoding says the token
-        after those before it, outside the target too."""
+    ) -> Float[Tensor, "row reply 2"]:
+        """Losses as `token_losses` without a gradient, and 1 where greedy decoding says the token after those
+        before it, outside the target too."""
         given, reply = self._given(rows, suffixes, self.model.embed(suffixes), cache, cached_rows, skip)
         log_probs, said = continued_scores(self.model, *given, reply)
         missing = (0, self.target.mask.shape[1] - said.shape[1])
         losses = torch.nn.functional.pad(-log_probs, missing)
+        # One tensor, since passes over chunks are joined tensor by tensor.
         return torch.stack([losses, torch.nn.functional.pad(said.to(losses), missing, value=1.0)], dim=2)
 
     def _given(
         self,
-        rows: Tensor,
-        suffixes: Tensor,
-        embeds: Tensor,
+        rows: Int[Tensor, " row"],
+        suffixes: Int[Tensor, "row suffix"],
+        embeds: Float[Tensor, "row suffix dim"],
         cache: PrefixCache | None,
-        cached_rows: Tensor | None,
+        cached_rows: Int[Tensor, " row"] | None,
         skip: int,
-    ) -> tuple[tuple[PrefixCache, Tensor, Tensor, Tensor], Reply]:
+    ) -> tuple[
+        tuple[PrefixCache, Int[Tensor, " row"], Float[Tensor, "row rest dim"], Bool[Tensor, "row rest"]],
+        Reply,
+    ]:
         """What is fed after a cache, and the target that is scored."""
         whole, mask = self._frame(rows, suffixes, embeds)
         longest = int(self.target.mask[rows].sum(1).max())
@@ -117,8 +123,10 @@ class Frames:
         index = rows if cached_rows is None else cached_rows
         return (prefix, index, whole[:, skip:], mask[:, skip:]), reply
 
-    def next_token_logits(self, rows: Tensor, suffixes: Tensor) -> Tensor:
-        """(N, V) logits of the token that the model itself would put after each unfinished suffix."""
+    def next_token_logits(
+        self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"]
+    ) -> Float[Tensor, "row vocabulary"]:
+        """Logits of the token that the model itself would put after each unfinished suffix."""
         lead = int(self.place.max())
         ids, mask = self.frame_ids[rows, :lead], self.frame_mask[rows, :lead]
         # The frame's lead is left-aligned for a row that borrows fewer tokens; without its end it must be
@@ -135,9 +143,13 @@ class Frames:
             torch.cat([lead_mask, torch.ones_like(suffixes, dtype=torch.bool)], 1),
         )
 
-    def _frame(self, rows: Tensor, suffixes: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, M, D) embeddings and (N, M) mask of the prompts after the fixed beginning, with (N, S, D)
-        suffix embeddings put in."""
+    def _frame(
+        self,
+        rows: Int[Tensor, " row"],
+        suffixes: Int[Tensor, "row suffix"],
+        embeds: Float[Tensor, "row suffix dim"],
+    ) -> tuple[Float[Tensor, "row rest dim"], Bool[Tensor, "row rest"]]:
+        """Embeddings and mask of the prompts after the fixed beginning, with suffix embeddings put in."""
         frame, places = self.model.embed(self.frame_ids[rows]), self._places(rows, suffixes.shape[1])
         column = torch.arange(frame.shape[1], device=frame.device)
         target = column + (column[None, :, None] >= places[:, None, :]).sum(2)
@@ -150,11 +162,11 @@ class Frames:
         )
         return whole, mask
 
-    def columns(self, rows: Tensor, size: int) -> Tensor:
-        """(N, S) columns of the whole in which the free tokens stand."""
+    def columns(self, rows: Int[Tensor, " row"], size: int) -> Int[Tensor, "row size"]:
+        """Columns of the whole in which the free tokens stand."""
         return self._places(rows, size) + torch.arange(size, device=rows.device)
 
-    def _places(self, rows: Tensor, size: int) -> Tensor:
-        """(N, S) frame columns before which the free tokens stand."""
+    def _places(self, rows: Int[Tensor, " row"], size: int) -> Int[Tensor, "row size"]:
+        """Frame columns before which the free tokens stand."""
         first = self.place[rows, None].expand(-1, self.head)
         return torch.cat([first, self.second[rows, None].expand(-1, size - self.head)], dim=1)

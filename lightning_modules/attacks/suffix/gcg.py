@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
@@ -126,9 +127,9 @@ class GCG:
 
     def likeliest(
         self, model: LanguageModel, batch: AdversarialBatch, starts: Sequence[list[int]]
-    ) -> tuple[list[list[int] | None], Tensor]:
-        """Each behaviour's likeliest start of several, None where none can be typed, and (B,) the forward
-        passes that this cost."""
+    ) -> tuple[list[list[int] | None], Int[Tensor, " batch"]]:
+        """Each behaviour's likeliest start of several, None where none can be typed, and the forward passes
+        that this cost."""
         with model.frozen():
             search = self._search(model, batch)
             flat = [(row, list(start)) for row in range(len(batch)) for start in starts]
@@ -154,7 +155,7 @@ class GCG:
         active: list[int],
         pools: list[_Pool],
         rngs: list[torch.Generator],
-        allowed: Tensor,
+        allowed: Bool[Tensor, " vocabulary"],
         first: bool,
     ) -> list[int]:
         """One step of all active behaviours; returns those that go on."""
@@ -197,7 +198,12 @@ class GCG:
         return [row for row in active if row not in done]
 
     def _tried(
-        self, search: SuffixSearch, owners: list[int], candidates: Tensor, active: list[int], base: Tensor
+        self,
+        search: SuffixSearch,
+        owners: list[int],
+        candidates: Int[Tensor, "row suffix"],
+        active: list[int],
+        base: Int[Tensor, "active suffix"],
     ) -> _Tried:
         """Score candidates that were made from their behaviours' bases."""
         index = torch.tensor(owners, device=base.device)
@@ -205,7 +211,9 @@ class GCG:
         scores = self._objective(losses, search.target.mask[index]).cpu()
         return _Tried(owners, candidates, scores, search.mean(index, losses).cpu(), could.cpu())
 
-    def _merged(self, search: SuffixSearch, tried: _Tried, active: list[int], base: Tensor) -> _Tried | None:
+    def _merged(
+        self, search: SuffixSearch, tried: _Tried, active: list[int], base: Int[Tensor, "active suffix"]
+    ) -> _Tried | None:
         """The best swaps of each behaviour put together one by one, as far as they can be typed."""
         order = tried.scores.argsort(stable=True).tolist()
         flat: list[tuple[int, list[int]]] = []
@@ -232,17 +240,17 @@ class GCG:
 
 @dataclass(frozen=True)
 class _Tried:
-    """N candidates with what was found of them, on the CPU."""
+    """Candidates with what was found of them, on the CPU."""
 
     owners: list[int]
     """The behaviour of each."""
-    candidates: Tensor
-    scores: Tensor
-    """(N,) what the search minimises."""
-    means: Tensor
-    """(N,) attacked losses."""
-    could: Tensor
-    """(N,) bool, whether greedy decoding may say the target."""
+    candidates: Int[Tensor, "row suffix"]
+    scores: Float[Tensor, " row"]
+    """What the search minimises."""
+    means: Float[Tensor, " row"]
+    """Attacked losses."""
+    could: Bool[Tensor, " row"]
+    """Whether greedy decoding may say the target."""
 
     def joined(self, other: _Tried | None) -> _Tried:
         if other is None:
@@ -271,15 +279,19 @@ class _Pool:
             self.entries = sorted([*self.entries, (score, suffix)], key=lambda entry: entry[0])[: self.size]
 
 
-def promising(model: LanguageModel, gradient: Tensor, base: Tensor, allowed: Tensor, topk: int) -> Tensor:
-    """(A, S, k) tokens whose one-hot coordinate has the most negative gradient, among allowed ones other than
-    the present.
-
-    Args: gradient (A, S, D) in the embeddings of the (A, S) base; allowed (V,) bool.
-    """
+def promising(
+    model: LanguageModel,
+    gradient: Float[Tensor, "active suffix dim"],
+    base: Int[Tensor, "active suffix"],
+    allowed: Bool[Tensor, " vocabulary"],
+    topk: int,
+) -> Int[Tensor, "active suffix choice"]:
+    """Tokens whose one-hot coordinate has the most negative gradient, among allowed ones other than the
+    present; at most `topk` for a position."""
     k = min(topk, int(allowed.sum()) - 1)
     tops = []
     table = embedding_table(model)
+    # One behaviour at a time: the whole vocabulary's scores at every position of all of them may not fit.
     for slope, present in zip(gradient, base, strict=True):
         scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
         scores.scatter_(1, present[:, None], torch.inf)
@@ -287,13 +299,19 @@ def promising(model: LanguageModel, gradient: Tensor, base: Tensor, allowed: Ten
     return torch.stack(tops)
 
 
-def draw_swaps(base: Tensor, top: Tensor, width: int, n_replace: int, rng: torch.Generator) -> Tensor:
-    """(width, S) copies of a suffix (S,) with `n_replace` random positions set to random ones of their (S, k)
-    proposed tokens."""
+def draw_swaps(
+    base: Int[Tensor, " suffix"],
+    top: Int[Tensor, "suffix choice"],
+    width: int,
+    n_replace: int,
+    rng: torch.Generator,
+) -> Int[Tensor, "width suffix"]:
+    """Copies of a suffix with `n_replace` random positions set to random ones of their proposed tokens."""
+    # Positions at random, as in nanoGCG; the first published code spreads candidates evenly over them.
     where = torch.rand(width, len(base), generator=rng).argsort(1)[:, :n_replace]
     which = torch.randint(0, top.shape[1], (width, n_replace), generator=rng)
     return base.repeat(width, 1).scatter(1, where, top[where, which])
 
 
-def _mean(losses: Tensor, mask: Tensor) -> Tensor:
+def _mean(losses: Float[Tensor, "row reply"], mask: Bool[Tensor, "row reply"]) -> Float[Tensor, " row"]:
     return mean_cross_entropy(-losses, mask)

@@ -7,6 +7,8 @@ import math
 from dataclasses import replace
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
 from datamodules.fields import Count, Share, checked
@@ -94,7 +96,11 @@ class RandomSearch:
             return search.result()
 
     def _step(
-        self, search: SuffixSearch, active: list[int], rngs: list[torch.Generator], tokens: torch.Tensor
+        self,
+        search: SuffixSearch,
+        active: list[int],
+        rngs: list[torch.Generator],
+        tokens: Int[Tensor, " choice"],
     ) -> list[int]:
         def propose(row: int) -> list[list[int]]:
             block = self._block(float(search.ledger.best_loss[row]))
@@ -129,7 +135,9 @@ class RandomSearch:
         return max(1, self.block // 2) if loss > -math.log(0.05) else 1
 
 
-def replace_block(suffix: list[int], block: int, tokens: torch.Tensor, rng: torch.Generator) -> list[int]:
+def replace_block(
+    suffix: list[int], block: int, tokens: Int[Tensor, " choice"], rng: torch.Generator
+) -> list[int]:
     """The suffix with `block` consecutive positions set to random tokens."""
     start = int(torch.randint(0, len(suffix) - block + 1, (1,), generator=rng))
     new = tokens[torch.randint(0, len(tokens), (block,), generator=rng)].tolist()

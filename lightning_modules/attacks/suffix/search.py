@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, pad
@@ -30,15 +31,16 @@ from lightning_modules.models.logits import replies_greedily
 GROUP = 6
 """Forward passes' worth of candidates whose order is by position alone."""
 DRAWS = 4
-"""Rounds of drawing candidates until enough of them can be typed."""
+"""Rounds of drawing candidates until enough of them can be typed; some tokenizers never give enough."""
 CHECKED = 4
-"""Candidates of a behaviour and step whose greedy reply is looked at, of those that could say the target."""
-TokenLoss = Callable[[Tensor, Tensor], Tensor]
-"""(N, R) token losses and their mask -> (N,) what a search minimises."""
+"""Candidates of a behaviour and step whose greedy reply is looked at, of those that could say the target. A
+look costs a forward pass, and the likeliest candidate may miss a target that another one says."""
+TokenLoss = Callable[[Float[Tensor, "row reply"], Bool[Tensor, "row reply"]], Float[Tensor, " row"]]
+"""Token losses and their mask -> what a search minimises."""
 
 
 class SuffixSearch:
-    """B prompts with a suffix each, during one attack. The model must be frozen meanwhile.
+    """Prompts with a suffix each, during one attack. The model must be frozen meanwhile.
 
     Args:
         model: the model under attack, with its chat format.
@@ -96,32 +98,39 @@ class SuffixSearch:
         self.start = torch.tensor(self.ledger.best, device=self.start.device)
 
     @torch.no_grad()
-    def losses(self, rows: Tensor, suffixes: Tensor) -> Tensor:
-        """(N, R) negative log-likelihood of every target token, 0 outside the target.
+    def losses(
+        self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"]
+    ) -> Float[Tensor, "row reply"]:
+        """Negative log-likelihood of every target token, 0 outside the target.
 
         Args:
-            rows: (N,) the behaviour of each candidate.
-            suffixes: (N, S) candidate suffixes of one length.
+            rows: the behaviour of each candidate.
+            suffixes: candidate suffixes.
         """
         self.ledger.count_forward(rows)
         return self.chunked(lambda r, s: self.frames.token_losses(r, s, self.model.embed(s)), rows, suffixes)
 
     @torch.no_grad()
-    def scores(self, rows: Tensor, suffixes: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses as above, and (N,) bool, True for the candidates that could make greedy decoding say the
-        target: they do as far as the scored tokens go."""
+    def scores(
+        self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"]
+    ) -> tuple[Float[Tensor, "row reply"], Bool[Tensor, " row"]]:
+        """Losses as above, and which candidates could make greedy decoding say the target: they do as far as
+        the scored tokens go."""
         self.ledger.count_forward(rows)
         return self._read(rows, self.chunked(self.frames.token_scores, rows, suffixes))
 
-    def _read(self, rows: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, rows: Int[Tensor, " row"], found: Float[Tensor, "row reply 2"]
+    ) -> tuple[Float[Tensor, "row reply"], Bool[Tensor, " row"]]:
         said, counted = found[..., 1].bool(), self.counted.mask[rows, : found.shape[1]]
+        # Only the target's first sentence is asked for, as by the judge; more of it may be scored.
         said[:, : counted.shape[1]] |= ~counted
         said[:, counted.shape[1] :] = True
         return found[..., 0].contiguous(), said.all(1)
 
-    def _order(self, rows: Tensor, changed: Tensor) -> Tensor:
-        """(N,) order in which candidates share forward passes: alike in target length, then in where they
-        first change.
+    def _order(self, rows: Int[Tensor, " row"], changed: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """Order in which candidates share forward passes: alike in target length, then in where they first
+        change.
 
         A pass starts at its first change and ends with its longest target, so both kinds of spread cost.
         Behaviours of like length form groups of some passes' worth of candidates, within which the order is
@@ -136,17 +145,22 @@ class SuffixSearch:
 
     @torch.no_grad()
     def scores_of_changes(
-        self, rows: Tensor, suffixes: Tensor, active: Sequence[int], base: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        rows: Int[Tensor, " row"],
+        suffixes: Int[Tensor, "row suffix"],
+        active: Sequence[int],
+        base: Int[Tensor, "active suffix"],
+    ) -> tuple[Float[Tensor, "row reply"], Bool[Tensor, " row"]]:
         """As `scores`, for candidates that differ from a base in some positions: what stands before the first
         change is computed once.
 
         Args:
-            rows: (N,) the behaviour of each candidate.
-            suffixes: (N, S) candidates.
-            active: the A behaviours that have candidates.
-            base: (A, S) the suffixes that they were made from.
+            rows: the behaviour of each candidate.
+            suffixes: the candidates.
+            active: the behaviours that have candidates.
+            base: the suffixes that those were made from.
         """
+        # A pass each, however much of it is shared: sharing saves time and not budget.
         self.ledger.count_forward(rows)
         own = torch.tensor(active, device=base.device)
         extended = self.frames.extended(own, base)
@@ -164,9 +178,12 @@ class SuffixSearch:
         )
         return self._read(rows, torch.empty_like(found).index_copy(0, order, found))
 
-    def gradient(self, rows: Tensor, suffixes: Tensor, objective: TokenLoss) -> tuple[Tensor, Tensor]:
-        """(N, R) token losses and the (N, S, D) gradient of each row's objective in its suffix embeddings."""
+    def gradient(
+        self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"], objective: TokenLoss
+    ) -> tuple[Float[Tensor, "row reply"], Float[Tensor, "row suffix dim"]]:
+        """Token losses, and the gradient of each row's objective in its suffix embeddings."""
         embeds = self.model.embed(suffixes).detach().requires_grad_()
+        # Evaluations call from loops that run without gradients.
         with torch.enable_grad():
             losses = self.frames.token_losses(rows, suffixes, embeds)
             (gradient,) = torch.autograd.grad(objective(losses, self.target.mask[rows]).sum(), embeds)
@@ -174,20 +191,22 @@ class SuffixSearch:
         self.ledger.count_backward(rows, gradient)
         return losses.detach(), gradient
 
-    def next_token_logits(self, rows: Tensor, suffixes: Tensor) -> Tensor:
-        """(N, V) logits of the token that the model itself would put after each unfinished suffix."""
+    def next_token_logits(
+        self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"]
+    ) -> Float[Tensor, "row vocabulary"]:
+        """Logits of the token that the model itself would put after each unfinished suffix."""
         self.ledger.count_forward(rows)
         return self.frames.next_token_logits(rows, suffixes)
 
     def typable(
         self, active: Sequence[int], width: int, draw: Callable[[int], list[list[int]]]
-    ) -> tuple[list[int], Tensor]:
+    ) -> tuple[list[int], Int[Tensor, "row suffix"]]:
         """Draw candidates until each active behaviour has `width` that can be typed, in at most 4 rounds.
 
         Args:
             draw: behaviour -> candidates of one round.
 
-        Returns: the behaviour of each candidate and the (N, S) candidates, grouped by behaviour.
+        Returns: the behaviour of each candidate and the candidates, grouped by behaviour.
         """
         kept: dict[int, list[list[int]]] = {row: [] for row in active}
         for _ in range(DRAWS):
@@ -206,8 +225,8 @@ class SuffixSearch:
         """Text of each candidate, None where it cannot be typed."""
         return replayable(self.chat, [self.slots[row] for row in rows], suffixes)
 
-    def mean(self, rows: Tensor, losses: Tensor) -> Tensor:
-        """(N,) mean over the target's tokens: the attacked loss."""
+    def mean(self, rows: Int[Tensor, " row"], losses: Float[Tensor, "row reply"]) -> Float[Tensor, " row"]:
+        """Mean over the target's tokens: the attacked loss."""
         return mean_cross_entropy(-losses, self.target.mask[rows])
 
     def record_start(self) -> list[int]:
@@ -243,15 +262,21 @@ class SuffixSearch:
         hits = self.saying(rows, [self.ledger.best[row] for row in rows])
         return [row for row, hit in zip(rows, hits, strict=True) if hit]
 
-    def finish(self, owners: Sequence[int], candidates: Tensor, could: Tensor, means: Tensor) -> set[int]:
-        """Rows of which a candidate says the target; the likeliest such candidate becomes their result,
+    def finish(
+        self,
+        owners: Sequence[int],
+        candidates: Int[Tensor, "row suffix"],
+        could: Bool[Tensor, " row"],
+        means: Float[Tensor, " row"],
+    ) -> set[int]:
+        """Behaviours of which a candidate says the target; the likeliest such candidate becomes their result,
         whatever its loss.
 
         Args:
-            owners: the row of each candidate.
-            candidates: (N, S).
-            could: (N,) from `scores`: which of them are looked at, the CHECKED likeliest of each row.
-            means: (N,) attacked losses.
+            owners: the behaviour of each candidate.
+            candidates: the candidates.
+            could: from `scores`: which of them are looked at, the CHECKED likeliest of each behaviour.
+            means: attacked losses.
         """
         looked: dict[int, list[int]] = {}
         for i in means.argsort(stable=True).tolist():
@@ -277,12 +302,12 @@ class SuffixSearch:
         prompts = self._prompts([slot.ids(suffix) for slot, suffix in zip(self.slots, best, strict=True)])
         return self.ledger.attacked(*prompts, texts=texts)
 
-    def _prompts(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _prompts(self, rows: list[list[int]]) -> tuple[Int[Tensor, "row prompt"], Bool[Tensor, "row prompt"]]:
         ids, mask = pad(rows, "left")
         return ids.to(self.target.ids.device), mask.to(self.target.ids.device)
 
 
-def best_by_owner(owners: Sequence[int], scores: Tensor) -> dict[int, int]:
+def best_by_owner(owners: Sequence[int], scores: Float[Tensor, " row"]) -> dict[int, int]:
     """Index of each behaviour's lowest-scored candidate."""
     best: dict[int, int] = {}
     for i, (owner, score) in enumerate(zip(owners, scores.tolist(), strict=True)):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from datamodules.text.chat_format import ChatFormat, PromptTokens, Role
@@ -68,6 +69,7 @@ def make_slot(
     """
     prompt = prompt.strip()
     ahead = {"after": 0, "before": num_tokens, "around": num_tokens - num_tokens // 2}[place]
+    # Tokenizers merge repeated units ("!!!!" is often one token), so it may take more units than tokens.
     for repeats in range(num_tokens, 4 * num_tokens + 1):
         front = (unit * repeats).lstrip() if ahead else ""
         back = unit * repeats if ahead < num_tokens else ""
@@ -169,8 +171,8 @@ def _own_text(slot: SuffixSlot, decoded: str) -> str | None:
     return text if decoded.startswith(slot.tail_text) and typed == typed.strip() else None
 
 
-def typable_tokens(chat: ChatFormat, vocabulary: int, ascii_only: bool) -> Tensor:
-    """(V,) bool: tokens a suffix may hold: no special tokens, no rows without a token, only printable ASCII
+def typable_tokens(chat: ChatFormat, vocabulary: int, ascii_only: bool) -> Bool[Tensor, " vocabulary"]:
+    """Tokens a suffix may hold: no special tokens, no rows without a token, only printable ASCII
     if asked.
 
     Args:
@@ -190,9 +192,11 @@ def _printable(text: str) -> bool:
     return bool(text) and text.isascii() and text.isprintable()
 
 
-def without_end_of_turn(ids: Tensor, mask: Tensor, end: Sequence[int]) -> Tensor:
-    """(B, R) mask without the reply's closing end-of-turn tokens: an attacker's target is a prefix of a
-    longer reply."""
+def without_end_of_turn(
+    ids: Int[Tensor, "batch reply"], mask: Bool[Tensor, "batch reply"], end: Sequence[int]
+) -> Bool[Tensor, "batch reply"]:
+    """The mask without the reply's closing end-of-turn tokens: an attacker's target is a prefix of a longer
+    reply."""
     if not end:
         return mask
     shortened = mask.clone()
@@ -202,9 +206,14 @@ def without_end_of_turn(ids: Tensor, mask: Tensor, end: Sequence[int]) -> Tensor
     return shortened
 
 
-def counted_mask(chat: ChatFormat, ids: Tensor, mask: Tensor, targets: Sequence[str]) -> Tensor:
-    """(B, R) mask of what counts as saying the target: its tokens up to the end of its first sentence, as
-    the judge of target prefixes has it."""
+def counted_mask(
+    chat: ChatFormat,
+    ids: Int[Tensor, "batch reply"],
+    mask: Bool[Tensor, "batch reply"],
+    targets: Sequence[str],
+) -> Bool[Tensor, "batch reply"]:
+    """What counts as saying the target: its tokens up to the end of its first sentence, as the judge of
+    target prefixes has it."""
     counted = mask.clone()
     for row, target in enumerate(targets):
         own, length = ids[row].tolist(), int(mask[row].sum())

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, pad
@@ -21,9 +22,9 @@ from lightning_modules.models.logits import reply_logits
 @torch.no_grad()
 def says_target(
     model: LanguageModel, batch: AdversarialBatch, attacked: AttackedPrompt
-) -> tuple[list[bool], Tensor]:
-    """Whether greedy decoding says each target's first sentence, and its (B,) mean loss on the CPU; one
-    forward pass each."""
+) -> tuple[list[bool], Float[Tensor, " batch"]]:
+    """Whether greedy decoding says each target's first sentence, and its mean loss on the CPU; one forward
+    pass each."""
     mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, model.chat.end_of_turn)
     mask = counted_mask(model.chat, batch.harmful_ids, mask, batch.targets)
     width = int(mask.sum(1).max())

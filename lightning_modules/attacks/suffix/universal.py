@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
@@ -116,7 +117,7 @@ class UniversalSuffix:
         search: SuffixSearch,
         suffix: list[int],
         joined: int,
-        allowed: Tensor,
+        allowed: Bool[Tensor, " vocabulary"],
         rng: torch.Generator,
         first: bool,
     ) -> list[int]:
@@ -145,7 +146,7 @@ class UniversalSuffix:
 
     def _tried_on_all(
         self, search: SuffixSearch, suffix: list[int], enter: bool = True
-    ) -> tuple[list[bool], Tensor]:
+    ) -> tuple[list[bool], Float[Tensor, " batch"]]:
         """Which of all requests say their target with this suffix, and all their losses."""
         rows = list(range(len(search.slots)))
         index = torch.tensor(rows, device=search.start.device)
@@ -161,5 +162,5 @@ class UniversalSuffix:
         return hits, means
 
 
-def _mean(losses: Tensor, mask: Tensor) -> Tensor:
+def _mean(losses: Float[Tensor, "row reply"], mask: Bool[Tensor, "row reply"]) -> Float[Tensor, " row"]:
     return mean_cross_entropy(-losses, mask)

@@ -139,6 +139,7 @@ class AutoDAN:
         order = sorted(range(len(texts)), key=lambda i: losses[i])
         kept = [texts[i] for i in order[: max(1, round(self.elites * len(texts)))]]
         lowest = losses[order[0]]
+        # Relative to the lowest loss, so that no size of losses makes all weights 0.
         weights = [math.exp(lowest - loss) if math.isfinite(loss) else 0.0 for loss in losses]
         if not any(weights):
             weights = [1.0] * len(texts)

@@ -19,7 +19,7 @@ from lightning_modules.models.language_model import LanguageModel
 
 
 class Chooser(Protocol):
-    """Tries B lists of variants and returns each request's chosen one."""
+    """Tries one list of variants per request and returns each request's chosen one."""
 
     def __call__(
         self, model: LanguageModel, batch: AdversarialBatch, variants: Sequence[Sequence[Variant]]

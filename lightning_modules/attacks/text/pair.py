@@ -142,6 +142,7 @@ class PAIR:
         losses, replies = search.losses(rows, variants), search.replies(rows, variants)
         before = list(zip(search.ledger.best, search.ledger.best_loss.tolist(), strict=True))
         search.ledger.record(rows, variants, losses)
+        # The ledger goes by loss; a prompt that was scored gives way to a better score only.
         for row, (variant, loss) in enumerate(before):
             if best_score[row] > 0:
                 search.ledger.keep(row, variant, loss)
@@ -150,6 +151,7 @@ class PAIR:
             tried, losses.tolist(), replies, scores, strict=True
         ):
             row = stream.row
+            # A score of 1 is a refusal: among refused prompts the loss has decided already.
             if score > max(best_score[row], 1.0) or (
                 score == best_score[row] and loss < search.ledger.best_loss[row]
             ):
@@ -203,6 +205,7 @@ def read_prompt(answer: str) -> str | None:
     """The `prompt` field of the first JSON object in an attacker's answer, None where there is none."""
     match = re.search(r"\{.*\}", answer, re.DOTALL)
     try:
+        # Not strict: attackers put plain line breaks into their texts.
         found = json.loads(match.group(0), strict=False) if match else None
     except json.JSONDecodeError:
         return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, pad
@@ -31,7 +32,7 @@ class Sendable:
 
 
 class TextSearch:
-    """B requests and the best variant of each, during one attack. The model must be frozen meanwhile.
+    """Requests and the best variant of each, during one attack. The model must be frozen meanwhile.
 
     Args:
         model: the model under attack, with its chat format.
@@ -47,6 +48,7 @@ class TextSearch:
         self.model, self.batch, self.chat = model, batch, model.chat
         self.chunked = Chunked(max_rows)
         self.max_new_tokens = max_new_tokens
+        # A model that states no limit (ALiBi, recurrent ones) gets one that no prompt reaches.
         self.limit = getattr(text_config(model.module), "max_position_embeddings", None) or 1 << 20
         mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, self.chat.end_of_turn)
         self.targets = [ids[keep].tolist() for ids, keep in zip(batch.harmful_ids, mask, strict=True)]
@@ -69,8 +71,8 @@ class TextSearch:
         """The target's first tokens that the variant forces; at least one is left to the model."""
         return self.targets[row][: min(variant.forced, len(self.targets[row]) - 1)]
 
-    def losses(self, rows: Sequence[int], variants: Sequence[Variant]) -> Tensor:
-        """(N,) attacked loss of every variant (of what is not forced), inf where it cannot be sent."""
+    def losses(self, rows: Sequence[int], variants: Sequence[Variant]) -> Float[Tensor, " row"]:
+        """Attacked loss of every variant (of what is not forced), inf where it cannot be sent."""
         encoded = [self.encode(row, variant) for row, variant in zip(rows, variants, strict=True)]
         usable = [i for i, entry in enumerate(encoded) if entry is not None]
         # Under bf16-true torch's default is bf16, and losses are fp32.
@@ -122,11 +124,13 @@ class TextSearch:
             forced=[tuple(self._forced(row, variant)) for row, variant in enumerate(best)],
         )
 
-    def _padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _padded(
+        self, prompts: list[list[int]]
+    ) -> tuple[Int[Tensor, "row prompt"], Bool[Tensor, "row prompt"]]:
         ids, mask = pad(prompts, "left")
         return ids.to(self.model.device), mask.to(self.model.device)
 
-    def _losses(self, encoded: list[Sendable]) -> Tensor:
+    def _losses(self, encoded: list[Sendable]) -> Float[Tensor, " row"]:
         ids, mask = self._padded([entry.prompt for entry in encoded])
         targets, target_mask = (t.to(ids.device) for t in pad([entry.target for entry in encoded], "right"))
         (log_probs,) = self.model.reply_log_probs(self.model.embed(ids), mask, Reply(targets, target_mask))

@@ -81,6 +81,7 @@ def fill(template: str, prompt: str, target: str) -> str:
         return f"{template} {prompt}"
     for name, value in values.items():
         template = template.replace(name, value)
+    # The request last: what looks like a field in it is part of the request.
     for mark in marks:
         template = template.replace(mark, prompt)
     return template

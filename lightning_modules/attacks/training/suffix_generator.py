@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, pad
@@ -103,6 +104,7 @@ class SuffixGenerator:
         vocabulary."""
         writer = self._loaded(model)
         with model.frozen(), writer.frozen():
+            # The writing starts from nothing: " x" only finds the place after the request.
             search = SuffixSearch(model, batch, 1, " x", self.max_rows, lead=1)
             proposals = SuffixSearch(writer, batch, 1, " x", self.max_rows, lead=1)
             allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
@@ -130,7 +132,7 @@ class SuffixGenerator:
         search: SuffixSearch,
         proposals: SuffixSearch,
         beams: dict[int, list[_Beam]],
-        allowed: Tensor,
+        allowed: Bool[Tensor, " vocabulary"],
         rngs: list[torch.Generator],
     ) -> dict[int, list[_Beam]]:
         """One more token for every beam of every row."""
@@ -166,11 +168,12 @@ class SuffixGenerator:
             for row, own in sorted(places.items())
         }
 
-    def _chosen(self, places: list[int], scores: Tensor, rng: torch.Generator) -> list[int]:
+    def _chosen(self, places: list[int], scores: Float[Tensor, " row"], rng: torch.Generator) -> list[int]:
         """The beams that go on: drawn without replacement in proportion to exp(-score / temperature), by
         Gumbel noise."""
         merits = -scores[places]
         if self.temperature > 0:
+            # Both logarithms must stay finite at the ends of the interval: `rand` may give 0.
             uniform = torch.rand(len(places), generator=rng).clamp_min(1e-20)
             merits = merits / self.temperature - (-uniform.log()).clamp_min(1e-20).log()
         return [places[i] for i in merits.topk(min(self.beams, len(places))).indices.tolist()]
