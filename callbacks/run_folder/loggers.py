@@ -38,15 +38,19 @@ class RunCSVLogger(CSVLogger):
     @property
     def log_dir(self) -> str:
         if self._chosen is None:
-            taken = len(csv_logs(self.save_dir))
-            self._chosen = str(Path(self.save_dir) / ("csv" if not taken else f"csv_{taken + 1}"))
+            taken = [_number(path) for path in csv_logs(self.save_dir)]
+            self._chosen = str(Path(self.save_dir) / (f"csv_{max(taken) + 1}" if taken else "csv"))
         return self._chosen
 
 
 def csv_logs(folder: str | Path) -> list[Path]:
     """The CSV logs of a run folder, oldest first."""
     paths = Path(folder).glob("csv*/metrics.csv")
-    return sorted(paths, key=lambda path: int(path.parent.name.partition("_")[2] or 1))
+    return sorted(paths, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.parent.name.partition("_")[2] or 1)
 
 
 class LastLogRow(Callback):

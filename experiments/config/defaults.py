@@ -8,7 +8,8 @@ CSV = "callbacks.run_folder.loggers.RunCSVLogger"
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with the trainer's defaults filled in; the CSV log is always kept."""
+    """The configuration with the trainer's defaults filled in; a CSV log beside whatever loggers are
+    named, and none with `logger: false`."""
     trainer = dict(config.get("trainer") or {})
     trainer.setdefault("default_root_dir", "runs/unnamed")
     trainer.setdefault("inference_mode", False)

@@ -66,11 +66,12 @@ class Ledger:
 
         Returns: True for the candidates that are now their example's best (all of equal ones).
         """
-        losses = losses.detach().to(self.best_loss)
+        # Before the minimum is taken: it would let one NaN candidate hide an example's finite ones.
+        losses = losses.detach().to(self.best_loss).nan_to_num(nan=torch.inf, posinf=torch.inf)
         rows = rows.to(losses.device)
         before = self.best_loss[rows]
         lowest = torch.full_like(self.best_loss, torch.inf).scatter_reduce(0, rows, losses, "amin")
-        self.best_loss = torch.minimum(self.best_loss, lowest.nan_to_num(torch.inf))
+        self.best_loss = torch.minimum(self.best_loss, lowest)
         self._curve.append(lowest.masked_fill(lowest.isinf(), torch.nan))
         return (losses < before) & (losses == self.best_loss[rows])
 

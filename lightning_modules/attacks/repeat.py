@@ -22,7 +22,9 @@ from lightning_modules.attacks.base import (
     require_texts,
     state_of,
 )
+from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.verdicts import Verdict, verdicts
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Decoding
@@ -50,6 +52,11 @@ class Repeat:
         judge: Verdict | None = None,
         max_new_tokens: Count = 64,
     ) -> None:
+        if isinstance(attack, LatentPGD | SoftPrompt):
+            raise ValueError(
+                f"Repeat.attack: expected an attack with a random part, got {type(attack).__name__}, whose "
+                "runs are all the same; use EmbeddingPGD with random_start, or a suffix search"
+            )
         if isinstance(attack, EmbeddingPGD) and not (attack.random_start and attack.keep == "best"):
             raise ValueError(
                 "Repeat.attack: expected random_start true and keep 'best', got "

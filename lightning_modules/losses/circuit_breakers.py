@@ -97,9 +97,10 @@ class CircuitBreakers:
         with step.attacked.applied(step.model) as embeds:
             harmful_now = reply_states(step.model, embeds, step.attacked.prompt_mask, reply, self.layers)
         utility_now = conversation_states(step.model, utility.input_ids, utility.attention_mask, self.layers)
-        # A reply's last column is never fed (it predicts nothing), so it has no state to compare.
+        # A reply's last token predicts nothing: the longest of a batch is not fed its own, so no reply's
+        # counts, or an example's loss would depend on its batch-mates.
         pairs = zip(harmful_now, harmful_before, strict=True)
-        rerouted = torch.stack([reroute(now, before, reply.mask[:, :-1]) for now, before in pairs]).mean(0)
+        rerouted = torch.stack([reroute(now, before, reply.mask[:, 1:]) for now, before in pairs]).mean(0)
         pairs = zip(utility_now, utility_before, strict=True)
         retained = torch.stack([retain(now, before, utility.attention_mask) for now, before in pairs]).mean(0)
         weight_reroute, weight_retain = self.weights(step)

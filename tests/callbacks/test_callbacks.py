@@ -194,6 +194,9 @@ def test_csv_log_is_never_overwritten_and_read_as_one(tmp_path: Path) -> None:
             logger.log_metrics({"train/loss": float(10 * first + step)}, step)
             logger.save()
     assert [path.parent.name for path in csv_logs(tmp_path)] == ["csv", "csv_2"]
+    (tmp_path / "csv").rename(tmp_path / "kept_elsewhere")
+    assert Path(RunCSVLogger(str(tmp_path)).log_dir).name == "csv_3"
+    (tmp_path / "kept_elsewhere").rename(tmp_path / "csv")
     rows = read_training_log(tmp_path)
     assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == [
         (0, 0),

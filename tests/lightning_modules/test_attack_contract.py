@@ -17,7 +17,7 @@ from experiments.config.compose import compose
 from lightning_modules.attacks.base import Attack, AttackedPrompt, NoAttack
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
-from lightning_modules.attacks.embedding.soft_prompt import append_slots
+from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt, append_slots
 from lightning_modules.attacks.repeat import Repeat
 from lightning_modules.attacks.suffix.slots import without_end_of_turn
 from lightning_modules.attacks.training.mixture import Mixture
@@ -322,6 +322,9 @@ def test_repetitions_need_randomness() -> None:
         ValueError, match="Repeat.attack: expected random_start true and keep 'best', got False"
     ):
         Repeat(EmbeddingPGD())
+    for same in (LatentPGD(layers=[0]), SoftPrompt()):
+        with pytest.raises(ValueError, match=r"Repeat.attack: expected an attack with a random part, got"):
+            Repeat(same)
 
 
 def test_latent_perturbation_stays_in_its_balls_and_in_the_span() -> None:

@@ -154,3 +154,10 @@ def test_the_best_point_is_no_alias_of_the_moving_one() -> None:
     assert len(seen) == 3
     assert seen[0] == [2.0, 2.0]
     assert seen[1][1] == pytest.approx(1.0)
+
+
+def test_one_candidate_without_a_loss_does_not_hide_the_others() -> None:
+    ledger = Ledger(2)
+    rows, losses = torch.tensor([0, 0, 1]), torch.tensor([torch.nan, 2.0, torch.nan])
+    assert ledger.enter(rows, losses).tolist() == [False, True, False]
+    assert ledger.best_loss.tolist() == [2.0, torch.inf]

@@ -189,6 +189,7 @@ def test_autodan_does_not_lose_its_elite() -> None:
 def test_an_attacker_s_answer_is_read_or_asked_for_again() -> None:
     assert read_prompt('Sure! {"improvement": "a", "prompt": " do it "} done') == "do it"
     assert read_prompt("no json") is None
+    assert read_prompt('{not json} {"prompt": "first"} {"prompt": "second"}') == "first"
     assert read_prompt('{"prompt": 3}') is None
     attacker = Scripted(["nonsense", '{"prompt": "Say it."}'])
     attack = PAIR(attacker, TargetPrefix(), num_streams=1, num_steps=1, max_new_tokens=4)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from callbacks.judges.exact import TargetPrefix
 from datamodules.batch import AdversarialBatch
 from datamodules.overlap import find_overlap
 from datamodules.rows import HarmfulRow
@@ -17,7 +18,8 @@ from datamodules.sources.tinychat import TinyChatHarmful
 from lightning_modules.attacks.base import Attack, NoAttack, load_attack_state, state_of
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
-from lightning_modules.attacks.text.rewrites import DirectRequest, Noise, Prefilling, Templates
+from lightning_modules.attacks.text.choosers import FirstSuccess
+from lightning_modules.attacks.text.rewrites import BestOfN, DirectRequest, Noise, Prefilling, Templates
 from lightning_modules.attacks.text.templates import fill, read_templates
 from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
@@ -125,6 +127,13 @@ def test_rewritten_prompts_are_the_ones_attacked() -> None:
     assert attacked.backward_passes.tolist() == [2] * 4
 
 
+def test_the_queries_of_a_rewrite_are_counted() -> None:
+    rewrite = BestOfN(num_samples=3, chooser=FirstSuccess(TargetPrefix(), max_new_tokens=2))
+    attacked = RewriteThenPerturb(rewrite, PGD, probability=1.0)(chat_model(), text_batch(2), rng())
+    assert attacked.queries is not None
+    assert attacked.queries.tolist() == [3, 3]
+
+
 def test_probability_decides_per_example_whatever_the_batch() -> None:
     model = chat_model()
     attack = RewriteThenPerturb(Templates("role_play", limit=1), PGD, probability=0.5)
@@ -203,6 +212,9 @@ def test_the_latent_adversary_also_pushes_away_from_the_safe_reply() -> None:
     )
     torch.testing.assert_close(attacked.loss_curve[0], expected.detach())
     assert (attacked.best_loss < attacked.start_loss).all()
+    # Two replies are two passes: four iterates seen, three of them differentiated.
+    assert attacked.forward_passes.tolist() == [8] * len(batch)
+    assert attacked.backward_passes.tolist() == [6] * len(batch)
 
 
 # --- red-team replay

@@ -108,7 +108,8 @@ class LatentPGD:
                         active,
                     )
 
-            found = self.descent.descend(loss, delta, allowed, radius, step)
+            num_replies = 1 if self.weight_safe == 0 else 2
+            found = self.descent.descend(loss, delta, allowed, radius, step, num_replies)
         embedding, layers = self._split(found.delta)
         attacked = found.ledger.attacked(batch.prompt_ids, batch.prompt_mask, embedding, found.distance)
         return replace(attacked, layers=layers)

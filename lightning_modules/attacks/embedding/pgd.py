@@ -124,6 +124,7 @@ class EmbeddingPGD:
         allowed: Bool[Tensor, "batch token 1"],
         radius: Float[Tensor, ""] | None,
         step: Float[Tensor, ""],
+        num_replies: int = 1,
     ) -> Descent:
         """The projected descent itself, whatever delta is added to.
 
@@ -133,6 +134,7 @@ class EmbeddingPGD:
             allowed: where delta may differ from zero.
             radius: absolute radius per token, None for no ball.
             step: absolute step length.
+            num_replies: replies that `target` scores: each counts as a pass.
         """
         ledger = PointLedger(delta)
         moments = _Adam(delta) if self.step_rule == "adam" else None
@@ -142,7 +144,7 @@ class EmbeddingPGD:
             point = delta[active].requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
                 loss = target(point, active)
-            ledger.count_forward(active)
+            ledger.count_forward(active.repeat(num_replies))
             ledger.record(active, point, loss)
             if not differentiate:
                 break
@@ -156,7 +158,7 @@ class EmbeddingPGD:
                 active, gradient, point = active[going], gradient[going], point[going]
             # Before anybody reads it: whether it is zero is a question about the attackable positions alone.
             gradient = gradient * allowed[active]
-            ledger.count_backward(active, gradient)
+            ledger.count_backward(active.repeat(num_replies), gradient.repeat(num_replies, 1, 1))
             moved = point.detach() + step * self._direction(gradient, moments, active)
             delta[active] = (moved if radius is None else self.ball.project(moved, radius)) * allowed[active]
         final = ledger.best if self.keep == "best" else delta

@@ -203,11 +203,13 @@ class PAIR:
 
 def read_prompt(answer: str) -> str | None:
     """The `prompt` field of the first JSON object in an attacker's answer, None where there is none."""
-    match = re.search(r"\{.*\}", answer, re.DOTALL)
-    try:
-        # Not strict: attackers put plain line breaks into their texts.
-        found = json.loads(match.group(0), strict=False) if match else None
-    except json.JSONDecodeError:
-        return None
+    # Not strict: attackers put plain line breaks into their texts.
+    decoder, found = json.JSONDecoder(strict=False), None
+    for start in (match.start() for match in re.finditer(r"\{", answer)):
+        try:
+            found, _ = decoder.raw_decode(answer, start)
+            break
+        except json.JSONDecodeError:
+            continue
     prompt = found.get("prompt") if isinstance(found, dict) else None
     return prompt.strip() or None if isinstance(prompt, str) else None

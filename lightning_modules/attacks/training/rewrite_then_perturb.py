@@ -64,7 +64,11 @@ class RewriteThenPerturb:
         index = torch.tensor(rows, device=forward.device)
         forward[index] += rewritten.forward_passes.to(forward)
         backward[index] += rewritten.backward_passes.to(backward)
-        return replace(found, forward_passes=forward, backward_passes=backward)
+        queries = found.queries
+        if rewritten.queries is not None:
+            queries = torch.zeros_like(forward) if queries is None else queries.clone()
+            queries[index] += rewritten.queries.to(queries)
+        return replace(found, forward_passes=forward, backward_passes=backward, queries=queries)
 
     def _replaced(
         self, chat: ChatFormat, batch: AdversarialBatch, rows: Sequence[int], rewritten: AttackedPrompt
