@@ -1,4 +1,5 @@
-"""Sources made of other sources: harmful requests as conversations, rows several times over."""
+"""Sources made of other sources: harmful requests as conversations, conversations whose harm is a refusal,
+rows several times over."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from datamodules.fields import Count, checked
-from datamodules.rows import ChatRow, RowProblem
+from datamodules.rows import ChatRow, HarmfulRow, RowProblem
 from datamodules.sources.base import ChatSource, HarmfulSource
 
 
@@ -33,6 +34,43 @@ class AnsweredRequests:
                 yield ChatRow(
                     f"{row.key}/{self.reply}", row.prompt, answer, row.where, row.category, row.system
                 )
+
+
+@checked
+class RefusalsAsHarm:
+    """Benign conversations as adversarial examples in which refusing is the harm: the attack aims at a
+    refusal, the safe reply is the right answer.
+
+    Beside harmful requests in the same stream they keep "attacked" from becoming a reason to refuse: the
+    perturbation is on both kinds, and only what is asked tells them apart.
+
+    Args:
+        source: the conversations; they must have a reply.
+        refusals: what the attack aims at, in turn.
+    """
+
+    def __init__(self, source: ChatSource, refusals: list[str]) -> None:
+        if not refusals or not all(text.strip() for text in refusals):
+            raise ValueError(
+                f"RefusalsAsHarm.refusals: expected at least one text, none empty, got {refusals}"
+            )
+        self.source = source
+        self.refusals = refusals
+
+    def rows(self) -> Iterator[HarmfulRow | RowProblem]:
+        for number, row in enumerate(self.source.rows()):
+            if isinstance(row, RowProblem) or row.history:
+                yield row if isinstance(row, RowProblem) else RowProblem(row.where, "has earlier turns")
+                continue
+            yield HarmfulRow(
+                key=f"{row.key}/refused",
+                prompt=row.prompt,
+                target=self.refusals[number % len(self.refusals)],
+                safe_reply=row.reply,
+                where=row.where,
+                category=row.category,
+                system=row.system,
+            )
 
 
 @checked
