@@ -23,6 +23,7 @@ from lightning_modules.attacks.base import (
     example_rngs,
     require_gradients,
 )
+from lightning_modules.attacks.suffix.probe import ProbeSampling
 from lightning_modules.attacks.suffix.search import SuffixSearch, best_by_owner
 from lightning_modules.attacks.suffix.slots import Placement, typable_tokens
 from lightning_modules.models.embeddings import embedding_table, embedding_weight
@@ -53,6 +54,8 @@ class GCG:
             it starts from) makes greedy decoding say the target's first sentence, as the judge of target
             prefixes counts it; whatever tokens are searched for.
         ascii_only: use only tokens of printable ASCII.
+        probe: let a small draft model choose which candidates this model reads (probe sampling); null reads
+            all. Passes are counted of the model, not of the draft.
         max_rows: candidates per forward pass; null takes 64 on a CPU and 512 elsewhere; halved and remembered
             when memory runs out.
     """
@@ -72,6 +75,7 @@ class GCG:
         target_tokens: Count | None = None,
         stop_at_target: bool = True,
         ascii_only: bool = True,
+        probe: ProbeSampling | None = None,
         max_rows: Count | None = None,
     ) -> None:
         if n_replace > num_tokens:
@@ -91,6 +95,7 @@ class GCG:
         self.target_tokens = target_tokens
         self.stop_at_target = stop_at_target
         self.ascii_only = ascii_only
+        self.probe = probe
         self.max_rows = max_rows
 
     def __call__(
@@ -112,6 +117,7 @@ class GCG:
         require_gradients(self)
         with model.frozen():
             search = self._search(model, batch)
+            draft = None if self.probe is None else self._search(self.probe.model(model), batch)
             search.start_from(suffixes)
             rngs = example_rngs(batch, rng)
             allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only).to(
@@ -120,7 +126,7 @@ class GCG:
             pools = [_Pool(self.buffer_size) for _ in search.slots]
             active = list(range(len(batch)))
             for step in range(self.num_steps):
-                active = self._step(search, active, pools, rngs, allowed, first=step == 0)
+                active = self._step(search, draft, active, pools, rngs, allowed, first=step == 0)
                 if not active:
                     break
             return search.result(), search.ledger.best
@@ -152,6 +158,7 @@ class GCG:
     def _step(
         self,
         search: SuffixSearch,
+        draft: SuffixSearch | None,
         active: list[int],
         pools: list[_Pool],
         rngs: list[torch.Generator],
@@ -181,7 +188,16 @@ class GCG:
         done = set(search.reached(active)) if first and self.stop_at_target else set()
         if not owners:
             return [row for row in active if row not in done]
-        tried = self._tried(search, owners, candidates, active, base)
+        if self.probe is None or draft is None:
+            tried = self._tried(search, owners, candidates, active, base)
+        else:
+            scores = self._tried(draft, owners, candidates, active, base).scores
+            tried = self.probe.read(
+                scores,
+                owners,
+                rngs,
+                lambda own: self._tried(search, [owners[i] for i in own], candidates[own], active, base),
+            )
         if self.merge:
             tried = tried.joined(self._merged(search, tried, active, base))
         best = best_by_owner(tried.owners, tried.scores)
