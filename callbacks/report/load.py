@@ -22,7 +22,7 @@ from callbacks.report.measured import Measured, events, select, snapshot
 from callbacks.report.results import Measure, PairedDifference, RunResults, Snapshot, Stage
 from callbacks.report.training_log import read_training_log
 from callbacks.run_folder.folder import RunFolder
-from datamodules.results import ROWS, last_step, read_measurements, read_rows
+from datamodules.results import ROWS, Measurement, last_step, read_measurements, read_rows
 
 EXPORT_SCHEMA = 3
 
@@ -47,14 +47,14 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
     measured = {step: select(measurements, rows, stage, step) for step in steps}
     training = stage == "fit"
     snapshots, set_aside = comparable([snapshot(own, stage, step) for step, own in measured.items()])
+    compared = 0 in steps and steps[-1] > 0 and (training or _began(measurements, stage))
     return RunResults(
         folder=folder,
         stage=stage,
         snapshots=snapshots,
         set_aside=set_aside,
-        differences=_differences(measured[0], measured[steps[-1]])
-        if training and steps[-1] > 0 and 0 in steps
-        else [],
+        compared=compared,
+        differences=_differences(measured[0], measured[steps[-1]]) if compared else [],
         cost=_read(RunFolder.of(folder).cost) if training else {},
         training=[
             {name: float(value) for name, value in row.items() if value} for row in read_training_log(folder)
@@ -64,6 +64,13 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
         configuration=_read(RunFolder.of(folder).config(stage)),
         environment=_read(RunFolder.of(folder).environment(stage)),
     )
+
+
+def _began(measurements: Sequence[Measurement], stage: Stage) -> bool:
+    """Whether what a stage measured at step 0 are the weights that this run's training began from, as `fit`
+    saw them: nothing else keeps another base model from being tested in the same folder."""
+    began = {m.model for m in measurements if m.stage == "fit" and m.step == 0}
+    return bool(began) and {m.model for m in measurements if m.stage == stage and m.step == 0} <= began
 
 
 def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]]:

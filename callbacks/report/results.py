@@ -139,8 +139,7 @@ class RunResults:
     snapshots: Sequence[Snapshot]
     """By step; the one that was measured last stands at the end."""
     differences: Sequence[PairedDifference]
-    """Before against after; empty outside `fit` and where training was not evaluated before its first
-    step."""
+    """Before against after; empty where nothing was measured before the first step of training."""
     cost: Mapping[str, float]
     """What training cost (callbacks/cost.py); empty outside `fit`."""
     training: Sequence[Mapping[str, float]]
@@ -149,12 +148,15 @@ class RunResults:
     environment: Mapping[str, Any]
     set_aside: Sequence[str] = ()
     """Titles of what an earlier snapshot does not show, because the last one measured it in another way."""
+    compared: bool = False
+    """Whether the first snapshot is of the model that this run's training began from, and the last is not."""
 
     @property
     def before(self) -> Snapshot | None:
-        """The model before the first training step, where `fit` evaluated it."""
+        """The model before the first training step, where it was evaluated."""
         first = self.snapshots[0] if self.snapshots else None
-        return first if first is not None and self.stage == "fit" and first.step == 0 else None
+        shown = self.compared or self.stage == "fit"
+        return first if first is not None and shown and first.step == 0 else None
 
     @property
     def after(self) -> Snapshot | None:

@@ -44,12 +44,12 @@ def tables(results: RunResults) -> list[Table]:
 
 
 def rates(results: RunResults) -> Table:
-    """The shares before and after (outside `fit`: of the one model), what changed, and who judged."""
+    """The shares before and after (of the one model where there is no before), what changed, and who judged."""
     if results.after is None:
         return Table("Results", (), ())
     found = _measures(results.after, "rate")
     beside = UNDER_ATTACK if results.after.benign else ()
-    if results.stage != "fit":
+    if results.stage != "fit" and results.before is None:
         rows = [
             [
                 Cell(m.title),

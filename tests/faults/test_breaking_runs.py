@@ -18,6 +18,7 @@ from callbacks.judges.exact import ExactMatch
 from callbacks.metrics.names import WORST_CASE, Metric
 from callbacks.report.load import export, load
 from callbacks.report.report import write_report
+from callbacks.report.tables import rates
 from callbacks.run_folder.checkpoints import RunCheckpoints
 from callbacks.run_folder.decisive import decisive, differences
 from callbacks.run_folder.folder import RunFolder
@@ -69,6 +70,22 @@ def test_a_report_is_of_the_checkpoint_that_was_tested_last(tmp_path: Path) -> N
         assert found.after.measures[GCG].estimate.value == (expected == 4)
         shown = export(found)["after"]
         assert shown["step"] == expected
+
+
+@pytest.mark.parametrize("base", ["m0", "another"])
+def test_a_test_is_compared_with_the_model_that_its_run_began_from_alone(tmp_path: Path, base: str) -> None:
+    store(tmp_path, measurement(stage="fit", step=0, model="m0"), verdict=True)
+    store(tmp_path, measurement(stage="test", step=0, model=base), verdict=True)
+    store(tmp_path, measurement(stage="test", step=4, model="m4"))
+    found = load(tmp_path, "test")
+    assert found.after is not None and found.after.step == 4
+    if base == "m0":
+        assert found.before is not None and found.before.measures[GCG].estimate.value == 1
+        assert [own.metric for own in found.differences if own.metric == GCG] == [GCG]
+        assert rates(found).title == "Before and after"
+    else:
+        assert found.before is None and not found.differences
+        assert rates(found).title == "Results"
 
 
 # --- settings
