@@ -44,7 +44,7 @@ def tables(results: RunResults) -> list[Table]:
 
 
 def rates(results: RunResults) -> Table:
-    """The shares before and after (of the one model where there is no before), what changed, and who judged."""
+    """The shares before and after (where there is no before: of the one model), changes and judges."""
     if results.after is None:
         return Table("Results", (), ())
     found = _measures(results.after, "rate")
