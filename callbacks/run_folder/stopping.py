@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,7 @@ from types import FrameType
 from lightning import Callback, LightningModule, Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ORPHAN_CHECK_SECONDS = 1.0
 
 
 class Stopped(BaseException):
@@ -50,6 +52,22 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
+
+
+def end_with_parent() -> None:
+    """End this process, one of several of a run, once the one that started it is gone.
+
+    A process that waits for the others to come to the start would wait for half an hour for a first one that
+    was killed.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(ORPHAN_CHECK_SECONDS)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="end_with_parent").start()
 
 
 class StopsAtOnce(Callback):

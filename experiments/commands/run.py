@@ -30,7 +30,7 @@ from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance
-from callbacks.run_folder.stopping import Stopped, StopsAtOnce, stoppable
+from callbacks.run_folder.stopping import Stopped, StopsAtOnce, end_with_parent, stoppable
 from datamodules.evaluation import EvaluationData
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
@@ -65,6 +65,8 @@ def run(
 ) -> int:
     """Compose, check and run. Returns the exit status. Raises: ConfigError for a wrong configuration."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent()
     config = resolved(command, files, overrides)
     if "--print_config" in flags:
         print(yaml.safe_dump(config, sort_keys=False), end="")

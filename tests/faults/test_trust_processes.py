@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -138,3 +140,37 @@ def test_a10_every_process_resumes_with_its_own_suffixes(tmp_path: Path) -> None
     two_processes(config, *common, parts, "--trainer.max_steps=3")
     two_processes(config, *common, parts, "--trainer.max_steps=6", "--ckpt_path=last")
     assert equal(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
+
+
+def test_b_a_process_ends_with_the_one_that_started_it() -> None:
+    # The parent starts a child that only waits, tells its number and is killed.
+    child = (
+        "import time; from callbacks.run_folder.stopping import end_with_parent\n"
+        "end_with_parent(); time.sleep(99)"
+    )
+    code = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "print(child.pid, flush=True); time.sleep(99)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    number = int(parent.stdout.readline())
+    time.sleep(8)  # the child's imports
+    assert _runs(number)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 20
+    while _runs(number) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _runs(number)
+
+
+def _runs(number: int) -> bool:
+    """Whether the process is there and not merely waiting to be collected."""
+    status = Path(f"/proc/{number}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
