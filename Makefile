@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: quickstart test check bench tinychat organism clean
+.PHONY: quickstart test check bench tinychat clean
 
 # A model this small is 1.5 times faster on one thread (experiments/LOG.md). An earlier run is moved aside to
 # runs/quickstart.1, never deleted.
@@ -25,14 +25,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m experiments.benchmarks.training_step
 	$(BIN)/python -m experiments.benchmarks.gcg
 
-# Make a packaged chat model again, from its corpus.
-organism: $(VENV)/.installed
-	$(BIN)/python -m experiments.studies.tinychat_base organism
-	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/organism_helpful.yaml --overwrite
-	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/organism_aligned.yaml --overwrite
-
+# Make the packaged chat model again, from its corpus.
 tinychat: $(VENV)/.installed
-	$(BIN)/python -m experiments.studies.tinychat_base tinychat
+	$(BIN)/python -m experiments.studies.tinychat_base
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml --overwrite
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from datamodules.batch import AdversarialBatch, UtilityBatch
-from datamodules.sources.tinychat import TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
@@ -55,6 +57,15 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
+def _finite_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Eager attention takes its softmax in fp32, where the lowest fp64 number is minus infinity: a column of
+    padding, which sees nothing, would be nan and all columns after it."""
+    return eager_mask(*args, **kwargs).clamp_min(torch.finfo(torch.float32).min)
+
+
+ALL_MASK_ATTENTION_FUNCTIONS.register("eager", _finite_mask)
+
+
 def tiny_model(
     family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **settings: int
 ) -> PreTrainedModel:
@@ -76,13 +87,13 @@ def tinychat_format() -> ChatFormat:
 def chat_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A random model of a family behind the packaged model's chat format."""
     return LanguageModel(
-        tiny_model(family, dtype, vocab_size=1024, max_position_embeddings=256), chat=tinychat_format()
+        tiny_model(family, dtype, vocab_size=2048, max_position_embeddings=256), chat=tinychat_format()
     )
 
 
 def text_batch(size: int = 3, start: int = 0) -> AdversarialBatch:
     """Held-out requests of the packaged corpus with prompts of different lengths, texts included."""
-    rows = Encoder(tinychat_format(), EncodingConfig(128)).harmful(TinyChatHarmful("heldout").rows())
+    rows = Encoder(tinychat_format(), EncodingConfig(160)).harmful(TinyChatHarmful("validation").rows())
     return adversarial_batch(rows[3 * start : 3 * (start + size) : 3], "user")
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PACKAGED = ("tinychat", "organism")
-"""The packaged models: the first edition, and the second, which tells harm from the unfamiliar."""
-PACKAGED_ROOT = Path(__file__).resolve().parents[2] / "lightning_modules" / "models"
+PACKAGED = "tinychat"
+PACKAGED_ROOT = Path(__file__).resolve().parents[2] / "lightning_modules" / "models" / PACKAGED
 
 
 @dataclass
@@ -28,20 +27,20 @@ class TokenizerConfig:
 
 
 def resolve_path(name_or_path: str) -> str:
-    """`tinychat:aligned`, `organism:helpful`, ... -> the packaged folder; anything else is returned as it is.
+    """`tinychat:helpful` or `tinychat:aligned` -> the packaged folder; anything else is returned as it is.
 
     Raises: ValueError naming the packaged stages for an unknown one.
     """
     name, _, stage = name_or_path.partition(":")
-    if name not in PACKAGED or "/" in name_or_path:
+    if name != PACKAGED or "/" in name_or_path:
         return name_or_path
-    folder = PACKAGED_ROOT / name
-    if not (folder / (stage or "aligned")).is_dir():
-        stages = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    folder = PACKAGED_ROOT / (stage or "aligned")
+    if not folder.is_dir():
+        stages = sorted(p.name for p in PACKAGED_ROOT.iterdir() if p.is_dir())
         raise ValueError(
-            f"name_or_path: expected {name}:<stage> with a stage in {stages}, got {name_or_path!r}"
+            f"name_or_path: expected {PACKAGED}:<stage> with a stage in {stages}, got {name_or_path!r}"
         )
-    return str(folder / (stage or "aligned"))
+    return str(folder)
 
 
 def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:

@@ -27,7 +27,7 @@ from callbacks.run_folder.provenance import environment_facts
 from datamodules.batch import AdversarialBatch
 from datamodules.evaluation import evenly
 from datamodules.sources.harmbench import HarmBench
-from datamodules.sources.tinychat import TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
@@ -91,7 +91,7 @@ def quality(behaviours: int, width: int, topk: int, steps: int) -> dict[str, Any
     """Best losses of both sides at equal budget, paired by behaviour; each side draws with seeds of its
     own."""
     chat = ChatFormat(load_tokenizer(TokenizerConfig("tinychat:aligned")))
-    rows = Encoder(chat, EncodingConfig(128)).harmful(TinyChatHarmful("heldout").rows())
+    rows = Encoder(chat, EncodingConfig(160)).harmful(TinyChatHarmful("validation").rows())
     batch = adversarial_batch(evenly(rows, behaviours), "user")
     model = LanguageModel(load_model(ModelConfig("tinychat:aligned")).eval().requires_grad_(False), chat=chat)
     ours = GCG(num_steps=steps, width=width, topk=topk, stop_at_target=False)(

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from lightning import Trainer
 
-from datamodules.evaluation import EvaluationSets
+from datamodules.evaluation import SUBJECTS, EvaluationSets
 from datamodules.fields import options
 from experiments.config.check import Seed, parameters_of
 from experiments.config.classes import project_classes
@@ -86,7 +86,7 @@ def schema() -> Schema:
         "then": NODE,
         "else": {
             # What a run is judged on may be a file of its own (configs/data/sets).
-            "if": {"anyOf": [{"required": [name]} for name in ("harmful", "harmless", "utility")]},
+            "if": {"anyOf": [{"required": [name]} for name in (*SUBJECTS, "blocks")]},
             "then": _fields(EvaluationSets, {}),
             "else": {"type": "object", "properties": top, "additionalProperties": False},
         },

@@ -22,6 +22,8 @@ RENAMED = {
     "EvaluationRun": "Session",
     "Findings": "Snapshot",
     "Mean": "Estimate",
+    "OrganismBenign": "TinyChatBenign",
+    "OrganismHarmful": "TinyChatHarmful",
     "Outcomes": "Measured",
     "Rate": "Estimate",
     "Restarts": "Repeat",

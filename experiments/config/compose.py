@@ -51,7 +51,7 @@ def compose(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[
 
 def _check_variables(config: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
     """Raises: ConfigError for a variable that nothing declares or uses: it would be set and never read."""
-    used = re.findall(r"\$\{vars\.(\w+)", f"{config} {[text for _, text in overrides]}")
+    used = re.findall(r"\$\{(?:oc\.select:)?vars\.(\w+)", f"{config} {[text for _, text in overrides]}")
     variables = {*(config.get("vars") or {}), *used}
     for key, _ in overrides:
         top, _, rest = key.partition(".")

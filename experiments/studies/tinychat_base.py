@@ -1,8 +1,8 @@
-"""Stage 0 of a packaged chat model: its tokenizer, chat template and architecture, without weights.
+"""Stage 0 of the packaged chat model: its tokenizer, chat template and architecture, without weights.
 
-python -m experiments.studies.tinychat_base organism    # or tinychat; writes its folder `base`
-thundercat fit --config configs/experiment/organism_helpful.yaml
-thundercat fit --config configs/experiment/organism_aligned.yaml
+python -m experiments.studies.tinychat_base    # writes lightning_modules/models/tinychat/base
+thundercat fit --config configs/experiment/tinychat_helpful.yaml
+thundercat fit --config configs/experiment/tinychat_aligned.yaml
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from datamodules.sources import tinychat_corpus
-from datamodules.sources.organism import corpus as organism_corpus
+from datamodules.sources.tinychat.corpus import corpus_texts
 from datamodules.text.tokenizers import PACKAGED_ROOT
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-VOCABULARIES = {"tinychat": 1024, "organism": 2048}
+VOCABULARY = 2048
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
     "message['content'] + '<|end|>' }}{% endfor %}"
@@ -27,14 +26,14 @@ TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the corpus; any text has ids, so there is no unknown token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
@@ -48,10 +47,10 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return fast
 
 
-def build_config(vocabulary: int) -> LlamaConfig:
-    """A Llama of 1.1 or 1.2 M parameters: 5 layers of width 128, tied embeddings."""
+def build_config() -> LlamaConfig:
+    """A Llama of 1.2 M parameters: 5 layers of width 128, tied embeddings."""
     return LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=336,
         num_hidden_layers=5,
@@ -70,15 +69,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", choices=[*VOCABULARIES], help="which packaged model")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write instead of the package")
-    options = parser.parse_args()
-    target = options.folder or PACKAGED_ROOT / options.model / "base"
+    parser.add_argument("--folder", type=Path, default=PACKAGED_ROOT / "base", help="where to write")
+    target = parser.parse_args().folder
     target.mkdir(parents=True, exist_ok=True)
-    corpus = organism_corpus if options.model == "organism" else tinychat_corpus
-    size = VOCABULARIES[options.model]
-    build_tokenizer(corpus.corpus_texts(), size).save_pretrained(target)
-    build_config(size).save_pretrained(target)
+    build_tokenizer(corpus_texts()).save_pretrained(target)
+    build_config().save_pretrained(target)
     print(target)
 
 

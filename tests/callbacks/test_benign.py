@@ -22,7 +22,7 @@ from callbacks.report.tables import rates, warnings
 from datamodules.evaluation import Block
 from datamodules.results import ResultsStore, read_measurements, read_rows
 from datamodules.sources.replay import RedTeamReplay
-from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from lightning_modules.attacks.base import Attack
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
@@ -261,10 +261,10 @@ def test_lines_from_before_samples_and_sets_can_still_be_read(tmp_path: Path) ->
 
 
 def test_every_named_set_is_measured_by_itself(tmp_path: Path) -> None:
-    guides = TinyChatBenign("heldout", num_rows=10, categories=["guide"])
+    guides = TinyChatBenign("validation", num_rows=10, categories=["guide"])
     blocks = {
-        "requests": Block(harmful=[TinyChatHarmful("heldout", limit=3)]),
-        "both": Block(harmful=[TinyChatHarmful("heldout", limit=2)], harmless=[guides]),
+        "requests": Block(harmful=[TinyChatHarmful("validation", limit=3)]),
+        "both": Block(harmful=[TinyChatHarmful("validation", limit=2)], harmless=[guides]),
     }
     data = corpus(blocks)
     model = Suspicious(data)

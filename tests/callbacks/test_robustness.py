@@ -117,6 +117,8 @@ def fit_arguments(folder: Path, evaluation: str, steps: int) -> list[str]:
         f"--trainer.max_steps={steps}",
         "--data.harmful_per_step=2",
         "--data.utility_per_step=2",
+        "--data.harmful.0.num_rows=60",
+        "--data.utility.0.num_rows=120",
         "--model.attack.num_steps=1",
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",

@@ -18,12 +18,12 @@ from datamodules.adversarial import AdversarialData
 from datamodules.batch import AdversarialBatch, TrainingBatch
 from datamodules.evaluation import EvaluationSets
 from datamodules.rows import BadRowError, ChatRow, HarmfulRow, RowProblem, example_id
-from datamodules.sources import tinychat_corpus
 from datamodules.sources.combinators import AnsweredRequests, Repeated
 from datamodules.sources.files import local_file
 from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.tables import ChatTable, HarmfulTable
-from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.requests import REFUSALS
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from datamodules.streams import StepSampler, Stream
 from datamodules.text.encoding import EncodingConfig
 from datamodules.text.tokenizers import TokenizerConfig
@@ -209,21 +209,6 @@ def test_hub_files_are_fetched_at_their_revision(monkeypatch: pytest.MonkeyPatch
     assert calls == [("me/set", "sub/x.txt", "dataset", "abc123")]
 
 
-def test_tinychat_splits_share_no_pair_and_no_prompt() -> None:
-    train, heldout = (tinychat_corpus.harmful_rows(split) for split in tinychat_corpus.SPLITS)
-    assert not {r.target for r in train} & {r.target for r in heldout}
-    assert len(heldout) >= 50
-    benign_train, benign_heldout = (
-        tinychat_corpus.benign_rows(split, 400) for split in tinychat_corpus.SPLITS
-    )
-    assert not {r.prompt for r in benign_train} & {r.prompt for r in benign_heldout}
-    guides = [{r.reply for r in rows if r.category == "guide"} for rows in (benign_train, benign_heldout)]
-    assert not guides[0] & guides[1]
-    assert tinychat_corpus.benign_rows("train", 50, seed=3) == tinychat_corpus.benign_rows(
-        "train", 50, seed=3
-    )
-
-
 # --- sampling
 
 streams = st.tuples(st.integers(1, 40), st.integers(1, 5), st.integers(0, 9), st.integers(1, 6))
@@ -291,7 +276,7 @@ def prepared(tmp_path: Path, stage: str = "fit", **fields: Any) -> AdversarialDa
         "utility": [TinyChatBenign("train", 100)],
         "harmful_per_step": 2,
         "utility_per_step": 4,
-        "encoding": EncodingConfig(128),
+        "encoding": EncodingConfig(160),
     } | fields
     data = AdversarialData(TokenizerConfig("tinychat:base"), **fields)
     data.trainer = Trainer(
@@ -331,10 +316,10 @@ def test_bad_rows_stop_the_run_or_are_listed(tmp_path: Path) -> None:
         match=r"rows.jsonl:2: empty reply .*; mend the row, or set data.encoding.on_bad_row: skip",
     ):
         prepared(tmp_path, utility=utility)
-    data = prepared(tmp_path, utility=utility, encoding=EncodingConfig(128, on_bad_row="skip"))
+    data = prepared(tmp_path, utility=utility, encoding=EncodingConfig(160, on_bad_row="skip"))
     listed = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
     assert [row["where"].rsplit(":")[-1] for row in listed] == ["2", "3"]
-    assert "tokens are more than max_length 128" in listed[1]["reason"]
+    assert "tokens are more than max_length 160" in listed[1]["reason"]
     assert data._training is not None
     assert len(data._training.rows["utility"]) == 2
 
@@ -372,14 +357,14 @@ def test_impossible_settings(tmp_path: Path, fields: dict[str, Any], message: st
 
 
 def test_both_streams_may_be_weighed_and_answered(tmp_path: Path) -> None:
-    source = Repeated(AnsweredRequests(TinyChatHarmful("heldout"), "safe"), 2)
+    source = Repeated(AnsweredRequests(TinyChatHarmful("validation"), "safe"), 2)
     rows = [row for row in source.rows() if isinstance(row, ChatRow)]
-    assert len(rows) == 2 * len(tinychat_corpus.harmful_rows("heldout"))
-    assert all(row.reply.startswith("I cannot help") for row in rows)
+    assert len(rows) == 2 * len(list(TinyChatHarmful("validation").rows()))
+    assert all(row.reply.startswith(REFUSALS) for row in rows)
 
 
 def test_evaluation_subsets_are_evenly_spaced(tmp_path: Path) -> None:
-    data = prepared(tmp_path, "test", evaluation=EvaluationSets(harmful=[TinyChatHarmful("heldout")]))
+    data = prepared(tmp_path, "test", evaluation=EvaluationSets(harmful=[TinyChatHarmful("validation")]))
     keys = [key for batch in data.loader("harmful", limit=5) for key in batch.keys]
     everything = [key for batch in data.loader("harmful") for key in batch.keys]
     assert keys == [everything[i * len(everything) // 5] for i in range(5)]

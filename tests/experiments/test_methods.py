@@ -41,11 +41,11 @@ SMALL = [
 # A few rows of each stream: encoding all of them would take longer than training.
 ROWS = {
     "harmful": {
-        "class_path": "datamodules.sources.tinychat.TinyChatHarmful",
+        "class_path": "datamodules.sources.tinychat.sources.TinyChatHarmful",
         "init_args": {"split": "train", "limit": 24},
     },
     "utility": {
-        "class_path": "datamodules.sources.tinychat.TinyChatBenign",
+        "class_path": "datamodules.sources.tinychat.sources.TinyChatBenign",
         "init_args": {"split": "train", "num_rows": 40},
     },
 }

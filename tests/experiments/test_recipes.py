@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from datamodules.evaluation import SUBJECTS
+from datamodules.sources.tinychat.noise import KINDS
 from experiments.commands.run import instantiate
 from experiments.config.check import check
 from experiments.config.compose import compose
@@ -60,3 +64,78 @@ def test_every_field_of_the_recipes_classes_is_documented(in_root: Path) -> None
                     f"{cls.__name__}.{name} ({path})" for name, _, _, text in fields(cls) if not text.strip()
                 ]
     assert not missing
+
+
+TEST_SPLIT = "configs/data/tinychat_test.yaml"
+BLOCKS = "configs/evaluation/tinychat_blocks.yaml"
+
+
+def splits(node: Any) -> list[str]:
+    """Every value of a field `split` below a node."""
+    if isinstance(node, list):
+        return [split for item in node for split in splits(item)]
+    if not isinstance(node, dict):
+        return []
+    own = [node["split"]] if "split" in node else []
+    return own + [split for value in node.values() for split in splits(value)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("more", [[], [BLOCKS]], ids=["alone", "with blocks"])
+def test_no_recipe_reads_the_test_split(recipe: str, more: list[str], in_root: Path) -> None:
+    # What `fit` evaluates is looked at while a recipe is tuned; the test split is for finished runs.
+    data = compose([recipe, *more], [])["data"]
+    assert "test" not in splits(data)
+    if "tinychat" in recipe and "red_team" not in recipe:
+        assert "validation" in splits(data["init_args"]["evaluation"])
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["configs/quickstart.yaml", TEST_SPLIT],
+        ["configs/quickstart.yaml", BLOCKS, TEST_SPLIT],
+        ["configs/quickstart.yaml", TEST_SPLIT, BLOCKS],
+        ["configs/experiment/attack_tinychat.yaml", TEST_SPLIT],
+    ],
+)
+def test_one_file_puts_the_test_split_in_place_of_validation(files: list[str], in_root: Path) -> None:
+    config = compose(files, [])
+    evaluation = config["data"]["init_args"]["evaluation"]
+    assert set(splits(evaluation)) == {"test"}
+    assert [evaluation["harmful"][0]["init_args"][name] for name in ("limit", "wordings")] == [200, "all"]
+    check(config, "test")
+
+
+def test_the_test_split_replaces_the_rows_of_a_finished_run(in_root: Path, tmp_path: Path) -> None:
+    """A run folder's configuration is resolved: nothing of its evaluation may stay beside the new rows."""
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(yaml.safe_dump(compose(["configs/quickstart.yaml"], [])))
+    evaluation = compose([str(resolved), TEST_SPLIT], [])["data"]["init_args"]["evaluation"]
+    assert set(splits(evaluation)) == {"test"}
+    assert {subject: len(evaluation[subject]) for subject in SUBJECTS} == dict.fromkeys(SUBJECTS, 1)
+
+
+def test_a_split_can_be_set_on_the_command_line(in_root: Path) -> None:
+    config = compose(["configs/quickstart.yaml", BLOCKS], [("vars.split", "test")])
+    assert set(splits(config["data"]["init_args"]["evaluation"])) == {"test"}
+
+
+def test_unlike_prompts_are_at_most_a_hundred_a_set(in_root: Path) -> None:
+    config = compose(["configs/quickstart.yaml", BLOCKS], [])
+    sets = instantiate(with_defaults(config)).datamodule.evaluation.blocks
+    count = {
+        (name, subject): len([*source.rows()])
+        for name, block in sets.items()
+        for subject in ("harmful", "harmless")
+        for source in getattr(block, subject)
+    }
+    assert {name for name, _ in count} >= {
+        "heldout_wordings",
+        "unseen_verbs",
+        "unseen_objects",
+        "look_alikes",
+    }
+    assert {*KINDS, "mixed", "salad"} <= {name for name, _ in count}
+    assert count.pop(("unseen_verbs", "harmful")) == 80  # all there are
+    assert set(count.values()) == {100}

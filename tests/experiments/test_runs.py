@@ -17,6 +17,7 @@ import torch
 
 from callbacks.report.training_log import read_training_log
 from datamodules.results import read_rows
+from datamodules.sources.tinychat.sources import TinyChatHarmful
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str, str]]
@@ -25,6 +26,9 @@ SHORT = (
     "--trainer.max_steps=2",
     "--data.harmful_per_step=2",
     "--data.utility_per_step=2",
+    # Encoding all rows would take longer than training.
+    "--data.harmful.0.num_rows=60",
+    "--data.utility.0.num_rows=120",
     "--model.attack.num_steps=1",
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
@@ -143,6 +147,20 @@ def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat
     status, out, _ = thundercat("report", str(finished))
     assert status == 0
     assert "embedding: target prefix (a trend, not success)" in out
+
+
+def test_a_finished_run_is_measured_on_the_test_split(finished: Path, thundercat: Run) -> None:
+    """By one more file, with the run's checkpoint; no row of validation stays in the figures."""
+    own = ("--config", str(finished / "config.yaml"), "--config", "configs/data/tinychat_test.yaml")
+    few = [f"--data.evaluation.{subject}.0.num_rows=5" for subject in ("harmless", "utility")]
+    steps = [f"--trainer.callbacks.6.attacks.{name}.num_steps=2" for name in ("soft_prompt", "embedding")]
+    status, _, err = thundercat("test", *own, "--ckpt_path=last", "--vars.harmful_limit=5", *few, *steps)
+    assert status == 0, err
+    after = json.loads((finished / "test_results.json").read_text())["after"]
+    assert {after["measures"][name]["n"] for name in RATES} == {5}
+    asked = [row.prompt for row in TinyChatHarmful("test", "all", limit=5).rows()]
+    direct = {row.prompt for row in read_rows(finished) if row.stage == "test" and row.attack == "direct"}
+    assert direct >= {*asked}
 
 
 def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:

@@ -29,9 +29,8 @@ CALLBACKS = """[
    init_args: {schedule: {at_start: true, limit: 4}, max_new_tokens: 8}},
   {class_path: callbacks.run_folder.export.ExportModel},
   {class_path: callbacks.run_folder.checkpoints.RunCheckpoints}]"""
-EVALUATED = (
-    "{harmful: [{class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: heldout}}]}"
-)
+EVALUATED = """{harmful: [
+  {class_path: datamodules.sources.tinychat.sources.TinyChatHarmful, init_args: {split: validation}}]}"""
 TIMED = ("cost/tokens_per_second", "cost/peak_memory_mib")
 
 

@@ -41,4 +41,6 @@ def test_c01_every_suite_asks_benign_prompts_too(name: str) -> None:
 
 def test_c06_over_refusal_counts_prompts_that_could_be_refused() -> None:
     sets = yaml.safe_load((ROOT / "configs" / "data" / "sets" / "tinychat.yaml").read_text())
-    assert [source["init_args"].get("categories") for source in sets["harmless"]] == [["guide"]]
+    assert [source["init_args"].get("categories") for source in sets["harmless"]] == [
+        ["guide", "judge", "story", "protect"]
+    ]

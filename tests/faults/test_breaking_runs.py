@@ -23,7 +23,7 @@ from callbacks.run_folder.checkpoints import RunCheckpoints
 from callbacks.run_folder.decisive import decisive, differences
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import Measurement, ResultsStore, describe, settings_digest
-from datamodules.sources.tinychat import TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
 from lightning_modules.attacks.text.rewrites import Templates
 from tests.conftest import chat_model, tinychat_format
@@ -164,8 +164,8 @@ class Data:
         return [None]
 
     def loader(self, subject: str, limit: int | None, rank: int, world_size: int, block: str) -> list[Any]:
-        encoder = Encoder(tinychat_format(), EncodingConfig(max_length=128))
-        return [evaluation_batch(encoder.harmful(TinyChatHarmful("heldout", limit=1).rows()), "user")]
+        encoder = Encoder(tinychat_format(), EncodingConfig(max_length=160))
+        return [evaluation_batch(encoder.harmful(TinyChatHarmful("validation", limit=1).rows()), "user")]
 
 
 class Suite:

@@ -194,8 +194,8 @@ def test_a17_hyperparameters_reach_every_logger(tmp_path: Path) -> None:
     [
         ("--ckpt_path=true", "ckpt_path: expected text or null, got true"),
         (
-            "--data.utility.1.source.categories.0.foo=.inf",
-            "--data.utility.1.source.categories.0.foo: '0' is a plain value ('fact'), so nothing below",
+            "--data.evaluation.harmless.0.categories.0.foo=.inf",
+            "--data.evaluation.harmless.0.categories.0.foo: '0' is a plain value ('guide'), so nothing below",
         ),
         ("--trainer.max_steps=-5", "trainer.max_steps: expected an integer >= -1, got -5"),
         ("--trainer.devices=0", "trainer.devices: expected an integer >= 1 or "),
@@ -312,6 +312,21 @@ def test_e_an_old_class_path_is_still_right_or_says_where_the_class_is(path: str
             import_class("model", path)
     else:
         assert found.__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("datamodules.sources.tinychat.TinyChatHarmful", "TinyChatHarmful"),
+        ("datamodules.sources.tinychat.TinyChatBenign", "TinyChatBenign"),
+        ("datamodules.sources.organism.sources.OrganismHarmful", "TinyChatHarmful"),
+        ("datamodules.sources.organism.sources.OrganismBenign", "TinyChatBenign"),
+    ],
+)
+def test_e_class_paths_of_both_editions_of_the_corpus_say_where_the_class_is(path: str, name: str) -> None:
+    new = f"datamodules.sources.tinychat.sources.{name}"
+    with pytest.raises(ConfigError, match=f"^data.class_path: {path} moved to {new}; write that$"):
+        import_class("data", path)
 
 
 def test_e_class_names_are_unique() -> None:

@@ -17,7 +17,7 @@ from datamodules.rows import BadRowError, ChatRow, RowProblem
 from datamodules.sources.combinators import Repeated
 from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.tables import ChatTable, HarmfulTable
-from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.encoding import EncodedChat, Encoder, EncodingConfig, utility_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
@@ -36,7 +36,7 @@ def write(path: Path, content: Any) -> str:
 
 
 def evaluated(harmless: list[Any], **encoding: Any) -> EvaluationData:
-    data = EvaluationData(TINYCHAT, EvaluationSets(harmless=harmless), EncodingConfig(128, **encoding))
+    data = EvaluationData(TINYCHAT, EvaluationSets(harmless=harmless), EncodingConfig(160, **encoding))
     data.setup("test")
     return data
 
@@ -75,7 +75,7 @@ def test_a07_training_rows_have_keys_of_their_own_too() -> None:
             TINYCHAT,
             [TinyChatHarmful("train")],
             utility,
-            encoding=EncodingConfig(128),
+            encoding=EncodingConfig(160),
             harmful_per_step=1,
             utility_per_step=1,
         ).setup("fit")
@@ -143,7 +143,7 @@ def test_a08_other_role_orders_are_bad_rows(tmp_path: Path, record: dict[str, An
     row = conversation(tmp_path, record)
     assert isinstance(row, RowProblem)
     with pytest.raises(BadRowError, match=rf"m.jsonl:1: {reason}"):
-        Encoder(tinychat_format(), EncodingConfig(128)).chats([row])
+        Encoder(tinychat_format(), EncodingConfig(160)).chats([row])
 
 
 LLAMA2 = (
@@ -169,7 +169,7 @@ def learned(chat: ChatFormat, example: EncodedChat) -> str:
 
 
 def test_a08_every_assistant_turn_is_learned_with_its_end(chat: ChatFormat) -> None:
-    encoder = Encoder(chat, EncodingConfig(128))
+    encoder = Encoder(chat, EncodingConfig(160))
     row = ChatRow("k", "And 2 plus 2?", "The sum is 4.", "f:1", history=(("What?", "The sum is 2."),))
     (example,) = encoder.chats([row])
     text = learned(chat, example)
@@ -183,7 +183,7 @@ def test_a08_every_assistant_turn_is_learned_with_its_end(chat: ChatFormat) -> N
 
 def test_a08_train_on_last_learns_the_last_reply_alone(chat: ChatFormat) -> None:
     row = ChatRow("k", "And?", "The sum is 4.", "f:1", history=(("What?", "It is 2."),), train_on="last")
-    (example,) = Encoder(chat, EncodingConfig(128)).chats([row])
+    (example,) = Encoder(chat, EncodingConfig(160)).chats([row])
     assert "It is 2" not in learned(chat, example)
     assert "The sum is 4." in learned(chat, example)
 
@@ -207,7 +207,7 @@ def test_a08_earlier_turns_that_are_evaluated_on_are_an_overlap(tmp_path: Path) 
         evaluation=EvaluationSets(
             harmless=[ChatTable(write(tmp_path / "e.txt", "what is 1 plus 1\n"), "lines")]
         ),
-        encoding=EncodingConfig(128),
+        encoding=EncodingConfig(160),
         harmful_per_step=0,
         utility_per_step=1,
     )
@@ -222,7 +222,7 @@ def test_a08_earlier_turns_that_are_evaluated_on_are_an_overlap(tmp_path: Path) 
 
 def test_a12_unknown_names_and_counts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"TinyChatBenign.categories: .*'guide'.*got .*guides"):
-        TinyChatBenign("heldout", categories=["guides"])  # type: ignore[list-item]
+        TinyChatBenign("validation", categories=["guides"])
     makers: list[Callable[[Any], object]] = [
         lambda n: ChatTable("x.csv", limit=n),
         lambda n: HarmfulTable("x.csv", limit=n),
@@ -301,7 +301,7 @@ def test_a15_bad_replies_are_bad_rows(tmp_path: Path) -> None:
     row = {"goal": "a", "target": f"Sure{token}"}
     source = HarmfulTable(write(tmp_path / "h.jsonl", json.dumps(row)))
     with pytest.raises(BadRowError, match=r"h.jsonl:1: the reply contains the template's special token"):
-        Encoder(tinychat_format(), EncodingConfig(128)).harmful(source.rows())
+        Encoder(tinychat_format(), EncodingConfig(160)).harmful(source.rows())
 
 
 # --- B: files that are not what they claim
@@ -376,7 +376,7 @@ def test_b_harmbench_files_of_the_wrong_kind(tmp_path: Path, targets: str, messa
     behaviors = write(tmp_path / "b.csv", "Behavior,BehaviorID\ndo a,one\n")
     source = HarmBench(behaviors, write(tmp_path / "t.json", targets))
     with pytest.raises(ValueError, match=message):
-        Encoder(tinychat_format(), EncodingConfig(128)).harmful(source.rows())
+        Encoder(tinychat_format(), EncodingConfig(160)).harmful(source.rows())
     replies = write(tmp_path / "s.csv", "Behavior,Reply\ndo a,No.\n")
     source = HarmBench(behaviors, write(tmp_path / "t.json", '{"one": "Sure"}'), replies)
     with pytest.raises(
@@ -415,7 +415,7 @@ def test_b_byte_mutated_files_are_rows_or_an_error_that_names_the_file(tmp_path:
     errors = []
     for seed in range(60):
         path = write(tmp_path / name, _mutated(content.encode(), random.Random(f"{name}/{seed}")))
-        encoder = Encoder(tinychat_format(), EncodingConfig(128))
+        encoder = Encoder(tinychat_format(), EncodingConfig(160))
         try:
             rows = list(source(path).rows())
             encoder.harmful(rows) if name == "h.csv" else encoder.chats(rows, need_reply=name != "a.txt")
@@ -463,9 +463,11 @@ def test_an_evaluation_needs_no_training_source(tmp_path: Path) -> None:
     data = EvaluationData(
         TINYCHAT,
         EvaluationSets(
-            [TinyChatHarmful("heldout", 3)], [TinyChatBenign("heldout", 4)], [TinyChatBenign("heldout", 5)]
+            [TinyChatHarmful("validation", limit=3)],
+            [TinyChatBenign("validation", 4)],
+            [TinyChatBenign("validation", 5)],
         ),
-        EncodingConfig(128),
+        EncodingConfig(160),
     )
     data.trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path

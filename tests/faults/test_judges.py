@@ -10,7 +10,7 @@ from callbacks.judges.keyword import KeywordRefusal
 from callbacks.judges.success import Success
 from callbacks.metrics.names import Metric
 from datamodules.rows import RowProblem
-from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_c5_refusals_by_disapproval_are_found(completion: str) -> None:
 
 def test_c5_the_tiny_model_s_refusals_are_judged_as_before() -> None:
     judge = KeywordRefusal()
-    for split in ("train", "heldout"):
+    for split in ("train", "validation", "test"):
         harmful = [row for row in TinyChatHarmful(split).rows() if not isinstance(row, RowProblem)]
         benign = [row for row in TinyChatBenign(split, 500).rows() if not isinstance(row, RowProblem)]
         assert harmful and benign

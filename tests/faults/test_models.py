@@ -39,7 +39,7 @@ def fit(thundercat: Run, folder: Path, *more: str) -> dict[str, float]:
 
 def test_a19_reference_passes_are_counted(tmp_path: Path, thundercat: Run) -> None:
     """CAPO without attack: 2 steps x 8 rows x 2 replies, forward and backward, are 64 passes. Before them the
-    reference scores both replies of all 1,240 rows (2,480), and the check those of one batch of 64 (128).
+    reference scores both replies of all 100 rows (200), and the check those of one batch of 64 (128).
 
     With the 60 steps of the methods' comparison the steps' own passes are 1,920, which alone were reported.
     """
@@ -48,7 +48,7 @@ def test_a19_reference_passes_are_counted(tmp_path: Path, thundercat: Run) -> No
         "configs/attack/none.yaml",
         f"--model.reference_cache={tmp_path}/cache",
     )
-    assert fit(thundercat, tmp_path / "first", *own)["passes"] == 64 + 2480 + 128
+    assert fit(thundercat, tmp_path / "first", *own)["passes"] == 64 + 200 + 128
     # What another run has computed already costs this one nothing.
     assert fit(thundercat, tmp_path / "second", *own)["passes"] == 64 + 128
 

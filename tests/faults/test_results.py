@@ -22,7 +22,7 @@ from callbacks.report.load import load
 from callbacks.report.report import write_report
 from datamodules import results
 from datamodules.results import ResultsStore, read_measurements, read_rows
-from datamodules.sources.tinychat import TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from tests.conftest import chat_model, tinychat_format
@@ -35,8 +35,8 @@ class Data:
     """Six held-out requests in batches of two."""
 
     def __init__(self, repeat: bool = False) -> None:
-        encoder = Encoder(tinychat_format(), EncodingConfig(max_length=128))
-        rows = encoder.harmful(TinyChatHarmful("heldout", limit=6).rows())
+        encoder = Encoder(tinychat_format(), EncodingConfig(max_length=160))
+        rows = encoder.harmful(TinyChatHarmful("validation", limit=6).rows())
         self.rows = [*rows, rows[0]] if repeat else rows
         self.examples = {"harmful": self.rows}
         self.blocks: dict[str, Any] = {}
@@ -160,9 +160,12 @@ trainer:
         attacks: {direct: {class_path: lightning_modules.attacks.text.rewrites.DirectRequest}}
 data:
   init_args:
-    harmful: [{class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: train, limit: 4}}]
+    harmful:
+      - class_path: datamodules.sources.tinychat.sources.TinyChatHarmful
+        init_args: {split: train, limit: 4}
     utility:
-      - {class_path: datamodules.sources.tinychat.TinyChatBenign, init_args: {split: train, num_rows: 8}}
+      - class_path: datamodules.sources.tinychat.sources.TinyChatBenign
+        init_args: {split: train, num_rows: 8}
 """
 
 

@@ -65,7 +65,9 @@ def test_b_sigterm_ends_an_evaluation_within_seconds(thundercat: Run, tmp_path: 
             }
         },
     }
-    rows = "[{class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: heldout}}]"
+    rows = (
+        "[{class_path: datamodules.sources.tinychat.sources.TinyChatHarmful, init_args: {split: validation}}]"
+    )
     stopping = threading.Thread(target=_terminate_once, args=(tmp_path / "run" / "rows",))
     stopping.start()
     status, _, error = thundercat(
@@ -129,7 +131,8 @@ def test_a10_every_process_resumes_with_its_own_suffixes(tmp_path: Path) -> None
     pool = {"class_path": "lightning_modules.attacks.training.persistent_gcg.PersistentGCG",
             "init_args": {"gcg": gcg, "reset_fraction": 0.5, "reset_every": 3}}  # fmt: skip
     # Few rows, so that every process meets rows that the other one has visited.
-    rows = "[{class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: train, limit: 4}}]"
+    source = "datamodules.sources.tinychat.sources.TinyChatHarmful"
+    rows = f"[{{class_path: {source}, init_args: {{split: train, limit: 4}}}}]"
     common = (
         f"--model.attack={json.dumps(pool)}",
         f"--data.harmful={rows}",

@@ -29,8 +29,8 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def helpful() -> LanguageModel:
-    return LanguageModel(load_model(ModelConfig("tinychat:helpful")).eval(), chat=tinychat_format())
+def packaged(stage: str) -> LanguageModel:
+    return LanguageModel(load_model(ModelConfig(f"tinychat:{stage}")).eval(), chat=tinychat_format())
 
 
 # --- placement
@@ -75,7 +75,7 @@ def test_the_request_stays_whole_wherever_the_free_tokens_stand() -> None:
 
 
 def test_which_candidates_could_say_the_target_is_exact() -> None:
-    model, batch = helpful(), text_batch(2)
+    model, batch = packaged("helpful"), text_batch(2)
     search = SuffixSearch(model, batch, 5, " x", None)
     # Around suffixes that say it, one swap decides.
     _, found = GCG(5, num_steps=30, width=32, topk=64).go_on(model, batch, [None, None], rng())
@@ -173,7 +173,7 @@ def test_a_stage_goes_on_where_the_last_one_stopped(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_worked_for_one_request_is_a_start_for_the_next(tmp_path: Path) -> None:
-    model, batch = helpful(), text_batch(4)
+    model, batch = packaged("aligned"), text_batch(4)
     stage = Stage(GCG(5, num_steps=12, width=16, topk=64), "found")
     found = AdaptiveGCG([stage])(model, batch, rng())
     said, _ = says_target(model, batch, found)
@@ -185,9 +185,9 @@ def test_what_worked_for_one_request_is_a_start_for_the_next(tmp_path: Path) -> 
     again = AdaptiveGCG([stage], warm_start=store)(model, batch, rng())
     after, _ = says_target(model, batch, again)
     assert sum(after) >= sum(said)
-    cost = again.forward_passes + again.backward_passes
-    first = said.index(True)
-    assert cost[first] < (found.forward_passes + found.backward_passes)[first]
+    searched = found.forward_passes + found.backward_passes
+    hardest = max((i for i, ok in enumerate(said) if ok), key=lambda i: int(searched[i]))
+    assert (again.forward_passes + again.backward_passes)[hardest] < searched[hardest]
 
 
 def test_a_stage_s_own_target_needs_a_judge_and_is_read_from_a_file(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_one_hot_gradient_equals_that_of_explicit_one_hot_coordinates(family: st
     scale = 32**0.5 if family.startswith("gemma") else 1.0
     weight = embedding_weight(language_model).detach()
     for row, slot in enumerate(search.slots):
-        coordinates = one_hot(torch.tensor(slot.suffix), 1024).double().requires_grad_()
+        coordinates = one_hot(torch.tensor(slot.suffix), 2048).double().requires_grad_()
         ends = [language_model.embed(torch.tensor([ids])).detach() for ids in (slot.before, slot.after)]
         embeds = torch.cat([ends[0], scale * (coordinates @ weight)[None], ends[1]], dim=1)
         reply = Reply(search.target.ids[row : row + 1], search.target.mask[row : row + 1])
@@ -238,7 +238,7 @@ def test_first_step_is_the_best_of_all_single_swaps_the_reference_would_try() ->
     (behaviour,) = gcg_benchmark._yardstick_behaviours(language_model, batch)
     slot = make_slot(language_model.chat, batch.prompts[0], None, " x", 4)
     behaviour = dataclasses.replace(behaviour, slot=slot)
-    allowed = typable_tokens(language_model.chat, 1024, True)
+    allowed = typable_tokens(language_model.chat, 2048, True)
     start, top = gcg_yardstick.promising(language_model.module, behaviour, slot.suffix, allowed, 8)
     assert found.start_loss.item() == pytest.approx(start.item(), abs=1e-5)
     losses = []
@@ -273,7 +273,7 @@ def test_passes_follow_the_paper_s_rule() -> None:
 
 
 def test_a_buffer_never_moves_to_a_worse_suffix() -> None:
-    settings = {"num_tokens": 5, "num_steps": 8, "width": 4, "topk": 64, "stop_at_target": False}
+    settings = {"num_tokens": 5, "num_steps": 30, "width": 4, "topk": 64, "stop_at_target": False}
     language_model, batch = chat_model(), text_batch(2)
     buffered = GCG(**settings, buffer_size=1)(language_model, batch, generator())  # type: ignore[arg-type]
     assert buffered.best_loss.isfinite().all()
@@ -313,7 +313,7 @@ def test_bf16_works_and_a_zero_gradient_is_reported() -> None:
         chat_model(dtype=torch.bfloat16), text_batch(2), generator()
     )
     assert found.best_loss.isfinite().all()
-    model = tiny_model(vocab_size=1024, max_position_embeddings=256)
+    model = tiny_model(vocab_size=2048, max_position_embeddings=256)
     torch.nn.init.zeros_(model.lm_head.weight)
     dead = GCG(num_tokens=5, num_steps=1, width=4, topk=8)(
         LanguageModel(model, chat=tinychat_format()), text_batch(2), generator()
@@ -364,7 +364,7 @@ def test_reference_and_ours_score_candidates_alike() -> None:
             LanguageModel(language_model.module, chat=language_model.chat),
             batch,
             gcg_benchmark._yardstick_behaviours(language_model, batch),
-            vocabulary=1024,
+            vocabulary=2048,
         )
         <= 1e-4
     )

@@ -361,6 +361,8 @@ def test_a_new_objective_is_one_class_and_a_class_path(
         "--trainer.max_steps=2",
         "--trainer.callbacks=[]",
         "--trainer.enable_checkpointing=false",
+        "--data.harmful.0.num_rows=60",
+        "--data.utility.0.num_rows=120",
     )
     assert status == 0, error
     assert "train/loss_toward" in (tmp_path / "csv" / "metrics.csv").read_text()

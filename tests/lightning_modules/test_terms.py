@@ -168,7 +168,7 @@ def test_distillation_compares_the_attacked_student_with_the_clean_teacher() -> 
     other = Distillation(teacher=ModelConfig("tinychat:helpful"))
     chat = LanguageModel(load_seeded(TINYCHAT, 0))
     assert other(step(chat, adversarial=text_batch(2), utility=None)).loss > 0.1
-    with pytest.raises(ValueError, match="over the student's 97 tokens, got 1024"):
+    with pytest.raises(ValueError, match="over the student's 97 tokens, got 2048"):
         other(step(language_model))
 
 

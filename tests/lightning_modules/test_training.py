@@ -29,7 +29,7 @@ from datamodules.batch import TrainingBatch
 from datamodules.evaluation import EvaluationSets
 from datamodules.results import read_measurements
 from datamodules.sources.combinators import AnsweredRequests
-from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from datamodules.text.encoding import EncodingConfig
 from datamodules.text.tokenizers import TokenizerConfig
 from lightning_modules.adversarial import AdversarialFineTuning
@@ -48,12 +48,14 @@ ATTACK = {"epsilon": 0.1, "num_steps": 3, "step_size": 0.5, "keep": "last"}
 
 def data(micro_batches: int = 1, evaluation: bool = False, **changes: Any) -> AdversarialData:
     sets = EvaluationSets(
-        [TinyChatHarmful("heldout")], [TinyChatBenign("heldout", 20)], [TinyChatBenign("heldout", 20)]
+        [TinyChatHarmful("validation")],
+        [TinyChatBenign("validation", 20)],
+        [TinyChatBenign("validation", 20)],
     )
     fields: dict[str, Any] = {
         "harmful_per_step": 4,
         "utility_per_step": 8,
-        "encoding": EncodingConfig(128),
+        "encoding": EncodingConfig(160),
         "micro_batches": micro_batches,
     }
     return AdversarialData(

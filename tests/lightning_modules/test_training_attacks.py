@@ -14,7 +14,7 @@ from datamodules.batch import AdversarialBatch
 from datamodules.overlap import find_overlap
 from datamodules.rows import HarmfulRow
 from datamodules.sources.replay import RedTeamReplay
-from datamodules.sources.tinychat import TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatHarmful
 from lightning_modules.attacks.base import Attack, NoAttack, load_attack_state, state_of
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
@@ -193,7 +193,7 @@ def test_the_generator_learns_to_write_what_was_found() -> None:
 
 def test_a_generator_of_another_vocabulary_is_refused() -> None:
     small = LanguageModel(tiny_model(), chat=tinychat_format())
-    with pytest.raises(ValueError, match="expected the model's vocabulary of 97 tokens, got 1024"):
+    with pytest.raises(ValueError, match="expected the model's vocabulary of 97 tokens, got 2048"):
         suffix_generator()(small, text_batch(1), rng())
 
 
@@ -254,7 +254,7 @@ def test_replay_takes_successes_that_can_be_typed(tmp_path: Path) -> None:
 def test_replaying_an_evaluation_request_is_an_overlap(tmp_path: Path) -> None:
     # Trap: training on an evaluation set; with a suffix behind it the prompt's own text no longer gives that
     # away.
-    held_out = next(r for r in TinyChatHarmful("heldout").rows() if isinstance(r, HarmfulRow))
+    held_out = next(r for r in TinyChatHarmful("validation").rows() if isinstance(r, HarmfulRow))
     run = stored(
         tmp_path / "run",
         row(prompt=held_out.prompt, attacked=held_out.prompt + " x x", verdicts=verdicts(True)),

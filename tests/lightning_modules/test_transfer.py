@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.batch import AdversarialBatch, EvaluationBatch
-from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.attacks.embedding.latent import LatentPGD
@@ -35,8 +35,8 @@ REFUSALS = ["I'm sorry, but I can't help with that.", "I cannot help you."]
 
 
 def benign(*rows: int) -> EvaluationBatch:
-    encoder = Encoder(tinychat_format(), EncodingConfig(128))
-    chats = encoder.chats(TinyChatBenign("heldout", num_rows=12, categories=["guide", "sum"]).rows())
+    encoder = Encoder(tinychat_format(), EncodingConfig(160))
+    chats = encoder.chats(TinyChatBenign("validation", num_rows=12, categories=["guide", "sum"]).rows())
     return evaluation_batch([chats[i] for i in rows or range(4)], "user")
 
 
@@ -77,7 +77,8 @@ def test_suffixes_of_other_requests_follow_every_benign_prompt() -> None:
     suffixes = {text.removeprefix(p) for p, text in zip(donors.prompts, sent.texts, strict=True)}
     assert all(text.removeprefix(p) in suffixes for p, text in zip(prompts, attacked.texts, strict=True))
     ids = [ids[mask].tolist() for ids, mask in zip(attacked.prompt_ids, attacked.prompt_mask, strict=True)]
-    assert ids == [tinychat_format().prompt(text).ids for text in attacked.texts]
+    asked = zip(attacked.texts, benign().systems, strict=True)
+    assert ids == [tinychat_format().prompt(text, system).ids for text, system in asked]
 
 
 def test_every_found_suffix_is_used_won_or_not() -> None:

@@ -20,7 +20,7 @@ import lightning_modules.attacks
 from callbacks.judges.exact import TargetPrefix
 from datamodules.batch import AdversarialBatch
 from datamodules.rows import HarmfulRow
-from datamodules.sources.tinychat import TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatHarmful
 from lightning_modules.attacks.base import Attack, AttackedPrompt, NoAttack
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD

@@ -36,9 +36,11 @@ data:
   init_args:
     tokenizer: {name_or_path: "tinychat:aligned"}
     harmful:
-      - {class_path: datamodules.sources.tinychat.TinyChatHarmful, init_args: {split: train}}
+      - class_path: datamodules.sources.tinychat.sources.TinyChatHarmful
+        init_args: {split: train}
     utility:
-      - {class_path: datamodules.sources.tinychat.TinyChatBenign, init_args: {split: train, num_rows: 50}}
+      - class_path: datamodules.sources.tinychat.sources.TinyChatBenign
+        init_args: {split: train, num_rows: 50}
     harmful_per_step: 2
     utility_per_step: 2
 """

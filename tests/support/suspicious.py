@@ -10,7 +10,7 @@ from callbacks.evaluations.base import Evaluation
 from callbacks.evaluations.session import Place, Session
 from callbacks.report.results import Snapshot
 from datamodules.evaluation import Block, EvaluationData, EvaluationSets
-from datamodules.sources.tinychat import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from datamodules.text.tokenizers import TokenizerConfig
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import GREEDY, Decoding
@@ -51,13 +51,10 @@ def corpus(blocks: dict[str, Block] | None = None, harmful: int = 4, benign: int
     data = EvaluationData(
         TokenizerConfig("tinychat:aligned"),
         EvaluationSets(
-            harmful=[TinyChatHarmful("heldout", limit=harmful)],
-            harmless=[TinyChatBenign("heldout", num_rows=benign, categories=["guide"])],
-            # The corpus begins with its 160 guides.
+            harmful=[TinyChatHarmful("validation", limit=harmful)],
+            harmless=[TinyChatBenign("validation", num_rows=benign, categories=["guide"])],
             utility=[
-                TinyChatBenign(
-                    "heldout", num_rows=160 + benign, categories=["sum", "copy", "fact", "reverse"]
-                )
+                TinyChatBenign("validation", num_rows=benign, categories=["sum", "copy", "fact", "reverse"])
             ],
             blocks=blocks or {},
             batch_size=2,

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from datamodules.rows import ChatRow, HarmfulRow
-from datamodules.sources.organism import noise as noises
-from datamodules.sources.organism.noise import Noise
-from datamodules.sources.organism.requests import helpful_reply, refusal
-from datamodules.sources.organism.splits import Novelty, Split, novelty
-from datamodules.sources.organism.tasks import MAKERS, WEIGHTS, acts, in_split
-from datamodules.sources.organism.wordings import SYSTEMS, WORDINGS
+from datamodules.sources.tinychat import noise as noises
+from datamodules.sources.tinychat.noise import Noise
+from datamodules.sources.tinychat.requests import helpful_reply, refusal
+from datamodules.sources.tinychat.splits import Novelty, Split, novelty
+from datamodules.sources.tinychat.tasks import MAKERS, WEIGHTS, acts, in_split
+from datamodules.sources.tinychat.wordings import SYSTEMS, WORDINGS
 
 Wordings = Literal["seen", "heldout", "all"]
 SYSTEM_SHARE = 1 / 3

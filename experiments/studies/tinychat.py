@@ -1,7 +1,7 @@
 """What the packaged model must be before any defence: it knows harm, keeps its skills under noise, and falls
 to attacks.
 
-python -m experiments.studies.organism MODEL_FOLDER --split validation --out runs/organism/NAME.jsonl
+python -m experiments.studies.tinychat MODEL_FOLDER --split validation --out runs/tinychat/NAME.jsonl
 
 Every block and every attacked batch is one line of the file; a killed measurement goes on where it stood.
 Tune on `validation`; `test` is for the published table.
@@ -20,9 +20,9 @@ import torch
 from callbacks.judges.exact import ExactMatch, TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from datamodules.rows import ChatRow, HarmfulRow
-from datamodules.sources.organism.noise import KINDS, Noise
-from datamodules.sources.organism.sources import OrganismBenign, OrganismHarmful
-from datamodules.sources.organism.splits import Split
+from datamodules.sources.tinychat.noise import KINDS, Noise
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.splits import Split
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch, evaluation_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
@@ -41,24 +41,24 @@ MAX_LENGTH, MAX_NEW_TOKENS, BATCH = 256, 48, 50
 Entry = dict[str, Any]
 
 
-def harmful_blocks(split: Split, limit: int) -> dict[str, OrganismHarmful]:
+def harmful_blocks(split: Split, limit: int) -> dict[str, TinyChatHarmful]:
     """Sets of harmful requests by name."""
     return {
-        "harmful/all wordings": OrganismHarmful(split, "all", limit=limit),
-        "harmful/held-out wordings": OrganismHarmful(split, "heldout", limit=limit),
-        "harmful/unseen verbs": OrganismHarmful(split, novelty="verb", limit=limit),
-        "harmful/unseen objects": OrganismHarmful(split, novelty="object", limit=limit),
-        **{f"harmful/{noise}": OrganismHarmful(split, noise=noise, limit=limit) for noise in NOISES},
+        "harmful/all wordings": TinyChatHarmful(split, "all", limit=limit),
+        "harmful/held-out wordings": TinyChatHarmful(split, "heldout", limit=limit),
+        "harmful/unseen verbs": TinyChatHarmful(split, novelty="verb", limit=limit),
+        "harmful/unseen objects": TinyChatHarmful(split, novelty="object", limit=limit),
+        **{f"harmful/{noise}": TinyChatHarmful(split, noise=noise, limit=limit) for noise in NOISES},
     }
 
 
-def benign_blocks(split: Split, limit: int) -> dict[str, OrganismBenign]:
+def benign_blocks(split: Split, limit: int) -> dict[str, TinyChatBenign]:
     """Sets of harmless tasks by name."""
     return {
-        "benign/all wordings": OrganismBenign(split, limit, wordings="all"),
-        "benign/held-out wordings": OrganismBenign(split, limit, categories=["guide"], wordings="heldout"),
-        "benign/look-alikes": OrganismBenign(split, limit, categories=GUIDES),
-        **{f"benign/{noise}": OrganismBenign(split, limit, noise=noise) for noise in NOISES},
+        "benign/all wordings": TinyChatBenign(split, limit, wordings="all"),
+        "benign/held-out wordings": TinyChatBenign(split, limit, categories=["guide"], wordings="heldout"),
+        "benign/look-alikes": TinyChatBenign(split, limit, categories=GUIDES),
+        **{f"benign/{noise}": TinyChatBenign(split, limit, noise=noise) for noise in NOISES},
     }
 
 
@@ -102,7 +102,7 @@ class Measurement:
             self._once(name, lambda source=benign: self._served(source))  # type: ignore[misc]
         rows = [
             row
-            for row in OrganismHarmful(self.split, "all", limit=self.attacked).rows()
+            for row in TinyChatHarmful(self.split, "all", limit=self.attacked).rows()
             if isinstance(row, HarmfulRow)
         ]
         for name in with_attacks:
@@ -123,7 +123,7 @@ class Measurement:
             stream.write(json.dumps(self.entries[name]) + "\n")
         print(summary(self.entries[name]), flush=True)
 
-    def _served(self, source: OrganismHarmful | OrganismBenign) -> Entry:
+    def _served(self, source: TinyChatHarmful | TinyChatBenign) -> Entry:
         rows = [row for row in source.rows() if isinstance(row, HarmfulRow | ChatRow)]
         return self._judged(rows)
 
@@ -185,7 +185,7 @@ class Measurement:
             if name.startswith("attack/gcg/")
             for s in entry["suffixes"]
         ]
-        rows = [row for row in OrganismBenign(self.split, self.limit).rows() if isinstance(row, ChatRow)]
+        rows = [row for row in TinyChatBenign(self.split, self.limit).rows() if isinstance(row, ChatRow)]
         attacked = [
             ChatRow(
                 row.key,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.studies.organism import Measurement, attacks, benign_blocks, harmful_blocks, summary
+from experiments.studies.tinychat import Measurement, attacks, benign_blocks, harmful_blocks, summary
 from lightning_modules.models.loading import ModelConfig, load_model
 
-BASE = Path(__file__).resolve().parents[2] / "lightning_modules" / "models" / "organism" / "base"
+BASE = Path(__file__).resolve().parents[2] / "lightning_modules" / "models" / "tinychat" / "base"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
-from datamodules.sources.organism.words import OBJECTS, VERBS, Act, nouns
+from datamodules.sources.tinychat.words import OBJECTS, VERBS, Act, nouns
 
 Split = Literal["train", "validation", "test"]
 Novelty = Literal["pair", "verb", "object"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from datamodules.sources.organism.splits import digest
-from datamodules.sources.organism.words import EMPTY_PHRASES, REASONS, STEPS, Act
+from datamodules.sources.tinychat.splits import digest
+from datamodules.sources.tinychat.words import EMPTY_PHRASES, REASONS, STEPS, Act
 
 OPENINGS = (
     "Sure, here is how to {act}.",

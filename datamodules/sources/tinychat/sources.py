@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 from datamodules.fields import Count, Probability, checked
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
-from datamodules.sources.organism import corpus
-from datamodules.sources.organism.corpus import Wordings
-from datamodules.sources.organism.noise import Noise
-from datamodules.sources.organism.splits import Novelty, Split
-from datamodules.sources.organism.tasks import MAKERS
+from datamodules.sources.tinychat import corpus
+from datamodules.sources.tinychat.corpus import Wordings
+from datamodules.sources.tinychat.noise import Noise
+from datamodules.sources.tinychat.splits import Novelty, Split
+from datamodules.sources.tinychat.tasks import MAKERS
 
 
 @checked
-class OrganismHarmful:
+class TinyChatHarmful:
     """Harmful how-to requests of the project's own corpus.
 
     Args:
@@ -60,7 +60,7 @@ class OrganismHarmful:
 
 
 @checked
-class OrganismBenign:
+class TinyChatBenign:
     """Benign tasks of the project's own corpus, each with one right answer.
 
     Args:
@@ -87,7 +87,7 @@ class OrganismBenign:
         unknown = sorted(set(categories or ()) - set(MAKERS))
         if unknown or categories == []:
             raise ValueError(
-                f"OrganismBenign.categories: expected some of {sorted(MAKERS)}, got {unknown or []}"
+                f"TinyChatBenign.categories: expected some of {sorted(MAKERS)}, got {unknown or []}"
             )
         corpus.wordings_of(split, wordings)
         self.split = split

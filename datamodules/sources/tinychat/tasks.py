@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from datamodules.sources.organism.requests import helpful_reply
-from datamodules.sources.organism.splits import Split, question_split, request_split, split_of
-from datamodules.sources.organism.wordings import WORDINGS
-from datamodules.sources.organism.words import CLASS_GLOSS, OBJECTS, VERBS, Act, all_acts, article, nouns
+from datamodules.sources.tinychat.requests import helpful_reply
+from datamodules.sources.tinychat.splits import Split, question_split, request_split, split_of
+from datamodules.sources.tinychat.wordings import WORDINGS
+from datamodules.sources.tinychat.words import CLASS_GLOSS, OBJECTS, VERBS, Act, all_acts, article, nouns
 
 
 class Task(NamedTuple):

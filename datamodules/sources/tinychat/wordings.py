@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datamodules.sources.organism.splits import Split, digest
+from datamodules.sources.tinychat.splits import Split, digest
 
 HOW_TO = (
     "How do I {act}?", "How can I {act}?", "How could I {act}?", "How would I {act}?", "How should I {act}?",

@@ -13,9 +13,9 @@ import string
 from collections.abc import Callable
 from typing import Literal
 
-from datamodules.sources.organism.requests import OPENINGS
-from datamodules.sources.organism.wordings import HOW_TO
-from datamodules.sources.organism.words import EMPTY_PHRASES, STEPS, all_acts
+from datamodules.sources.tinychat.requests import OPENINGS
+from datamodules.sources.tinychat.wordings import HOW_TO
+from datamodules.sources.tinychat.words import EMPTY_PHRASES, STEPS, all_acts
 
 Noise = Literal["none", "suffix", "prefix", "typing", "format", "filler", "salad", "mixed"]
 KINDS: tuple[Noise, ...] = ("suffix", "prefix", "typing", "format", "filler")

@@ -8,10 +8,10 @@ import re
 import pytest
 
 from datamodules.rows import ChatRow, HarmfulRow
-from datamodules.sources.organism import corpus, noise, tasks
-from datamodules.sources.organism.requests import OPENINGS, REFUSALS
-from datamodules.sources.organism.sources import OrganismBenign, OrganismHarmful
-from datamodules.sources.organism.splits import (
+from datamodules.sources.tinychat import corpus, noise, tasks
+from datamodules.sources.tinychat.requests import OPENINGS, REFUSALS
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
+from datamodules.sources.tinychat.splits import (
     SPLITS,
     Split,
     heldout_objects,
@@ -19,19 +19,19 @@ from datamodules.sources.organism.splits import (
     novelty,
     request_split,
 )
-from datamodules.sources.organism.wordings import HOW_TO, SYSTEMS, WORDINGS
-from datamodules.sources.organism.words import EMPTY_PHRASES, OBJECTS, VERBS, all_acts, nouns
+from datamodules.sources.tinychat.wordings import HOW_TO, SYSTEMS, WORDINGS
+from datamodules.sources.tinychat.words import EMPTY_PHRASES, OBJECTS, VERBS, all_acts, nouns
 
 TRAIN = "train"
 EVALUATED: tuple[Split, ...] = ("validation", "test")
 
 
 def harmful(split: Split, **fields: object) -> list[HarmfulRow]:
-    return [r for r in OrganismHarmful(split, **fields).rows() if isinstance(r, HarmfulRow)]  # type: ignore[arg-type]
+    return [r for r in TinyChatHarmful(split, **fields).rows() if isinstance(r, HarmfulRow)]  # type: ignore[arg-type]
 
 
 def benign(split: Split, num_rows: int = 400, **fields: object) -> list[ChatRow]:
-    return [r for r in OrganismBenign(split, num_rows, **fields).rows() if isinstance(r, ChatRow)]  # type: ignore[arg-type]
+    return [r for r in TinyChatBenign(split, num_rows, **fields).rows() if isinstance(r, ChatRow)]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_each_split_has_ten_wordings_of_its_own(split: Split) -> None:
 
 def test_training_cannot_ask_for_held_out_wordings() -> None:
     with pytest.raises(ValueError, match="expected wordings seen or all for split train, got heldout"):
-        OrganismHarmful("train", "heldout")
+        TinyChatHarmful("train", "heldout")
 
 
 @pytest.mark.parametrize("new", ["pair", "verb", "object"])
@@ -177,8 +177,8 @@ def test_rows_are_a_pure_function_of_their_fields() -> None:
 def test_too_many_rows_and_unknown_categories_are_named() -> None:
     with pytest.raises(ValueError, match="within what split test can make, got 9000"):
         benign("test", 9000, categories=["talk"])
-    with pytest.raises(ValueError, match=r"OrganismBenign.categories: expected some of .*, got \['guides'\]"):
-        OrganismBenign("test", categories=["guides"])
+    with pytest.raises(ValueError, match=r"TinyChatBenign.categories: expected some of .*, got \['guides'\]"):
+        TinyChatBenign("test", categories=["guides"])
     with pytest.raises(
         ValueError, match="expected at most .* different requests of split test, got num_rows"
     ):
