@@ -35,7 +35,13 @@ SHORT = (
 )
 
 
-FEW = ("--vars.evaluation_limit=4", "--vars.gcg_limit=2", "--vars.gcg_steps=2", "--vars.gcg_width=4")
+FEW = (
+    "--vars.evaluation_limit=4",
+    "--vars.attack_limit=4",
+    "--vars.gcg_limit=2",
+    "--vars.gcg_steps=2",
+    "--vars.gcg_width=4",
+)
 
 
 def short(folder: Path, *more: str) -> tuple[str, ...]:
