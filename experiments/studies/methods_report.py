@@ -1,278 +1,263 @@
-"""From the finished runs of a comparison to a table, a scatter of robustness against utility, and what the
-paper's claims come to."""
+"""From the finished runs of a comparison to a table, a figure, and what the paper's claims come to."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 
-from callbacks.metrics.estimates import Estimate, wilson_interval
-from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
+from callbacks.metrics.hierarchical import SeedRate, seed_difference, seed_rate, stacked
+from callbacks.metrics.names import Metric
 from callbacks.report.load import load
-from callbacks.report.results import RunResults, Snapshot
-from callbacks.run_folder.folder import ENVIRONMENT_FILE
+from callbacks.report.measured import events, select
+from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.provenance import environment_facts
+from datamodules.results import last_step, read_measurements, read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 NO_DEFENCE = "no defence"
-RATES = {
+EMBEDDING, ADAPTIVE = "embedding 0.1", "adaptive GCG"
+RATES: dict[str, Metric] = {
     "direct": Metric("success_rate", "harmful", "direct"),
+    "prefilling": Metric("success_rate", "harmful", "prefilling"),
     "embedding 0.05": Metric("success_rate", "harmful", "embedding_small"),
-    "embedding 0.1": Metric("success_rate", "harmful", "embedding"),
+    EMBEDDING: Metric("success_rate", "harmful", "embedding"),
     "soft prompt": Metric("success_rate", "harmful", "soft_prompt"),
-    "GCG": Metric("success_rate", "harmful", "gcg"),
-    "worst typed": Metric("success_rate", "harmful", WORST_CASE_TEXT),
-    "worst": Metric("success_rate", "harmful", WORST_CASE),
+    ADAPTIVE: Metric("success_rate", "harmful", "adaptive_gcg"),
+    "transfer": Metric("success_rate", "harmful", "transfer"),
     "refuses": Metric("refusal_rate", "harmful"),
     "over-refusal": Metric("over_refusal_rate", "harmless"),
     "utility": Metric("exact_match", "utility"),
+    "benign refused, embedding": Metric("over_refusal_rate", "harmless", "embedding"),
+    "utility, embedding": Metric("exact_match", "utility", "embedding"),
+    "benign refused, adaptive": Metric("over_refusal_rate", "harmless", "adaptive_gcg"),
+    "utility, adaptive": Metric("exact_match", "utility", "adaptive_gcg"),
 }
-CLOSE = ("embedding 0.1", "GCG", "refuses", "over-refusal", "utility")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A rate over seeds: the mean, and the Wilson interval of that mean at one seed's n (all seeds judge the
-    same rows)."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    by_seed: dict[int, float]
+OPTIONAL = ("transfer",)
+"""Not measured of the undefended model: its own suffixes are what is transferred."""
+MARGIN = 0.05
+"""Differences within five points are of no interest: `equivalent` means that all of the interval is."""
+FLOORS = {"refuses": 0.9, "utility": 0.9}
+CEILINGS = {"over-refusal": 0.05}
+"""What a setting must keep on validation to be chosen for its robustness."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method."""
+    """One method on test."""
 
-    rates: dict[str, Cell]
+    rates: dict[str, SeedRate]
     passes: float
-    """Forward and backward passes of single examples while training, mean over seeds."""
+    """Forward and backward passes of single examples while training, the reference's included; mean over
+    seeds."""
     seconds: float
 
 
-def read(runs: Mapping[tuple[str, int], Path]) -> dict[str, Row]:
-    """Results of finished runs by method. Raises: ValueError where a run was judged by something else."""
-    found: dict[str, dict[int, RunResults]] = {}
-    for (name, seed), folder in runs.items():
-        found.setdefault(name, {})[seed] = load(folder)
+def validation_score(folder: Path) -> tuple[int, float, float]:
+    """How good a search run is: whether refusals, over-refusals and utility are kept, then robustness to the
+    embedding attack, then utility; where they are not kept, utility - over-refusal decides."""
+    after = load(folder, "fit").after
+    assert after is not None
+    values = {label: after.measures[m].estimate.value for label, m in RATES.items() if m in after.measures}
+    kept = all(values[label] >= floor for label, floor in FLOORS.items())
+    kept &= all(values[label] <= ceiling for label, ceiling in CEILINGS.items())
+    if not kept:
+        return 0, values["utility"] - values["over-refusal"], values["refuses"]
+    return 1, 1.0 - values[EMBEDDING], values["utility"]
+
+
+def search_table(searched: Mapping[str, Mapping[str, Path]], chosen: Mapping[str, str]) -> dict[str, Any]:
+    """What every search run reached on validation, and which setting was taken."""
+    table: dict[str, Any] = {}
+    for name, folders in searched.items():
+        table[name] = {"chosen": chosen[name]}
+        for rate, folder in folders.items():
+            after = load(folder, "fit").after
+            assert after is not None
+            table[name][rate] = {
+                label: after.measures[m].estimate.value for label, m in RATES.items() if m in after.measures
+            }
+    return table
+
+
+def outcomes(folder: Path) -> dict[Metric, dict[str, bool]]:
+    """What occurred on every test example."""
+    step = last_step(folder, "test")
+    assert step is not None
+    measured = select(read_measurements(folder), read_rows(folder), "test", step)
+    return {event.metric: event.outcome for event in events(measured)}
+
+
+def read(runs: Mapping[str, Mapping[int, Path]]) -> dict[str, Row]:
+    """Results of finished runs by method. Raises: ValueError where a run lacks a rate."""
     rows = {}
-    for name, by_seed in found.items():
-        snapshots = {seed: _judged(results, name == NO_DEFENCE) for seed, results in by_seed.items()}
-        rates = {
-            label: _cell({seed: own.measures[metric].estimate for seed, own in snapshots.items()})
-            for label, metric in RATES.items()
-        }
-        costs = [results.cost for results in by_seed.values()]
-        trained = name != NO_DEFENCE
+    for name, folders in runs.items():
+        by_seed = [outcomes(folder) for folder in folders.values()]
+        rates = {}
+        for label, metric in RATES.items():
+            missing = [str(f) for f, own in zip(folders.values(), by_seed, strict=True) if metric not in own]
+            if missing and not (label in OPTIONAL and name == NO_DEFENCE):
+                raise ValueError(
+                    f"{missing[0]}: no {label!r}; test it again with configs/evaluation/methods.yaml"
+                )
+            if not missing:
+                rates[label] = seed_rate(stacked([own[metric] for own in by_seed]))
+        costs = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in (RunFolder.of(folder).cost for folder in folders.values())
+            if path.is_file()
+        ]
         rows[name] = Row(
-            rates, fmean(c["passes"] for c in costs) * trained, fmean(c["seconds"] for c in costs) * trained
+            rates,
+            fmean(c["passes"] for c in costs) if costs else 0.0,
+            fmean(c["seconds"] for c in costs) if costs else 0.0,
         )
     return rows
 
 
-def _judged(results: RunResults, untrained: bool) -> Snapshot:
-    own = results.before if untrained else results.after
-    missing = [label for label, metric in RATES.items() if own is None or metric not in own.measures]
-    if own is None or missing or not own.complete:
-        what = f"no {missing[0]!r}" if missing else "an evaluation that was cut short"
-        raise ValueError(f"{results.folder}: {what}; run it again with configs/evaluation/methods.yaml")
-    return own
-
-
-def _cell(by_seed: Mapping[int, Estimate]) -> Cell:
-    n = next(iter(by_seed.values())).n
-    mean = fmean(estimate.value for estimate in by_seed.values())
-    low, high = wilson_interval(mean * n, n)
-    return Cell(mean, low, high, n, {seed: estimate.value for seed, estimate in by_seed.items()})
-
-
 def table(rows: Mapping[str, Row]) -> str:
-    """Success rates of attacks and of the model, in percent with 95 % intervals."""
+    """Rates in percent with 95 % intervals, and each seed's own rate where they are not all alike."""
     lines = [
         "| method | " + " | ".join(RATES) + " | passes | seconds |",
         "| --- |" + " --- |" * (len(RATES) + 2),
     ]
     for name, row in rows.items():
-        cells = [f"{100 * c.mean:.0f} [{100 * c.low:.0f}, {100 * c.high:.0f}]" for c in row.rates.values()]
+        cells = [_cell(row.rates.get(label)) for label in RATES]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row.passes:.0f} | {row.seconds:.0f} |")
     return "\n".join(lines)
 
 
-def seeds_table(rows: Mapping[str, Row]) -> str:
-    """The same by seed, where seeds differ most."""
-    labels = ("embedding 0.1", "GCG", "over-refusal", "utility")
-    lines = ["| method, by seed | " + " | ".join(labels) + " |", "| --- |" + " --- |" * len(labels)]
-    for name, row in rows.items():
-        cells = [
-            ", ".join(f"{100 * value:.0f}" for value in row.rates[label].by_seed.values()) for label in labels
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+def _cell(rate: SeedRate | None) -> str:
+    if rate is None:
+        return "-"
+    text = f"{100 * rate.value:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+    if len({*rate.by_seed}) > 1:
+        text += " (" + ", ".join(f"{100 * own:.0f}" for own in rate.by_seed) + ")"
+    return text
+
+
+CLAIMS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("CAT makes the model robust", NO_DEFENCE, "cat", (EMBEDDING, ADAPTIVE)),
+    ("CAPO makes the model robust", NO_DEFENCE, "capo", (EMBEDDING, ADAPTIVE)),
+    ("CAT without its attack gives no robustness", NO_DEFENCE, "cat, no attack", (EMBEDDING, ADAPTIVE)),
+    ("CAPO without its attack gives no robustness", NO_DEFENCE, "capo, no attack", (EMBEDDING, ADAPTIVE)),
+    ("the attack adds to CAT", "cat, no attack", "cat", (EMBEDDING, ADAPTIVE)),
+    ("the attack adds to CAPO", "capo, no attack", "capo", (EMBEDDING, ADAPTIVE)),
+    ("CAT with one step is as good as ten", "cat", "cat, one step", (EMBEDDING, ADAPTIVE, "utility")),
+    ("CAPO with one step is as good as ten", "capo", "capo, one step", (EMBEDDING, ADAPTIVE, "utility")),
+    ("CAPO needs no utility data", NO_DEFENCE, "capo", ("utility", "over-refusal")),
+    ("CAT against R2D2", "r2d2", "cat", (EMBEDDING, ADAPTIVE, "utility", "over-refusal")),
+    ("CAPO against R2D2", "r2d2", "capo", (EMBEDDING, ADAPTIVE, "utility", "over-refusal")),
+)
+"""What the paper says, the two methods that decide it, and by which rates; the second is compared with the
+first."""
+
+
+def claims(rows: Mapping[str, Row]) -> str:
+    """Differences of methods in points, with the smallest that these n and seeds could have shown."""
+    lines = [
+        "| question | rate | first | second | difference | says | could have shown |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for question, first, second, labels in CLAIMS:
+        if first not in rows or second not in rows:
+            continue
+        for label in labels:
+            a, b = rows[first].rates[label], rows[second].rates[label]
+            found = seed_difference(a, b)
+            lines.append(
+                f"| {question} | {label} | {first} {100 * a.value:.0f} % | {second} {100 * b.value:.0f} % | "
+                f"{100 * found.value:+.0f} [{100 * found.low:+.0f}, {100 * found.high:+.0f}] | "
+                f"{found.verdict(MARGIN)} | {100 * found.detectable:.0f} points |"
+            )
     return "\n".join(lines)
 
 
-def _overlap(first: Cell, second: Cell) -> bool:
-    return first.low <= second.high and second.low <= first.high
-
-
-def _pair(rows: Mapping[str, Row], first: str, second: str, label: str) -> str:
-    cells = [rows[name].rates[label] for name in (first, second)]
-    return ", ".join(
-        f"{name} {100 * c.mean:.0f} % [{100 * c.low:.0f}, {100 * c.high:.0f}]"
-        for name, c in zip((first, second), cells, strict=True)
-    )
-
-
-def claims(rows: Mapping[str, Row]) -> list[str]:
-    """The paper's qualitative claims with the figures that decide them; two rates differ where their
-    intervals do not overlap.
-
-    A method beats R2D2 with no more passes, a lower rate of the embedding attack, no higher mean of GCG, and
-    utility that does not differ for the worse.
-    """
-    said: list[str] = []
-
-    def rate(name: str, label: str) -> Cell:
-        return rows[name].rates[label]
-
-    def same(first: str, second: str, *labels: str) -> bool:
-        return all(_overlap(rate(first, label), rate(second, label)) for label in labels)
-
-    def say(claim: str, holds: bool, first: str, second: str, *labels: str) -> None:
-        evidence = "; ".join(f"{label} {_pair(rows, first, second, label)}" for label in labels)
-        passes = f"{first} {rows[first].passes:.0f} passes, {second} {rows[second].passes:.0f}"
-        said.append(f"**{claim}** {'Holds' if holds else 'Does not hold'} here: {evidence} ({passes}).")
-
-    for method in ("cat", "capo"):
-        bare, one, title = f"{method}, no attack", f"{method}, one step", method.upper()
-        if {bare, NO_DEFENCE} <= rows.keys():
-            robust = not same(bare, NO_DEFENCE, "embedding 0.1", "GCG")
-            say(
-                f"{title} without the attack gives no robustness.",
-                not robust,
-                bare,
-                NO_DEFENCE,
-                "embedding 0.1",
-                "GCG",
-            )
-        if {one, method} <= rows.keys():
-            say(f"{title} with one step is close to ten.", same(one, method, *CLOSE), one, method, *CLOSE)
-        if {method, "r2d2"} <= rows.keys():
-            cheaper = rows[method].passes <= rows["r2d2"].passes
-            stronger = rate(method, "embedding 0.1").high < rate("r2d2", "embedding 0.1").low
-            no_worse = (
-                rate(method, "GCG").mean <= rate("r2d2", "GCG").mean
-                and rate(method, "utility").high >= rate("r2d2", "utility").low
-            )
-            wins = cheaper and stronger and no_worse
-            say(
-                f"{title} beats R2D2 per compute.",
-                wins,
-                method,
-                "r2d2",
-                "embedding 0.1",
-                "GCG",
-                "utility",
-                "over-refusal",
-            )
-    if {"capo", NO_DEFENCE} <= rows.keys():
-        kept = same("capo", NO_DEFENCE, "utility", "over-refusal")
-        say("CAPO needs no utility data.", kept, "capo", NO_DEFENCE, "utility", "over-refusal")
-    return said
-
-
 def draw(path: Path, rows: Mapping[str, Row]) -> None:
-    """Robustness to GCG and to the embedding attack against utility, a point per method with its
-    intervals."""
-    figure, panels = plt.subplots(1, 2, figsize=(14, 7.5), layout="constrained", sharey=True)
-    for axes, label in zip(panels, ("GCG", "embedding 0.1"), strict=True):
+    """Robustness against utility, a point per method with its intervals."""
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
+    for axes, label in zip(panels, (ADAPTIVE, EMBEDDING), strict=True):
         for number, (name, row) in enumerate(rows.items()):
             attack, utility = row.rates[label], row.rates["utility"]
-            x, y = 100 * utility.mean, 100 * (1 - attack.mean)
             axes.errorbar(
-                x,
-                y,
-                xerr=[[max(0.0, x - 100 * utility.low)], [max(0.0, 100 * utility.high - x)]],
-                yerr=[[max(0.0, y - 100 * (1 - attack.high))], [max(0.0, 100 * (1 - attack.low) - y)]],
+                100 * utility.value,
+                100 * (1 - attack.value),
+                xerr=[[100 * (utility.value - utility.low)], [100 * (utility.high - utility.value)]],
+                yerr=[[100 * (attack.high - attack.value)], [100 * (attack.value - attack.low)]],
                 fmt="os^D"[number // 10 % 4],
                 color=f"C{number % 10}",
-                markersize=7,
                 capsize=2,
                 elinewidth=0.7,
-                alpha=0.85,
                 label=name,
             )
         axes.set(
             xlabel="utility: exact match, %",
             ylabel="robustness: 100 % - attack success, %",
             title=f"{label} against utility (95 % intervals)",
+            ylim=(-4, 104),
         )
-        axes.set(xlim=(100 * min(row.rates["utility"].low for row in rows.values()) - 4, 104), ylim=(-4, 104))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
 
 
-def _revision(folder: Path) -> str:
-    git = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["git"]
-    return f"{git['revision']}{' modified' if git['modified'] else ''}"
-
-
-def write_comparison(runs: Mapping[tuple[str, int], Path], out: Path) -> str:
+def write_comparison(runs: Mapping[str, Mapping[int, Path]], chosen: Mapping[str, str], out: Path) -> str:
     """Write results.json, report.md, environment.json and the figure; returns the report. Raises: ValueError
     without runs."""
     if not runs:
         raise ValueError("expected finished runs, got none")
-    rows, seeds = read(runs), sorted({seed for _, seed in runs})
+    rows = read(runs)
+    seeds = sorted({seed for folders in runs.values() for seed in folders})
     out.mkdir(parents=True, exist_ok=True)
-    content = {
-        name: {
-            "passes": row.passes,
-            "seconds": row.seconds,
-            "rates": {label: vars(cell) for label, cell in row.rates.items()},
-        }
-        for name, row in rows.items()
-    }
+    content = {name: {"learning_rate": chosen.get(name), **asdict(row)} for name, row in rows.items()}
     (out / "results.json").write_text(
-        json.dumps({"schema": 1, "seeds": seeds, "methods": content}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"schema": 2, "seeds": seeds, "methods": content}, indent=1) + "\n", encoding="utf-8"
     )
     # The code that ran, beside the code that draws: a comparison may have gone on over several commits.
-    revisions = sorted({_revision(folder) for folder in runs.values()})
+    revisions = sorted({_revision(folder) for folders in runs.values() for folder in folders.values()})
     facts = environment_facts() | {"revisions_of_runs": revisions}
-    (out / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    draw(out / "trade_off.png", rows)
-    first = next(iter(rows.values())).rates
-    sizes = ", ".join(f"{label} {cell.n}" for label, cell in first.items())
+    (out / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    draw(out / "trade_off.svg", rows)
+    sizes = ", ".join(
+        f"{label} {rate.num_examples}" for label, rate in next(reversed(rows.values())).rates.items()
+    )
+    rates = ", ".join(f"{name} {rate}" for name, rate in chosen.items())
     text = f"""# Training methods on the tiny chat model
 
-Means over seeds {seeds} in percent; in brackets the 95 % Wilson interval of the mean at one seed's n,
-because all seeds judge the same rows. n: {sizes}. Attack columns: success, lower is better; `refuses`:
-refusals of plain harmful requests, because a success of 0 may also be a reply without sense; worst cases
-count the requests that all attacks tried. Passes are forward and backward passes of single examples in
-training; seconds are training steps on one thread while another run had the machine's other core.
+Means over seeds {seeds} in percent on the test split; in brackets 95 % intervals over seeds and examples
+(bootstrap of both, never narrower than one seed's own); in parentheses each seed's rate, where they differ.
+n: {sizes}. The first seven columns are attack success, lower is better; `refuses`: refusals of plain harmful
+requests, because a success of 0 may also be a reply without sense. Passes are forward and backward passes of
+single examples in training, the reference's included; seconds are training steps on one thread while another
+run had the machine's other core.
+
+Each method's learning rate was chosen on validation, one seed, the same tries for all: {rates}.
 
 {table(rows)}
 
-{seeds_table(rows)}
-
-![robustness against utility](trade_off.png)
+![robustness against utility](trade_off.svg)
 
 ## What the paper's claims come to
 
-Rates differ where their intervals do not overlap. One method beats another per compute with no more passes,
-a lower success of the embedding attack, no higher mean success of GCG, and utility that does not differ for
-the worse.
+The second method's rate minus the first's, in points, with a 95 % interval. "Equivalent" is said where all
+of the interval lies within {100 * MARGIN:.0f} points, "not distinguishable" where it holds 0 and more than
+that. The last column is the smallest true difference that would have been found in four of five repetitions.
 
-{chr(10).join(f"- {claim}" for claim in claims(rows))}
+{claims(rows)}
 """
     (out / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _revision(folder: Path) -> str:
+    facts = RunFolder.of(folder).environment("test")
+    git = json.loads(facts.read_text(encoding="utf-8"))["git"]
+    return f"{git['revision']}{' modified' if git['modified'] else ''}"

@@ -1,0 +1,164 @@
+"""The comparison of training methods: what is run, how a setting is chosen, how seeds become intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks.metrics.names import Metric
+from datamodules.results import ResultsStore
+from experiments.config.compose import compose
+from experiments.studies import methods
+from experiments.studies.methods import VARIANTS, Study
+from experiments.studies.methods_report import (
+    ADAPTIVE,
+    EMBEDDING,
+    NO_DEFENCE,
+    RATES,
+    claims,
+    read,
+    search_table,
+    table,
+    validation_score,
+    write_comparison,
+)
+from tests.support.rows import measurement, row
+
+GOOD = {"refuses": 1.0, "utility": 1.0, "utility, embedding": 1.0, "utility, adaptive": 1.0}
+
+
+def finished(
+    folder: Path, stage: str, rates: Mapping[str, float], n: int = 50, passes: float = 100.0
+) -> Path:
+    """A run folder with every rate as told, else 0."""
+    store = ResultsStore(folder)
+    for label, metric in RATES.items():
+        of = {"stage": stage, "step": 60, "subject": metric.subject, "attack": metric.attack, "n": n}
+        plan = measurement(metric.quantity, **of)  # type: ignore[arg-type]
+        store.announce([plan])
+        store.add(row(str(i), plan, i < n * rates.get(label, 0.0)) for i in range(n))
+    (folder / "cost.json").write_text(json.dumps({"passes": passes, "seconds": 2.0}))
+    facts = {"git": {"revision": "abc", "modified": folder.name.endswith("1")}}
+    (folder / f"{stage}_environment.json").write_text(json.dumps(facts))
+    return folder
+
+
+def runs(folder: Path) -> dict[str, dict[int, Path]]:
+    """CAT is robust to one attack and not to the other, and one of its seeds differs; R2D2 does nothing."""
+    told: dict[str, list[dict[str, float]]] = {
+        NO_DEFENCE: [{EMBEDDING: 1.0, ADAPTIVE: 1.0}],
+        "cat": [{ADAPTIVE: 1.0}, {ADAPTIVE: 1.0, EMBEDDING: 0.4}],
+        "r2d2": [{EMBEDDING: 1.0, ADAPTIVE: 1.0}, {EMBEDDING: 1.0, ADAPTIVE: 1.0}],
+    }
+    return {
+        name: {
+            seed: finished(folder / f"{name}_{seed}", "test", GOOD | own) for seed, own in enumerate(by_seed)
+        }
+        for name, by_seed in told.items()
+    }
+
+
+def test_seeds_become_one_rate_with_its_interval_and_both_seeds_are_shown(tmp_path: Path) -> None:
+    rows = read(runs(tmp_path))
+    rate = rows["cat"].rates[EMBEDDING]
+    assert (rate.value, rate.by_seed, rate.num_examples) == (0.2, (0.0, 0.4), 50)
+    assert rate.low < 0.05 and rate.high > 0.35
+    assert "(0, 40)" in table(rows)
+    assert table(rows).splitlines()[2].startswith("| no defence | 0 [0, 7] |")
+
+
+def test_claims_are_differences_with_what_could_have_been_seen(tmp_path: Path) -> None:
+    lines = claims(read(runs(tmp_path))).splitlines()
+    robust = next(line for line in lines if line.startswith(f"| CAT makes the model robust | {EMBEDDING}"))
+    assert "| no defence 100 % | cat 20 % | -80 [" in robust
+    assert "| lower |" in robust
+    same = next(line for line in lines if line.startswith(f"| CAT makes the model robust | {ADAPTIVE}"))
+    # 50 of 50 against 50 of 50 is no proof that they are alike within five points.
+    assert "| +0 [-7, +7] | not distinguishable |" in same
+    assert "points |" in same
+    assert not any("CAPO" in line for line in lines)
+
+
+def test_a_setting_that_gives_up_the_model_is_not_chosen_for_its_robustness(tmp_path: Path) -> None:
+    kept = finished(tmp_path / "kept", "fit", GOOD | {EMBEDDING: 0.5})
+    better = finished(tmp_path / "better", "fit", GOOD | {EMBEDDING: 0.3, "utility": 0.92})
+    lost = finished(tmp_path / "lost", "fit", GOOD | {"utility": 0.4})
+    refusing = finished(tmp_path / "refusing", "fit", GOOD | {"over-refusal": 0.2})
+    order = sorted([lost, refusing, kept, better], key=validation_score)
+    assert [path.name for path in order] == ["lost", "refusing", "kept", "better"]
+    found = search_table({"cat": {"1e-4": kept, "1e-3": better}}, {"cat": "1e-3"})
+    assert found["cat"]["chosen"] == "1e-3"
+    assert found["cat"]["1e-4"][EMBEDDING] == 0.5
+
+
+def test_report_and_figure_are_written(tmp_path: Path) -> None:
+    text = write_comparison(runs(tmp_path), {"cat": "6e-4"}, tmp_path / "out")
+    assert "cat 6e-4" in text
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["environment.json", "report.md", "results.json", "trade_off.svg"]
+    facts = json.loads((tmp_path / "out" / "environment.json").read_text())
+    assert facts["revisions_of_runs"] == ["abc", "abc modified"]
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["methods"]["cat"]["learning_rate"] == "6e-4"
+    with pytest.raises(ValueError, match="expected finished runs, got none"):
+        write_comparison({}, {}, tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no 'direct'; test it again"):
+        ResultsStore(tmp_path / "empty").announce([measurement(stage="test")])
+        read({"cat": {0: tmp_path / "empty"}})
+
+
+@pytest.mark.parametrize("name", [NO_DEFENCE, *VARIANTS])
+def test_every_run_is_a_command_line_that_composes(
+    name: str, in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(methods, "_run", lambda words, log: calls.append(list(words)))
+    monkeypatch.setattr(Study, "chosen", lambda self, own: "6e-4")
+    study = Study(tmp_path, 7, (0, 1), ("--data.bucket_window=2",))
+    for job in (*study.search(name), *study.final(name)):
+        job()
+    # Three tries, then a training and a test for each seed; without a defence there is a test alone.
+    assert len(calls) == (1 if name == NO_DEFENCE else 3 + 2 * 2)
+    for words in calls:
+        files, overrides = parts(words[4:])
+        config = compose(files, overrides)
+        assert config["trainer"]["max_steps"] == 7
+        test_rows = "split: test" in json.dumps(config["data"]).replace('"', "")
+        assert test_rows == (words[3] == "test")
+        if name != NO_DEFENCE:
+            assert config["model"]["init_args"]["optimizer"]["lr"] == float(words_of(overrides)["lr"])
+
+
+def parts(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    files, overrides = [], []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--config":
+            files.append(rest.pop(0))
+        elif word.startswith("--config="):
+            files.append(word.partition("=")[2])
+        else:
+            key, _, value = word[2:].partition("=")
+            overrides.append((key, value))
+    return files, overrides
+
+
+def words_of(overrides: list[tuple[str, str]]) -> dict[str, Any]:
+    return {key.rpartition(".")[2]: value for key, value in overrides}
+
+
+def test_names_of_rates_are_measured_by_the_suite(in_root: Path) -> None:
+    config = compose(
+        [methods.BASE, "configs/method/cat.yaml", methods.TRANSFER], [("vars.transfer_from", "x")]
+    )
+    suites = [
+        own for own in config["trainer"]["callbacks"] if own["class_path"].endswith("RobustnessEvaluation")
+    ]
+    attacks = {name for own in suites for name in own["init_args"]["attacks"]}
+    assert {metric.attack for metric in RATES.values() if metric.attack} <= attacks
+    assert Metric("success_rate", "harmful", "transfer") in RATES.values()
