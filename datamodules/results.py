@@ -8,6 +8,7 @@ newline is a write that a kill interrupted and counts as not written.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -197,8 +198,9 @@ class ResultsStore:
 
 
 def read_rows(folder: str | Path) -> list[Row]:
-    """The rows of all processes, the latest of every identity. Raises: ValueError naming file and line."""
-    paths = sorted((Path(folder) / ROWS).glob("rows_rank*.jsonl"))
+    """The rows of all processes (published ones may be compressed), the latest of every identity. Raises:
+    ValueError naming file and line."""
+    paths = sorted((Path(folder) / ROWS).glob("rows_rank*.jsonl*"))
     return list({row.identity: row for path in paths for row in _read(path, Row)}.values())
 
 
@@ -251,7 +253,8 @@ def _dumped(line: Row | Measurement) -> str:
 
 
 def _read(path: Path, kind: type[Line]) -> Iterator[Line]:
-    *whole, _torn = path.read_bytes().split(b"\n")
+    content = path.read_bytes()
+    *whole, _torn = (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n")
     for number, line in enumerate(whole, start=1):
         yield _parsed(line, f"{path}:{number}", kind)
 

@@ -31,7 +31,7 @@ RUNS = {
     "attack": 'one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..."',
 }
 OTHERS = {
-    "report": "write the report of a finished run again",
+    "report": "write the reports of a finished run again, from its rows",
     "list": "what there is to choose from, one line each",
     "schema": "a JSON schema of configurations, for editors",
 }
@@ -232,9 +232,9 @@ def _other(call: argparse.Namespace) -> int:
 
         print(schema_text())
     else:
-        from callbacks.report.report import write_report
+        from callbacks.report.report import write_reports
 
-        print(write_report(call.run))
+        print(write_reports(call.run))
     return 0
 
 

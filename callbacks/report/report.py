@@ -14,6 +14,9 @@ from callbacks.report.markdown import document, terminal
 from callbacks.report.page import page
 from callbacks.report.results import RunResults, Stage
 from callbacks.run_folder.provenance import write_whole
+from datamodules.results import read_measurements
+
+STAGES: tuple[Stage, ...] = ("fit", "validate", "test")
 
 
 class RunReport(Callback):
@@ -42,6 +45,16 @@ def write_report(folder: str | Path, stage: Stage = "fit") -> str:
     Raises: FileNotFoundError where the folder holds no evaluation of that stage.
     """
     return write(load(folder, stage))
+
+
+def write_reports(folder: str | Path) -> str:
+    """The same for every stage that the folder holds; returns what the terminal shows.
+
+    Raises: FileNotFoundError where it holds none.
+    """
+    measured = {item.stage for item in read_measurements(folder)}
+    stages: list[Stage] = [stage for stage in STAGES if stage in measured] or ["fit"]
+    return "\n".join(write_report(folder, stage) for stage in stages)
 
 
 def write(results: RunResults) -> str:

@@ -59,7 +59,7 @@ def test_a02_a_data_file_that_changed_is_another_run(fit: Run, tmp_path: Path) -
 
 def test_a02_base_weights_that_changed_are_another_run(fit: Run, thundercat: Run, tmp_path: Path) -> None:
     folder = tmp_path / "base"
-    shutil.copytree(PACKAGED_ROOT / "tinychat" / "aligned", folder)
+    shutil.copytree(PACKAGED_ROOT / "aligned", folder)
     base = f"--model.base.name_or_path={folder}"
     assert fit(base)[0] == 0
     weights = safetensors.torch.load_file(folder / "model.safetensors")

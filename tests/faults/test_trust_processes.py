@@ -149,7 +149,7 @@ def test_b_a_process_ends_with_the_one_that_started_it() -> None:
     # The parent starts a child that only waits, tells its number and is killed.
     child = (
         "import time; from callbacks.run_folder.stopping import end_with_parent\n"
-        "end_with_parent(); time.sleep(99)"
+        "end_with_parent(); print('watching', flush=True); time.sleep(99)"
     )
     code = (
         "import subprocess, sys, time\n"
@@ -159,12 +159,12 @@ def test_b_a_process_ends_with_the_one_that_started_it() -> None:
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     number = int(parent.stdout.readline())
-    time.sleep(8)  # the child's imports
+    assert parent.stdout.readline() == "watching\n"
     assert _runs(number)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while _runs(number) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _runs(number)
