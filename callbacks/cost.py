@@ -87,10 +87,11 @@ class CostMonitor(Callback):
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        summary = self.summary()
-        if trainer.is_global_zero:
-            text = json.dumps(summary, indent=2) + "\n"
-            write_whole(RunFolder.of(trainer.default_root_dir).cost, text)
+        summary, path = self.summary(), RunFolder.of(trainer.default_root_dir).cost
+        # Asked to go on with a run that is finished: this process trained nothing whose peak could count.
+        finished = path.is_file() and not self._own["tokens"]
+        if trainer.is_global_zero and not finished:
+            write_whole(path, json.dumps(summary, indent=2) + "\n")
 
     def summary(self) -> dict[str, float]:
         """Totals and what they mean per example and per second, over all processes."""

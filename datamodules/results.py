@@ -9,30 +9,23 @@ newline is a write that a kill interrupted and counts as not written.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from enum import Enum
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import FunctionType
 from typing import Any, Literal, TypeVar, get_type_hints
 
-import torch
-
-from datamodules.batch import EvaluationBatch
 from datamodules.fields import NonNegativeInt, problem
 
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
-ADDED = frozenset({"samples", "block"})
+ADDED = frozenset({"samples", "block", "call"})
 """Fields that came later with a default: lines written before them lack them and mean the default."""
 ROWS = "rows"
 """Folder of the results within a run folder."""
 MEASUREMENTS = "measurements.jsonl"
-LONGEST_PATH = 4096
-"""Longer texts are no file's name."""
 
 Stage = Literal["fit", "validate", "test", "attack"]
 Identity = tuple[str, str, str, int, str, str, str, int]
@@ -130,6 +123,9 @@ class Measurement:
     are those."""
     block: str = ""
     """Name of the set of prompts where the subject has several; '' for its main one."""
+    call: str = ""
+    """The `validate` or `test` that it is of: a report shows one of them, never what an earlier one measured
+    on other rows; '' in `fit`, whose evaluations are told one by one."""
     schema: int = SCHEMA
     where: str = field(default="", compare=False)
 
@@ -152,6 +148,7 @@ class ResultsStore:
     def __init__(self, folder: str | Path, rank: int = 0) -> None:
         self.path = Path(folder) / ROWS / f"rows_rank{rank}.jsonl"
         self.rank = rank
+        self._call = secrets.token_hex(4)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.path, self.path.with_name(MEASUREMENTS)):
             if rank == 0 or path == self.path:
@@ -189,7 +186,8 @@ class ResultsStore:
         """
         known = {item.slot: item for item in self._announced}
         last = {item.stage: (item.step, item.model) for item in self._announced}
-        for item in {item.slot: item for item in measurements}.values():
+        for own in {item.slot: item for item in measurements}.values():
+            item = replace(own, call=self._call) if own.stage in ("validate", "test") else own
             if known.get(item.slot) != item or last.get(item.stage) != (item.step, item.model):
                 if self.rank == 0:
                     _append(self.path.with_name(MEASUREMENTS), [item])
@@ -222,10 +220,11 @@ def _measurement_lines(folder: str | Path) -> Iterator[Measurement]:
 
 
 def _of_last_models(lines: Sequence[Measurement]) -> list[Measurement]:
-    """Two models that were tested in one folder have a report each, never a table of both."""
-    models = {(item.stage, item.step): item.model for item in lines}
+    """Two models that were tested in one folder have a report each, never a table of both, and so have two
+    calls."""
+    last = {(item.stage, item.step): (item.model, item.call) for item in lines}
     latest = {item.slot: item for item in lines}
-    return [item for item in latest.values() if models[item.stage, item.step] == item.model]
+    return [item for item in latest.values() if last[item.stage, item.step] == (item.model, item.call)]
 
 
 Line = TypeVar("Line", Row, Measurement)
@@ -301,49 +300,3 @@ def _drop_torn_line(path: Path) -> None:
 
 FIELDS = {kind.__name__: _fields_of(kind) for kind in (Row, Measurement)}
 """Stored fields of a line with their types."""
-
-
-def contents(batch: EvaluationBatch) -> list[Any]:
-    """What a model or an attack sees of a batch, as JSON."""
-    tensors = [batch.prompt_ids, batch.prompt_mask]
-    if batch.adversarial is not None:
-        sent = batch.adversarial
-        tensors += [sent.attackable_mask, sent.harmful_ids, sent.harmful_mask]
-    return [tensor.tolist() for tensor in tensors]
-
-
-def settings_digest(*things: object) -> str:
-    """Digest of everything that decides a reply, from the public attributes of its objects."""
-    return hashlib.blake2b(
-        json.dumps([describe(thing) for thing in things], sort_keys=True).encode(), digest_size=6
-    ).hexdigest()
-
-
-def describe(thing: object) -> Any:
-    """Public attributes, recursively, as JSON; objects without any are named by their class.
-
-    Of a text that names a file, its content too: templates and data files decide a reply by what is in them.
-    """
-    if isinstance(thing, str | Path):
-        name = str(thing)
-        if len(name) < LONGEST_PATH and os.path.isfile(name):
-            return {"file": name, "digest": hashlib.blake2b(Path(name).read_bytes()).hexdigest()[:12]}
-        return name
-    if thing is None or isinstance(thing, bool | int | float):
-        return thing
-    if isinstance(thing, Enum):
-        return thing.name
-    if isinstance(thing, set | frozenset):
-        return sorted((describe(item) for item in thing), key=repr)
-    if isinstance(thing, torch.Tensor):
-        return thing.tolist()
-    if isinstance(thing, type | FunctionType):
-        return f"{thing.__module__}.{thing.__qualname__}"
-    if isinstance(thing, list | tuple):
-        return [describe(item) for item in thing]
-    if isinstance(thing, dict):
-        return {str(key): describe(value) for key, value in thing.items()}
-    names = list(vars(thing)) if hasattr(thing, "__dict__") else []
-    names += [f.name for f in fields(thing)] if is_dataclass(thing) and not names else []  # with slots
-    attributes = {name: describe(getattr(thing, name)) for name in names if not name.startswith("_")}
-    return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **attributes}

@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any, NoReturn
 
+import experiments.parent  # noqa: F401  it notes the parent at once
 from experiments.config.errors import ConfigError, suggest
 
 RUNS = {

@@ -22,7 +22,8 @@ from callbacks.report.measured import select, snapshot
 from callbacks.report.results import Snapshot
 from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.evaluation import EvaluationData
-from datamodules.results import Measurement, ResultsStore, Row, Stage, contents, settings_digest
+from datamodules.results import Measurement, ResultsStore, Row, Stage
+from datamodules.settings import contents, settings_digest
 from datamodules.text.encoding import EncodedHarmful
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.transfer import Found, FreeSuffix, NothingCarried

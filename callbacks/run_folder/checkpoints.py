@@ -21,7 +21,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from callbacks.run_folder.decisive import LOADING, STEPS, Flat, decisive, differences
+from callbacks.run_folder.decisive import LOADING, STEPS, Flat, begun_with, decisive, differences
 from callbacks.run_folder.folder import RunError, RunFolder
 from datamodules.fields import Count, Positive, checked
 
@@ -194,12 +194,14 @@ def find_checkpoint(
                 "fit), give a checkpoint's path, or leave ckpt_path out to evaluate the model before "
                 "training"
             )
-        _compare(_begun_with(RunFolder.of(folder)), now, RunFolder.of(folder).config(), None)
+        _compare(begun_with(RunFolder.of(folder).config()), now, RunFolder.of(folder).config(), None)
         log.warning("no checkpoint in %s yet: training starts at step 0", RunFolder.of(folder).checkpoints)
         return None
     path, content = found
     then = content.get(CONFIGURATION)
     _compare(then, now, path, None if command == "fit" else LOADING)
+    if then is not None and ckpt_path != "last" and command in ("validate", "test"):
+        _refuse_another_run(RunFolder.of(folder), path, then)
     steps = differences(then, now, STEPS) if then and command == "fit" else []
     if steps:
         log.warning("%s: the learning rate goes on by the schedule over the new total", "; ".join(steps))
@@ -239,18 +241,16 @@ def _step(path: Path) -> int:
         return -1
 
 
-def _begun_with(folder: RunFolder) -> Flat | None:
-    """What decided the weights of a run that has no checkpoint yet, from its folder."""
-    import yaml
-
-    path = folder.config()
-    if not path.is_file():
-        return None
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return decisive(config)
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ImportError, TypeError):
-        return None  # nothing was trained: an unreadable record of it protects nothing
+def _refuse_another_run(folder: RunFolder, path: Path, then: Flat) -> None:
+    """Raises: RunError where the folder is of a run that this checkpoint is not of: its results would stand
+    among that run's, as what its training came to."""
+    begun = begun_with(folder.config())
+    found = differences(begun, then) if begun is not None else []
+    if found:
+        raise RunError(
+            f"ckpt_path: {path} is no checkpoint of the run in {folder.path} ({found[0]}); give its own "
+            "run's folder, or a new one, with --trainer.default_root_dir=FOLDER"
+        )
 
 
 def _compare(then: Flat | None, now: Flat, where: Path, only: tuple[str, ...] | None) -> None:

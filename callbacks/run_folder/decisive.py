@@ -15,11 +15,13 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import Trainer
 
-from callbacks.run_folder.contents import CONTENT, fingerprints
+from datamodules.contents import CONTENT, fingerprints
 
 TRAINER = (
     "precision",
@@ -165,3 +167,15 @@ def _leaves(path: str, node: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{path}.{i}", item)
     elif node not in ({}, []):
         yield path, node
+
+
+def begun_with(path: Path) -> Flat | None:
+    """What decides the weights of a run, by the configuration that it began with; None where that cannot be
+    read."""
+    if not path.is_file():
+        return None
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return decisive(config)
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, ImportError, TypeError):
+        return None  # nothing was trained: an unreadable record of it protects nothing

@@ -22,13 +22,31 @@ class ExportModel(Callback):
     Args:
         every_n_steps: also export `model_step_<N>/` every so many optimiser steps; null exports at the end
             only.
-        folder: folder to write to instead of the run folder's `model/`.
+        folder: folder to write to instead of the run folder's `model/`; what it holds is replaced, so it must
+            be new, empty or an earlier export.
     """
 
     def __init__(self, every_n_steps: Count | None = None, folder: str | None = None) -> None:
         self.every_n_steps = every_n_steps
         self.folder = folder
         self._last_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises: RunError where the folder holds something else than an exported model: it would be lost."""
+        if self.folder is None or stage != "fit":
+            return
+        place, run = Path(self.folder).resolve(), Path(trainer.default_root_dir).resolve()
+        if place == run or place in run.parents:
+            raise RunError(
+                f"ExportModel.folder: {self.folder} holds the run itself; name a folder of its own"
+            )
+        held = sorted(place.iterdir()) if place.is_dir() else []
+        exported = {"config.json", "adapter_config.json"} & {path.name for path in held}
+        if place.is_file() or (held and not exported) or any(path.is_dir() for path in held):
+            raise RunError(
+                f"ExportModel.folder: {self.folder} is no earlier export (it holds "
+                f"{held[0].name if held else 'a file'}) and would be replaced; name another folder"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -47,6 +65,7 @@ class ExportModel(Callback):
         assert isinstance(pl_module, PretrainedModel)
         if not trainer.is_global_zero:
             return
+        folder = folder.resolve()  # a link to a larger disk stays one
         # A kill while writing must not leave half a model under the final name.
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)

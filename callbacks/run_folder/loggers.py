@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
 import wandb
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
@@ -54,29 +55,35 @@ def _number(path: Path) -> int:
 
 
 class LastLogRow(Callback):
-    """The log's row of the step that a checkpoint ends, in the checkpoint; the CLI adds it to every run.
+    """The log's row of the step that a checkpoint ends, and what evaluations found last, in the checkpoint;
+    the CLI adds it to every run.
 
     Lightning writes the row after the checkpoint: a kill between the two would leave a hole in the log of the
-    resumed run.
+    resumed run. And it forgets all metrics: EarlyStopping on an evaluation's would find none after a resume.
     """
 
     def __init__(self) -> None:
         self._row: dict[str, float] = {}
+        self._found: dict[str, float] = {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # What an evaluation found stands in the log at the evaluation's own step already.
-        logged = trainer.callback_metrics.items()
-        metrics = {name: float(value) for name, value in logged if not name.startswith("eval/")}
-        checkpoint["log_row"] = metrics | {"epoch": trainer.current_epoch}
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        found = {name: value for name, value in logged.items() if name.startswith("eval/")}
+        row = {name: value for name, value in logged.items() if name not in found}
+        checkpoint["log_row"] = row | {"epoch": trainer.current_epoch}
+        checkpoint["found"] = found
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._row = checkpoint.get("log_row", {})
+        self._found = checkpoint.get("found", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._found.items()})
         for logger in trainer.loggers:
             if self._row and isinstance(logger, RunCSVLogger):
                 # Lightning counts the log's rows from 0.

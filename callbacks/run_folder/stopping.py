@@ -54,13 +54,12 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def end_with_parent() -> None:
-    """End this process, one of several of a run, once the one that started it is gone.
+def end_with_parent(parent: int) -> None:
+    """End this process, one of several of a run, once the one that started it (its id) is gone.
 
     A process that waits for the others to come to the start would wait for half an hour for a first one that
     was killed.
     """
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

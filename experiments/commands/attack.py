@@ -29,8 +29,9 @@ from callbacks.run_folder.provenance import Provenance
 from datamodules.batch import EvaluationBatch
 from datamodules.evaluation import EvaluationData
 from datamodules.fields import NonNegativeInt, checked
-from datamodules.results import Measurement, ResultsStore, Row, contents, settings_digest
+from datamodules.results import Measurement, ResultsStore, Row
 from datamodules.rows import HarmfulRow
+from datamodules.settings import contents, settings_digest
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
 from datamodules.text.encoding import Encoder, evaluation_batch
 from experiments.commands.run import guarded, innermost

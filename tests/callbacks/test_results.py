@@ -15,7 +15,8 @@ from callbacks.metrics.estimates import mean, newcombe_interval, paired_differen
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.metrics.outcomes import BudgetCurve, cross_flags, success_by_budget, worst_case
 from callbacks.report.load import export, load
-from datamodules.results import ResultsStore, describe, read_measurements, read_rows, settings_digest
+from datamodules.results import ResultsStore, read_measurements, read_rows
+from datamodules.settings import describe, settings_digest
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.text.rewrites import Prefilling
 from lightning_modules.models.fingerprint import fingerprint

@@ -107,10 +107,13 @@ def test_one_file_puts_the_test_split_in_place_of_validation(files: list[str], i
     check(config, "test")
 
 
-def test_the_test_split_replaces_the_rows_of_a_finished_run(in_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocks", [[], [BLOCKS]], ids=["plain", "with named sets"])
+def test_the_test_split_replaces_the_rows_of_a_finished_run(
+    blocks: list[str], in_root: Path, tmp_path: Path
+) -> None:
     """A run folder's configuration is resolved: nothing of its evaluation may stay beside the new rows."""
     resolved = tmp_path / "config.yaml"
-    resolved.write_text(yaml.safe_dump(compose(["configs/quickstart.yaml"], [])))
+    resolved.write_text(yaml.safe_dump(compose(["configs/quickstart.yaml", *blocks], [])))
     evaluation = compose([str(resolved), TEST_SPLIT], [])["data"]["init_args"]["evaluation"]
     assert set(splits(evaluation)) == {"test"}
     assert {subject: len(evaluation[subject]) for subject in SUBJECTS} == dict.fromkeys(SUBJECTS, 1)

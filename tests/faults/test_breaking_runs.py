@@ -22,7 +22,8 @@ from callbacks.report.tables import rates
 from callbacks.run_folder.checkpoints import RunCheckpoints
 from callbacks.run_folder.decisive import decisive, differences
 from callbacks.run_folder.folder import RunFolder
-from datamodules.results import Measurement, ResultsStore, describe, settings_digest
+from datamodules.results import Measurement, ResultsStore
+from datamodules.settings import describe, settings_digest
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
 from lightning_modules.attacks.text.rewrites import Templates
@@ -52,7 +53,7 @@ def test_a_second_model_in_a_folder_has_a_report_of_its_own(tmp_path: Path) -> N
     assert {own.attack for own in found.measures} == {"direct"}
     assert found.measures[DIRECT].estimate.value == 0
     # Back to the first model: nothing is attacked again, and its numbers are shown.
-    ResultsStore(tmp_path).announce([first])
+    ResultsStore(tmp_path).announce([first, replace(first, attack="direct")])
     found = load(tmp_path, "test").after
     assert found is not None and found.model == "first"
     assert {own.attack for own in found.measures} == {"direct", "gcg", WORST_CASE}
@@ -86,6 +87,18 @@ def test_a_test_is_compared_with_the_model_that_its_run_began_from_alone(tmp_pat
     else:
         assert found.before is None and not found.differences
         assert rates(found).title == "Results"
+
+
+def test_a_test_on_other_rows_is_not_filled_up_with_an_earlier_one_s(tmp_path: Path) -> None:
+    whole = [measurement(stage="test"), measurement(stage="test", attack="direct")]
+    store(tmp_path, *whole, verdict=True)
+    found = load(tmp_path, "test").after
+    assert found is not None and {GCG, DIRECT} <= set(found.measures)
+    # Later the same checkpoint, by one of the two alone: the other's number is of other rows, or may be.
+    store(tmp_path, replace(whole[1], settings="other rows"))
+    found = load(tmp_path, "test").after
+    assert found is not None and {own.attack for own in found.measures} == {"direct"}
+    assert found.measures[DIRECT].estimate.value == 0
 
 
 # --- settings

@@ -16,9 +16,10 @@ import torch
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from transformers import PreTrainedModel
 
-from callbacks.run_folder import contents
-from callbacks.run_folder.contents import fingerprints
+from datamodules import contents
+from datamodules.contents import fingerprints
 from datamodules.text.tokenizers import PACKAGED_ROOT
+from tests.support.rows import row, stored
 from tests.support.small_run import small_config
 
 Run = Callable[..., tuple[int, str, str]]
@@ -78,8 +79,8 @@ def test_a02_base_weights_that_changed_are_another_run(fit: Run, thundercat: Run
 
 def test_a_large_file_is_known_by_both_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "WHOLE", 50)
-    monkeypatch.setattr(contents, "SAMPLE", 10)
-    path = tmp_path / "large.bin"
+    monkeypatch.setattr(contents, "BLOCK", 10)
+    path = tmp_path / "large.safetensors"
 
     def mark(content: bytes) -> str:
         path.write_bytes(content)
@@ -95,6 +96,105 @@ def test_what_names_no_file_has_no_content(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     fields = {"a": "HuggingFaceH4/zephyr-7b-beta", "b": 3, "c": None, "d": "x" * 5000, "e": "tinychat:absent"}
     assert fingerprints({**fields, "f": str(tmp_path / "empty"), "g": ["a", 1]}) == {}
+
+
+def test_what_a_model_s_folder_says_by_is_its_content(tmp_path: Path) -> None:
+    base, adapters = tmp_path / "base", tmp_path / "adapters"
+    shutil.copytree(PACKAGED_ROOT / "aligned", base)
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    fields = {"base": str(base), "adapters": str(adapters)}
+    marks = [fingerprints(fields)]
+    for name in ("chat_template.jinja", "tokenizer_config.json", "model.safetensors"):
+        with (base / name).open("ab") as stream:
+            stream.write(b" ")
+        marks.append(fingerprints(fields))
+    # The adapters' own files are the same; what they are put on is not.
+    assert all(len({mark[f"{field}.content"] for mark in marks}) == 4 for field in fields)
+    (base / "README.md").write_text("a note")
+    assert fingerprints(fields) == marks[-1]
+
+
+def test_a_run_whose_rows_are_data_for_another_is_known_by_its_rows(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "run", row("a"))
+    before = fingerprints({"run": folder})
+    assert before != {}
+    stored(tmp_path / "run", row("b"))
+    assert fingerprints({"run": folder}) != before
+
+
+def test_a11_the_checkpoint_of_another_run_is_not_tested_among_this_one_s(
+    fit: Run, thundercat: Run, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    assert fit()[0] == 0
+    assert fit("--seed_everything=9", f"--trainer.default_root_dir={other}")[0] == 0
+    path = f"--ckpt_path={other / 'checkpoints' / 'step_000003.ckpt'}"
+    status, _, err = thundercat("test", "--config", str(tmp_path / "small.yaml"), path)
+    assert status != 0
+    assert f"is no checkpoint of the run in {tmp_path / 'run'} (data.seed: 0 then, 9 now)" in err
+    # Its own folder, or one of no run, is right.
+    for folder in (other, tmp_path / "new"):
+        place = f"--trainer.default_root_dir={folder}"
+        status, _, err = thundercat("test", "--config", str(tmp_path / "small.yaml"), path, place)
+        assert "is no checkpoint of the run" not in err
+
+
+# --- the export
+
+
+@pytest.mark.parametrize("where", ["run", ".", "precious"])
+def test_an_export_never_replaces_what_is_no_export(fit: Run, tmp_path: Path, where: str) -> None:
+    (tmp_path / "precious" / "photos").mkdir(parents=True)
+    export = {
+        "class_path": "callbacks.run_folder.export.ExportModel",
+        "init_args": {"folder": str(tmp_path / where)},
+    }
+    status, _, err = fit(f"--trainer.callbacks={json.dumps([export])}")
+    assert status == 1
+    assert "ExportModel.folder: " in err.splitlines()[-1]
+    assert (tmp_path / "precious" / "photos").is_dir()
+
+
+def test_an_export_follows_a_link_to_a_larger_disk(fit: Run, tmp_path: Path) -> None:
+    export = {"class_path": "callbacks.run_folder.export.ExportModel"}
+    checkpoints = {"class_path": "callbacks.run_folder.checkpoints.RunCheckpoints"}
+    callbacks = f"--trainer.callbacks={json.dumps([export, checkpoints])}"
+    assert fit(callbacks)[0] == 0
+    model = tmp_path / "run" / "model"
+    model.rename(tmp_path / "large")
+    model.symlink_to(tmp_path / "large")
+    for steps in (5, 6):
+        assert fit(callbacks, "--ckpt_path=last", f"--trainer.max_steps={steps}")[0] == 0
+        assert model.is_symlink() and (tmp_path / "large" / "adapter_model.safetensors").is_file()
+    assert sorted(path.name for path in model.parent.glob("model*")) == ["model"]
+
+
+# --- a resumed run
+
+
+def test_early_stopping_finds_what_an_evaluation_found_before_the_kill(fit: Run, tmp_path: Path) -> None:
+    evaluation = {
+        "class_path": "callbacks.evaluations.refusal.RefusalEvaluation",
+        "init_args": {"schedule": {"every_n_steps": 2, "at_end": False}, "max_new_tokens": 4},
+    }
+    stopping = {
+        "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+        "init_args": {"monitor": "eval/harmful/refusal_rate", "patience": 9},
+    }
+    checkpoints = {"class_path": "callbacks.run_folder.checkpoints.RunCheckpoints"}
+    rows = {
+        "class_path": "datamodules.sources.tinychat.sources.TinyChatHarmful",
+        "init_args": {"split": "validation", "limit": 2},
+    }
+    more = (
+        f"--trainer.callbacks={json.dumps([evaluation, stopping, checkpoints])}",
+        f"--data.evaluation={json.dumps({'harmful': [rows]})}",
+        "--trainer.limit_train_batches=3",
+    )
+    assert fit(*more, "--trainer.max_steps=2")[0] == 0
+    status, _, err = fit(*more, "--trainer.max_steps=4", "--ckpt_path=last")
+    assert status == 0, err
 
 
 # --- a full disk

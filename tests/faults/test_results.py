@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -347,7 +348,8 @@ def test_every_process_announces_the_same_and_does_its_share(tmp_path: Path) -> 
         Session(Place(chat_model(), tmp_path, "test", 0, rank, 4), Data(), [Suite()])  # type: ignore[arg-type]
         for rank in range(4)
     ]
-    assert all(own.store.measurements == shares[0].store.measurements for own in shares)
+    told = [[replace(m, call="") for m in own.store.measurements] for own in shares]
+    assert told[0] and all(own == told[0] for own in told)
     for own in shares:
         for job in own.jobs:
             own.do(job)

@@ -148,8 +148,8 @@ def test_a10_every_process_resumes_with_its_own_suffixes(tmp_path: Path) -> None
 def test_b_a_process_ends_with_the_one_that_started_it() -> None:
     # The parent starts a child that only waits, tells its number and is killed.
     child = (
-        "import time; from callbacks.run_folder.stopping import end_with_parent\n"
-        "end_with_parent(); print('watching', flush=True); time.sleep(99)"
+        "import os, time; from callbacks.run_folder.stopping import end_with_parent\n"
+        "end_with_parent(os.getppid()); print('watching', flush=True); time.sleep(99)"
     )
     code = (
         "import subprocess, sys, time\n"

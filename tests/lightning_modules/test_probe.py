@@ -69,6 +69,8 @@ def test_behaviours_are_chosen_for_one_by_one() -> None:
         ([1.0, 2.0, 3.0], [1.0, 3.0, 2.0], 0.75),
         ([1.0, 1.0], [1.0, 2.0], 0.5),
         ([1.0], [1.0], 0.5),
+        # A candidate without a loss is the worst, for both.
+        ([1.0, 2.0, torch.nan], [10.0, 20.0, torch.nan], 1.0),
     ],
 )
 def test_agreement_is_spearman_s_rank_correlation(a: list[float], b: list[float], expected: float) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.repeat import Repeat
 from lightning_modules.attacks.suffix.initial_suffix import InitialSuffix
 from lightning_modules.attacks.suffix.random_search import RandomSearch
+from lightning_modules.attacks.suffix.stored import StoredSuffixes
 from lightning_modules.attacks.text.rewrites import DirectRequest, InContext, Noise, Prefilling, Templates
 from lightning_modules.attacks.transfer import (
     Found,
@@ -30,6 +33,7 @@ from lightning_modules.attacks.transfer import (
 )
 from lightning_modules.models.embeddings import mean_embedding_norm
 from tests.conftest import chat_model, text_batch, tinychat_format
+from tests.support.rows import row, stored, verdicts
 
 REFUSALS = ["I'm sorry, but I can't help with that.", "I cannot help you."]
 
@@ -149,10 +153,10 @@ def test_free_suffixes_are_those_of_other_requests() -> None:
     _, source = own.attacked()
     assert source.delta is not None
     assert attacked.delta is not None
-    known = [row[row.abs().sum(-1) > 0] for row in source.delta]
-    for row in attacked.delta:
-        free = row[row.abs().sum(-1) > 0]
-        assert free.shape == (3, row.shape[-1])
+    known = [own[own.abs().sum(-1) > 0] for own in source.delta]
+    for own in attacked.delta:
+        free = own[own.abs().sum(-1) > 0]
+        assert free.shape == (3, own.shape[-1])
         assert any(torch.equal(free, other) for other in known)
     assert attacked.prompt_ids.shape[1] == benign().prompt_ids.shape[1] + 3
 
@@ -172,3 +176,19 @@ def test_who_has_a_ball_and_who_can_be_done_to_others() -> None:
     free = EmbeddingPGD(epsilon=None, step_unit="absolute")
     assert transfer_of(free) is None
     assert not has_ball(free)
+
+
+def test_suffixes_of_a_run_are_those_of_harmful_requests(tmp_path: Path) -> None:
+    """Benign prompts under the same attack carry them too, and have no verdict of success."""
+    benign = row(
+        "b",
+        prompt="Add.",
+        attacked="Add. x",
+        verdicts={"keyword_refusal@2": {"verdict": False, "score": None}},
+    )
+    run = stored(
+        tmp_path,
+        row("a", prompt="How?", attacked="How? y y", verdicts=verdicts(True)),
+        replace(benign, subject="harmless"),
+    )
+    assert [found.after for found in StoredSuffixes(run).surroundings()] == [" y y"]

@@ -113,6 +113,8 @@ class ProbeSampling:
 
 def agreement(draft: Float[Tensor, " probe"], attacked: Float[Tensor, " probe"]) -> float:
     """(1 + Spearman's rank correlation) / 2 of the two models' losses; one half where a side is constant."""
+    # A candidate that cannot be scored is the worst, for both.
+    draft, attacked = (own.nan_to_num(nan=torch.inf) for own in (draft, attacked))
     if len(draft) < 2 or draft.unique().numel() == 1 or attacked.unique().numel() == 1:
         return 0.5
     return float(0.5 * (1.0 + spearmanr(draft.numpy(), attacked.numpy()).statistic))

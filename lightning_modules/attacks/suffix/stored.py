@@ -43,7 +43,12 @@ class StoredSuffixes:
         """Raises: ValueError where the run holds no such attack, no verdict of the judge, or nothing that
         worked."""
         if self._found is None:
-            rows = [row for row in read_rows(self.run) if row.attack and row.attacked is not None]
+            # Benign prompts under an attack carry what was found elsewhere, and no verdict of its success.
+            rows = [
+                row
+                for row in read_rows(self.run)
+                if row.attack and row.attacked is not None and row.subject == "harmful"
+            ]
             unknown = set(self.attacks or ()) - {row.attack for row in rows}
             if not rows or unknown:
                 missing = f"no rows of {sorted(unknown)}" if unknown else "no attacked rows"
