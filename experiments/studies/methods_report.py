@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from callbacks.report.load import load
 from callbacks.report.measured import events, select
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.provenance import environment_facts
-from datamodules.results import last_step, read_measurements, read_rows
+from datamodules.results import MEASUREMENTS, ROWS, last_step, read_measurements, read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -214,6 +216,7 @@ def write_comparison(runs: Mapping[str, Mapping[int, Path]], chosen: Mapping[str
     without runs."""
     if not runs:
         raise ValueError("expected finished runs, got none")
+    runs = archive(runs, out)
     rows = read(runs)
     seeds = sorted({seed for folders in runs.values() for seed in folders})
     out.mkdir(parents=True, exist_ok=True)
@@ -255,6 +258,39 @@ that. The last column is the smallest true difference that would have been found
 """
     (out / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict[int, Path]]:
+    """What the tables are computed from, compressed, beside them: rows, what was to be measured, cost and
+    environment of every judged run; returns the copies."""
+    copies: dict[str, dict[int, Path]] = {}
+    for name, folders in runs.items():
+        for seed, folder in folders.items():
+            target = out / "runs" / name.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+            (target / ROWS).mkdir(parents=True, exist_ok=True)
+            for path in (
+                folder / ROWS / MEASUREMENTS,
+                RunFolder.of(folder).environment("test"),
+                RunFolder.of(folder).cost,
+            ):
+                if path.is_file():
+                    shutil.copy(path, target / path.relative_to(folder))
+            for path in folder.glob(f"{ROWS}/rows_rank*.jsonl"):
+                # Without a time in it: the same rows are the same file.
+                content = gzip.compress(path.read_bytes(), mtime=0)
+                (target / ROWS / f"{path.name}.gz").write_bytes(content)
+            copies.setdefault(name, {})[seed] = target
+    return copies
+
+
+def archived(out: Path) -> dict[str, dict[int, Path]]:
+    """The runs of a comparison's folder, by the names in its results.json."""
+    names = json.loads((out / "results.json").read_text(encoding="utf-8"))["methods"]
+    found = {}
+    for name in names:
+        folders = (out / "runs" / name.replace(", ", "_").replace(" ", "_")).glob("seed*")
+        found[name] = {int(folder.name.removeprefix("seed")): folder for folder in sorted(folders)}
+    return found
 
 
 def _revision(folder: Path) -> str:

@@ -19,6 +19,7 @@ from experiments.studies.methods_report import (
     EMBEDDING,
     NO_DEFENCE,
     RATES,
+    archived,
     claims,
     read,
     search_table,
@@ -99,7 +100,10 @@ def test_report_and_figure_are_written(tmp_path: Path) -> None:
     text = write_comparison(runs(tmp_path), {"cat": "6e-4"}, tmp_path / "out")
     assert "cat 6e-4" in text
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["environment.json", "report.md", "results.json", "trade_off.svg"]
+    assert names == ["environment.json", "report.md", "results.json", "runs", "trade_off.svg"]
+    # Everybody can compute the tables again from what lies beside them.
+    again = read(archived(tmp_path / "out"))
+    assert table(again) in text and claims(again) in text
     facts = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert facts["revisions_of_runs"] == ["abc", "abc modified"]
     content = json.loads((tmp_path / "out" / "results.json").read_text())

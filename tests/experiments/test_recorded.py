@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import pytest
 from callbacks.report.load import export, load
 from callbacks.report.markdown import document
 from callbacks.report.results import Stage
+from experiments.studies.methods_report import archived, claims, read, table
 from tests.conftest import ROOT
 
 RECORDED = sorted(path.parent.parent for path in ROOT.glob("experiments/results/*/rows/rows_rank0.jsonl.gz"))
 QUICKSTART = ROOT / "experiments" / "results" / "quickstart_cpu_202611"
+METHODS = ROOT / "experiments" / "results" / "methods_cpu_202611"
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
@@ -32,6 +35,19 @@ def test_every_cell_can_be_computed_again_from_the_rows(folder: Path, stage: Sta
     assert len(tables) > 20
     written = (folder / f"{prefix}report.md").read_text(encoding="utf-8")
     assert [line for line in tables if line not in written] == []
+
+
+def test_the_comparison_of_methods_can_be_computed_again_from_its_rows() -> None:
+    if not (METHODS / "results.json").is_file():
+        pytest.skip("the comparison of methods is not recorded")
+    rows = read(archived(METHODS))
+    recorded = json.loads((METHODS / "results.json").read_text(encoding="utf-8"))["methods"]
+    assert {name: json.loads(json.dumps(asdict(row))) for name, row in rows.items()} == {
+        name: {key: value for key, value in own.items() if key != "learning_rate"}
+        for name, own in recorded.items()
+    }
+    report = (METHODS / "report.md").read_text(encoding="utf-8")
+    assert table(rows) in report and claims(rows) in report
 
 
 def test_the_readme_s_first_table_is_the_recorded_one() -> None:
