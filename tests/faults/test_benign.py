@@ -28,15 +28,16 @@ def test_c01_no_attack_success_is_shown_with_the_refusals_that_explain_it(tmp_pa
     assert any("suffix: refuses what carries it" in text for text in warnings(load(tmp_path, "test")))
 
 
-@pytest.mark.parametrize("name", ["tinychat", "methods", "suite"])
+@pytest.mark.parametrize("name", ["tinychat", "methods", "suite", "adaptive"])
 def test_c01_every_suite_asks_benign_prompts_too(name: str) -> None:
     callbacks = yaml.safe_load((ROOT / "configs" / "evaluation" / f"{name}.yaml").read_text())
-    (suite,) = (
+    suites = [
         own
         for own in callbacks["trainer"]["callbacks+"]
         if own["class_path"].endswith("RobustnessEvaluation")
-    )
-    assert suite["init_args"]["benign"]["limit"] >= 50
+    ]
+    assert suites
+    assert all(own["init_args"]["benign"]["limit"] >= 50 for own in suites)
 
 
 def test_c06_over_refusal_counts_prompts_that_could_be_refused() -> None:
