@@ -237,7 +237,8 @@ def write_comparison(runs: Mapping[str, Mapping[int, Path]], chosen: Mapping[str
 
 Means over seeds {seeds} in percent on the test split; in brackets 95 % intervals over seeds and examples
 (bootstrap of both, never narrower than one seed's own); in parentheses each seed's rate, where they differ.
-n: {sizes}. The first seven columns are attack success, lower is better; `refuses`: refusals of plain harmful
+n: {sizes}.
+The first seven columns are attack success, lower is better; `refuses`: refusals of plain harmful
 requests, because a success of 0 may also be a reply without sense. Passes are forward and backward passes of
 single examples in training, the reference's included; seconds are training steps on one thread while another
 run had the machine's other core.
