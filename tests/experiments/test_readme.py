@@ -29,7 +29,9 @@ CALLS = [
     for call in commands(path, "thundercat")
 ]
 MODULES = [
-    pytest.param(call, id=f"{name(path)}: {call}") for path in READMES for call in commands(path, "python")
+    pytest.param(module, id=f"{name(path)}: {module}")
+    for path in READMES
+    for module in sorted(set(re.findall(r"python -m ([\w.]+)", path.read_text(encoding="utf-8"))))
 ]
 LINKS = [
     pytest.param(path.parent / target, id=f"{name(path)}: {target}")
@@ -72,11 +74,9 @@ def test_commands_are_accepted(
         assert out
 
 
-@pytest.mark.parametrize("call", MODULES)
-def test_modules_that_are_run_exist(call: str) -> None:
-    words = shlex.split(call)
-    if "-m" in words:
-        assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_that_are_run_exist(module: str) -> None:
+    assert importlib.util.find_spec(module.rstrip(".")) is not None
 
 
 @pytest.mark.parametrize("path", READMES, ids=name)
