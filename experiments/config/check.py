@@ -49,6 +49,7 @@ def check(config: Mapping[str, Any], command: str) -> None:
     for name in ("max_steps", "max_epochs", "limit_train_batches") if command == "fit" else ():
         if trainer.get(name) == 0 and not isinstance(trainer[name], bool):
             raise ConfigError(f"trainer.{name}: expected some training, got 0; set it above 0, or use test")
+    check_strategy_name(trainer.get("strategy"))
     check_precision(trainer.get("precision"), str(trainer.get("accelerator", "auto")))
     if config.get("seed_everything") is not None:
         check_value("seed_everything", config["seed_everything"], Seed)
@@ -56,6 +57,16 @@ def check(config: Mapping[str, Any], command: str) -> None:
     check_value("ckpt_path", ckpt_path, str | None)
     if ckpt_path not in (None, "last", "best") and not Path(ckpt_path).exists():
         raise ConfigError(f"ckpt_path: no file {ckpt_path!r}; give a checkpoint of this run, or `last`")
+
+
+def check_strategy_name(strategy: Any) -> None:
+    """Raises: ConfigError for a strategy by name that would not synchronise gradients, before Lightning asks
+    for the hardware that it needs; one of a class is refused when it is built (`check_strategy`)."""
+    if isinstance(strategy, str) and strategy != "auto" and not strategy.startswith("ddp"):
+        raise ConfigError(
+            f"trainer.strategy: {strategy!r} is not supported (gradients would not be synchronised between "
+            "processes); set trainer.strategy: ddp, or trainer.devices: 1"
+        )
 
 
 def check_precision(precision: Any, accelerator: str) -> None:

@@ -41,12 +41,19 @@ def compose(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'config'}: {str(error).splitlines()[0]}; check the ${{...}} in this value"
-        ) from error
+        raise ConfigError(_unresolved(error)) from error
     assert isinstance(resolved, dict)
     resolved.pop("vars", None)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _unresolved(error: OmegaConfBaseException) -> str:
+    """Which value could not take over another one, and which field to mend."""
+    key, text = error.full_key or "config", str(error).splitlines()[0]
+    through = re.search(r"trying to access (\S+): node `(\S+)` is not a container", text)
+    if through:
+        return f"{key}: takes its value from {through[1]}, but {through[2]} is no group of fields; name them"
+    return f"{key}: {text}; check the ${{...}} in this value"
 
 
 def _check_variables(config: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:

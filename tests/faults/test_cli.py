@@ -351,3 +351,22 @@ def test_e_modules_of_the_working_directory_can_be_named(tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["model"]["init_args"]["attack"] == {"class_path": "my_attacks.Mine"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--trainer.strategy=fsdp", "trainer.strategy: 'fsdp' is not supported"),
+        ("--trainer.strategy=deepspeed", "trainer.strategy: 'deepspeed' is not supported"),
+        (
+            "--model.base=null",
+            "takes its value from model.init_args.base.name_or_path, but model.init_args.base is no",
+        ),
+    ],
+)
+def test_b_what_third_parties_would_say_is_said_with_field_and_remedy(
+    thundercat: Run, override: str, message: str
+) -> None:
+    status, _, err = thundercat("fit", "--config", TINYCHAT, override, "--print_config")
+    assert status == 2
+    assert message in err and err.count("\n") == 1
