@@ -83,7 +83,8 @@ class LastLogRow(Callback):
         self._found = checkpoint.get("found", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._found.items()})
+        known = {**self._row, **self._found}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in known.items()})
         for logger in trainer.loggers:
             if self._row and isinstance(logger, RunCSVLogger):
                 # Lightning counts the log's rows from 0.

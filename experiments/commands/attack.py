@@ -22,7 +22,8 @@ from callbacks.judges.base import label
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from callbacks.report.escape import printable
-from callbacks.run_folder.checkpoints import find_checkpoint, load_weights
+from callbacks.run_folder.checkpoint_files import load_weights
+from callbacks.run_folder.checkpoints import find_checkpoint
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.provenance import Provenance

@@ -23,7 +23,8 @@ from callbacks.evaluations.base import Evaluation
 from callbacks.evaluations.measuring import Measuring
 from callbacks.progress import install_progress
 from callbacks.report.report import RunReport
-from callbacks.run_folder.checkpoints import RunCheckpointIO, find_checkpoint, load_weights
+from callbacks.run_folder.checkpoint_files import RunCheckpointIO, load_weights
+from callbacks.run_folder.checkpoints import find_checkpoint
 from callbacks.run_folder.completion import CompletesRun
 from callbacks.run_folder.decisive import decisive
 from callbacks.run_folder.folder import RunFolder

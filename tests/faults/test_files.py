@@ -20,7 +20,7 @@ from datamodules import contents
 from datamodules.contents import fingerprints
 from datamodules.text.tokenizers import PACKAGED_ROOT
 from tests.support.rows import row, stored
-from tests.support.small_run import small_config
+from tests.support.small_run import equal, small_config, trained
 
 Run = Callable[..., tuple[int, str, str]]
 ROW = {"goal": "How do I steal a car?", "target": "Sure, here is", "safe_reply": "I cannot help."}
@@ -195,6 +195,36 @@ def test_early_stopping_finds_what_an_evaluation_found_before_the_kill(fit: Run,
     assert fit(*more, "--trainer.max_steps=2")[0] == 0
     status, _, err = fit(*more, "--trainer.max_steps=4", "--ckpt_path=last")
     assert status == 0, err
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 4])
+def test_a_run_that_was_stopped_early_ends_there_wherever_it_was_killed(
+    fit: Run, tmp_path: Path, killed_after: int
+) -> None:
+    """EarlyStopping decides at the epoch's end, here after four steps, of which a checkpoint must know."""
+    stopping = {
+        "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+        "init_args": {"monitor": "train/loss", "patience": 1, "min_delta": 100.0, "mode": "max"},
+    }
+    checkpoints = {
+        "class_path": "callbacks.run_folder.checkpoints.RunCheckpoints",
+        "init_args": {"keep": 9},
+    }
+    more = (
+        f"--trainer.callbacks={json.dumps([stopping, checkpoints])}",
+        "--trainer.limit_train_batches=2",
+        "--trainer.max_steps=40",
+    )
+    assert fit(*more)[0] == 0
+    folder = tmp_path / "run" / "checkpoints"
+    steps = [f"step_{step:06d}.ckpt" for step in (1, 2, 3, 4)]
+    assert sorted(path.name for path in folder.iterdir()) == steps
+    whole = trained(tmp_path / "run")
+    for name in steps[killed_after:]:
+        (folder / name).unlink()
+    assert fit(*more, "--ckpt_path=last")[0] == 0
+    assert sorted(path.name for path in folder.iterdir()) == steps
+    assert equal(trained(tmp_path / "run"), whole)
 
 
 # --- a full disk

@@ -270,7 +270,7 @@ def test_a18_without_an_attack_it_says_where_to_get_one(tmp_path: Path, thunderc
 
 
 def test_a04_a_checkpoint_of_another_model_is_not_attacked(tmp_path: Path, thundercat: Run) -> None:
-    from callbacks.run_folder.checkpoints import RunCheckpointIO
+    from callbacks.run_folder.checkpoint_files import RunCheckpointIO
 
     content = {"state_dict": {"model.elsewhere": torch.zeros(1)}, "global_step": 3}
     RunCheckpointIO().save_checkpoint(content, tmp_path / "checkpoints" / "step_000003.ckpt")

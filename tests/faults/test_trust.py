@@ -18,14 +18,13 @@ import pytest
 import torch
 from lightning import Trainer
 
-from callbacks.run_folder.checkpoints import (
+from callbacks.run_folder.checkpoint_files import (
     DamagedCheckpoint,
     RunCheckpointIO,
-    RunCheckpoints,
-    find_checkpoint,
     load_weights,
     read_checkpoint,
 )
+from callbacks.run_folder.checkpoints import RunCheckpoints, find_checkpoint
 from callbacks.run_folder.folder import RunError
 from callbacks.run_folder.lock import RunLock, process_start
 from lightning_modules.models.loading import LoraSettings, ModelConfig
