@@ -123,7 +123,8 @@ class AdversarialData(EvaluationData):
         assert self._training is not None, "setup('fit') has not run"
         rows, size = self._training.rows["harmful"], self.evaluation.batch_size
         for start in range(0, len(rows), size):
-            yield adversarial_batch(rows[start : start + size], self.encoding.attackable)  # type: ignore[arg-type]
+            part = rows[start : start + size]
+            yield adversarial_batch(part, self.encoding.attackable)  # type: ignore[arg-type]
 
     def _position(self) -> int:
         """Absolute number of the next micro-batch: a pure function of the optimiser steps taken."""

@@ -31,7 +31,8 @@ class _Movable:
                 value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor | _Movable) else value
             )
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **moved)  # type: ignore[type-var]
 
 
 @dataclass(eq=False)

@@ -120,7 +120,8 @@ class EvaluationData(LightningDataModule):
         row; `block` is the named set, '' the main one."""
         rows = evenly(self.rows_of(subject, block), limit)[rank::world_size]
         collate = partial(evaluation_batch, attackable=self.encoding.attackable)
-        return DataLoader(rows, batch_size=self.evaluation.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        size = self.evaluation.batch_size
+        return DataLoader(rows, batch_size=size, collate_fn=collate)  # type: ignore[arg-type]
 
     def rows_of(self, subject: Subject, block: str = "") -> Sequence[EncodedHarmful | EncodedChat]:
         """The encoded rows of a subject in a named set, or in the main one."""

@@ -96,6 +96,16 @@ class Row:
         """What a judge (`name@revision`) said. Raises: KeyError where it was not asked."""
         return bool(self.verdicts[judge]["verdict"])
 
+    def accepted(self, judge: str, asked_by: str) -> bool:
+        """What a judge said in any of its revisions, or in the one that is named. Raises: ValueError where it
+        was not asked, naming the field (`asked_by`) that wants it."""
+        names = [name for name in self.verdicts if judge in (name, name.split("@")[0])]
+        if not names:
+            raise ValueError(
+                f"{asked_by}: {self.where} has no verdict of {judge!r}, got {sorted(self.verdicts)}"
+            )
+        return any(self.verdict(name) for name in names)
+
 
 @dataclass
 class Measurement:

@@ -54,21 +54,12 @@ class RedTeamReplay:
             raise ValueError(f"RedTeamReplay.attacks: {sorted(unknown)} did not run in {self.run!r}")
         seen: set[str] = set()
         for row in attacked:
-            broken = self._broken(row)
+            broken = row.accepted(self.judge, "RedTeamReplay.judge")
             wanted = self.attacks is None or row.attack in self.attacks
             typed = None if row.prefill or row.history else row.attacked
             if wanted and broken and typed is not None and typed not in seen:
                 seen.add(typed)
                 yield self._replayed(row, typed)
-
-    def _broken(self, row: Row) -> bool:
-        names = [name for name in row.verdicts if self.judge in (name, name.split("@")[0])]
-        if not names:
-            raise ValueError(
-                f"RedTeamReplay.judge: {row.where} has no verdict of {self.judge!r}, got "
-                f"{sorted(row.verdicts)}"
-            )
-        return any(row.verdict(name) for name in names)
 
     def _replayed(self, row: Row, prompt: str) -> HarmfulRow:
         key = "/".join(["replay", *(str(part) for part in row.identity)])

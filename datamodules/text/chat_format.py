@@ -83,6 +83,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._special = sorted(
             set(tokenizer.all_special_tokens) | _added_special(tokenizer), key=len, reverse=True
         )
@@ -117,7 +118,7 @@ class ChatFormat:
         skeletons = [self._skeleton(*shape) for shape in [*shapes, (len(history), False)]]
         text = self._render(user, system, None, history)
         spans = self._spans(text, user, system, history, skeletons)
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
+        encoding = self._backend.encode(text, add_special_tokens=False)
         roles = [_role(start, end, spans) for start, end in encoding.offsets]
         for i, (token, (start, _)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
             if token not in self._special_ids or roles[i] is Role.TEMPLATE:
@@ -172,11 +173,11 @@ class ChatFormat:
 
     def decode_batch(self, rows: list[list[int]]) -> list[str]:
         """Texts of token lists, special tokens included."""
-        return list(self.tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=False))  # type: ignore[attr-defined]
+        return list(self._backend.decode_batch(rows, skip_special_tokens=False))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of rendered prompts, as `prompt` tokenises them."""
-        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # type: ignore[attr-defined]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def neutralised(self, text: str) -> str:
@@ -278,7 +279,7 @@ class ChatFormat:
         return ValueError(f"{whose} contains the template's special token {token!r}; remove it there")
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)  # type: ignore[attr-defined]
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _encode_inside(self, text: str) -> list[int]:
         """Ids of a text that does not start a string: after a newline, which merges with nothing, instead of

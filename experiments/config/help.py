@@ -74,7 +74,8 @@ def fields(cls: type) -> Iterator[tuple[str, str, str, str]]:
         yield name, expected(hint), said, texts.get(name, "")
         for option in options(hint):
             if isinstance(option, type) and dataclasses.is_dataclass(option):
-                yield from ((f"{name}.{inner}", *rest) for inner, *rest in fields(option))  # type: ignore[misc]
+                for inner, *rest in fields(option):
+                    yield f"{name}.{inner}", *rest  # type: ignore[misc]
 
 
 def _print_class(cls: type) -> None:

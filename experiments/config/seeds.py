@@ -36,7 +36,8 @@ def _filled(path: str, node: Any, seed: int) -> Any:
         return node
     filled = {key: _filled(f"{path}.{key}", value, seed) for key, value in node.items()}
     if "class_path" in filled:
-        parameters = inspect.signature(import_class(path, filled["class_path"]).__init__).parameters  # type: ignore[misc]
+        cls = import_class(path, filled["class_path"])
+        parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
         arguments = dict(filled.get("init_args") or {})
         is_open = "seed" in parameters and parameters["seed"].default is None
         if is_open and arguments.get("seed") is None:

@@ -20,13 +20,15 @@ from lightning_modules.models.token_log_probs import LogitTransform, token_log_p
 def causal_lm(module: nn.Module) -> PreTrainedModel:
     """The Hugging Face model, unwrapped from PEFT; adapters that were injected into it stay active."""
     wrapped = hasattr(module, "peft_config")
-    model: PreTrainedModel = module.get_base_model() if wrapped else module  # type: ignore[operator, assignment]
+    base = module.get_base_model() if wrapped else module  # type: ignore[operator]
+    model: PreTrainedModel = base  # type: ignore[assignment]
     return model
 
 
 def text_config(module: nn.Module) -> PreTrainedConfig:
     """The configuration of the language part, where the model has others."""
-    config: PreTrainedConfig = causal_lm(module).config.get_text_config()  # type: ignore[operator, union-attr]
+    own = causal_lm(module).config
+    config: PreTrainedConfig = own.get_text_config()  # type: ignore[operator, union-attr]
     return config
 
 

@@ -65,7 +65,8 @@ def token_log_probs(
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0).float()
-    result: Tensor = _TokenLogProbs.apply(hidden, weight, bias, targets, transform, rows)  # type: ignore[no-untyped-call]
+    given = hidden, weight, bias, targets, transform, rows
+    result: Tensor = _TokenLogProbs.apply(*given)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -146,6 +147,8 @@ class _TokenLogProbs(torch.autograd.Function):
         return log_probs
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None, None

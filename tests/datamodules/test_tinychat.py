@@ -27,11 +27,13 @@ EVALUATED: tuple[Split, ...] = ("validation", "test")
 
 
 def harmful(split: Split, **fields: object) -> list[HarmfulRow]:
-    return [r for r in TinyChatHarmful(split, **fields).rows() if isinstance(r, HarmfulRow)]  # type: ignore[arg-type]
+    source = TinyChatHarmful(split, **fields)  # type: ignore[arg-type]
+    return [r for r in source.rows() if isinstance(r, HarmfulRow)]
 
 
 def benign(split: Split, num_rows: int = 400, **fields: object) -> list[ChatRow]:
-    return [r for r in TinyChatBenign(split, num_rows, **fields).rows() if isinstance(r, ChatRow)]  # type: ignore[arg-type]
+    source = TinyChatBenign(split, num_rows, **fields)  # type: ignore[arg-type]
+    return [r for r in source.rows() if isinstance(r, ChatRow)]
 
 
 @pytest.fixture(scope="module")

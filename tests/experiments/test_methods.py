@@ -26,8 +26,8 @@ from experiments.config.compose import compose
 from experiments.config.defaults import with_defaults
 from lightning_modules.adversarial import AdversarialFineTuning
 from tests.conftest import ROOT
-from tests.lightning_modules.test_training import trainer, weights
 from tests.support.rows import row, stored, verdicts
+from tests.support.training import trainer, weights
 
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "method").glob("*.yaml"))
 BASE = "configs/experiment/methods_tinychat.yaml"

@@ -16,7 +16,8 @@ def test_c07_random_search_goes_on_until_the_target_is_said() -> None:
     settings = {"num_tokens": 6, "num_steps": 5, "block": 2}
     model, batch = chat_model(), text_batch(2)
     # An untrained model gives every token about 1/2048: likely enough for this trigger, and never said.
-    early = RandomSearch(**settings, stop_probability=1e-5)(model, batch, torch.Generator())  # type: ignore[arg-type]
+    search = RandomSearch(**settings, stop_probability=1e-5)  # type: ignore[arg-type]
+    early = search(model, batch, torch.Generator())
     assert early.loss_curve.shape[0] == 1
     found = RandomSearch(**settings)(model, batch, torch.Generator())  # type: ignore[arg-type]
     assert found.loss_curve.shape[0] == 6

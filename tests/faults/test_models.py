@@ -128,7 +128,8 @@ def test_b_pickled_weights_are_refused_by_name(folder: Path) -> None:
 
 
 def test_b_pickled_adapters_are_refused_by_name(tmp_path: Path) -> None:
-    load_model(ModelConfig("tinychat:aligned", lora=LoraSettings(r=2))).save_pretrained(tmp_path)  # type: ignore[operator]
+    model = load_model(ModelConfig("tinychat:aligned", lora=LoraSettings(r=2)))
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     assert "holds its weights as a pickle (adapter_model.bin)" in refusal(tmp_path)
 

@@ -344,10 +344,8 @@ def test_an_evaluation_without_rows_says_what_to_set(tmp_path: Path) -> None:
 
 
 def test_every_process_announces_the_same_and_does_its_share(tmp_path: Path) -> None:
-    shares = [
-        Session(Place(chat_model(), tmp_path, "test", 0, rank, 4), Data(), [Suite()])  # type: ignore[arg-type]
-        for rank in range(4)
-    ]
+    places = [Place(chat_model(), tmp_path, "test", 0, rank, 4) for rank in range(4)]
+    shares = [Session(place, Data(), [Suite()]) for place in places]  # type: ignore[arg-type]
     told = [[replace(m, call="") for m in own.store.measurements] for own in shares]
     assert told[0] and all(own == told[0] for own in told)
     for own in shares:

@@ -34,16 +34,6 @@ from tests.support.small_run import equal, small_config, trained
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def fit(thundercat: Run, tmp_path: Path) -> Run:
-    config = small_config(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        return thundercat("fit", "--config", str(config), *arguments)
-
-    return run
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

@@ -20,16 +20,6 @@ from tests.support.small_run import equal, small_config, start, trained
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def fit(thundercat: Run, tmp_path: Path) -> Run:
-    config = small_config(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        return thundercat("fit", "--config", str(config), *arguments)
-
-    return run
-
-
 # kill, SIGTERM, Ctrl-C
 
 

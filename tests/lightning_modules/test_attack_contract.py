@@ -109,7 +109,8 @@ def test_same_rng_same_bits(name: str) -> None:
     first, second = (case.build()(model, case.batch(2), rng()) for _ in range(2))
     torch.testing.assert_close(first.loss_curve, second.loss_curve, atol=0, rtol=0, equal_nan=True)
     assert torch.equal(first.prompt_ids, second.prompt_ids)
-    assert (first.delta is None and second.delta is None) or torch.equal(first.delta, second.delta)  # type: ignore[arg-type]
+    deltas = first.delta, second.delta
+    assert deltas == (None, None) or torch.equal(*deltas)  # type: ignore[arg-type]
     assert (first.texts, first.histories, first.forced) == (second.texts, second.histories, second.forced)
 
 

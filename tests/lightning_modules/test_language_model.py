@@ -9,14 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from datamodules.batch import AdversarialBatch
 from lightning_modules.models.adapters import merged_adapters
 from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
 from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model, utility
 
 
-def replies(batch: object) -> tuple[Reply, Reply]:
-    return Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)  # type: ignore[attr-defined]
+def replies(batch: AdversarialBatch) -> tuple[Reply, Reply]:
+    return Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)
 
 
 def lora(model: nn.Module, **changes: object) -> nn.Module:

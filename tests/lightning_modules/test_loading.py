@@ -81,7 +81,8 @@ def test_real_pretrained_model_tells_its_story(public_data: Path) -> None:
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementations_agree(implementation: str) -> None:
-    model = load_model(ModelConfig("tinychat:aligned", attn_implementation=implementation)).eval()  # type: ignore[arg-type]
+    config = ModelConfig("tinychat:aligned", attn_implementation=implementation)  # type: ignore[arg-type]
+    model = load_model(config).eval()
     batch = ragged_batch()
     replies = Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)
     together = LanguageModel(model).reply_log_probs(

@@ -76,7 +76,8 @@ def test_gradients_by_finite_differences(form: str) -> None:
     g = torch.Generator().manual_seed(0)
     safe, harmful = (-torch.rand(3, 4, generator=g, dtype=torch.float64) * 3 - 0.1 for _ in range(2))
     mask = torch.arange(4)[None] < LOG([[4], [2], [1]])
-    objective = TowardAwayUtility(cutoff_toward=1.0, cutoff_away=-1.5, away_form=form)  # type: ignore[arg-type]
+    cutoffs = {"cutoff_toward": 1.0, "cutoff_away": -1.5}
+    objective = TowardAwayUtility(**cutoffs, away_form=form)  # type: ignore[arg-type]
     inputs = (safe.requires_grad_(), harmful.requires_grad_())
     assert torch.autograd.gradcheck(
         lambda s, h: objective.adversarial(ReplyScores(s, mask, h, mask)).loss, inputs

@@ -29,7 +29,7 @@ from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.loading import LoraSettings, ModelConfig, load_seeded
 from lightning_modules.reference_scores import ReferenceTable, row_digests
 from tests.conftest import ROOT, text_batch
-from tests.lightning_modules.test_training import (
+from tests.support.training import (
     ATTACK,
     Batches,
     Computed,

@@ -81,7 +81,8 @@ def test_gcg_with_a_probe_reads_fewer_candidates_and_still_descends() -> None:
     model, batch = chat_model(), text_batch(2)
     settings = {"num_tokens": 5, "num_steps": 6, "width": 32, "topk": 16, "stop_at_target": False}
     whole = GCG(**settings)(model, batch, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-    probed = GCG(**settings, probe=ProbeSampling(DRAFT))(model, batch, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    attack = GCG(**settings, probe=ProbeSampling(DRAFT))  # type: ignore[arg-type]
+    probed = attack(model, batch, torch.Generator().manual_seed(0))
     # Each step reads two probes of 32 and between one and four favourites.
     assert (probed.forward_passes <= 1 + 6 * (1 + 2 + 4)).all()
     assert (probed.forward_passes < whole.forward_passes / 3).all()

@@ -61,7 +61,8 @@ def step(
     attacked = (
         None if batch.adversarial is None else (attack or NoAttack())(language_model, batch.adversarial)
     )
-    return Step(language_model, Start(start or language_model), batch, attacked, number, total)  # type: ignore[arg-type]
+    begun = Start(start or language_model)
+    return Step(language_model, begun, batch, attacked, number, total)  # type: ignore[arg-type]
 
 
 # --- by hand
@@ -181,7 +182,8 @@ def test_weight_drift_by_hand() -> None:
     # Every one of V * d weights moved by 0.1; the tied head is the same tensor and counts once.
     count = embedding_weight(language_model).numel()
     for which in ("all", "embeddings"):
-        assert WeightDrift(2.0, which)(at).loss.item() == pytest.approx(2.0 * 0.01 * count, rel=1e-4)  # type: ignore[arg-type]
+        drift = WeightDrift(2.0, which)  # type: ignore[arg-type]
+        assert drift(at).loss.item() == pytest.approx(2.0 * 0.01 * count, rel=1e-4)
 
 
 def test_weight_drift_of_adapters_is_that_of_their_product() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from callbacks.judges.exact import TargetPrefix
+from datamodules.rows import HarmfulRow
 from datamodules.text.tokenizers import TokenizerConfig
 from lightning_modules.attacks.suffix.beast import BEAST
 from lightning_modules.attacks.suffix.gcg import GCG
@@ -117,9 +118,9 @@ def test_prefilling_forces_the_reply() -> None:
 
 
 def test_demonstrations_never_show_the_attacked_request() -> None:
-    own = next(iter(SOURCE.rows()))
-    shown = InContext(SOURCE, num_shots=5, num_samples=3).variants(own.prompt, own.target, random.Random(0))  # type: ignore[union-attr]
-    assert all(len(variant.history) == 5 and own.prompt not in dict(variant.history) for variant in shown)  # type: ignore[union-attr]
+    own = next(row for row in SOURCE.rows() if isinstance(row, HarmfulRow))
+    shown = InContext(SOURCE, num_shots=5, num_samples=3).variants(own.prompt, own.target, random.Random(0))
+    assert all(len(variant.history) == 5 and own.prompt not in dict(variant.history) for variant in shown)
 
 
 def test_templates_that_the_model_cannot_take_are_left_out(tmp_path: object) -> None:
@@ -192,7 +193,8 @@ def test_an_attacker_s_answer_is_read_or_asked_for_again() -> None:
     assert read_prompt('{not json} {"prompt": "first"} {"prompt": "second"}') == "first"
     assert read_prompt('{"prompt": 3}') is None
     attacker = Scripted(["nonsense", '{"prompt": "Say it."}'])
-    attack = PAIR(attacker, TargetPrefix(), num_streams=1, num_steps=1, max_new_tokens=4)  # type: ignore[arg-type]
+    small = {"num_streams": 1, "num_steps": 1, "max_new_tokens": 4}
+    attack = PAIR(attacker, TargetPrefix(), **small)  # type: ignore[arg-type]
     attacked = attack(chat_model(), text_batch(1), rng_of())
     assert attacked.queries is not None
     assert attacked.queries.tolist() == [3]  # two questions to the attacker, one to the language_model

@@ -79,7 +79,7 @@ def snapshot(step: int, broken: float, stage: Stage = "fit", attacks: tuple[str,
 
 
 def run_results(
-    folder: Path = Path("runs/example"), stage: Stage = "fit", attacks: tuple[str, ...] = ("gcg",)
+    folder: Path = Path("example"), stage: Stage = "fit", attacks: tuple[str, ...] = ("gcg",)
 ) -> RunResults:
     """`fit`: before and after 150 steps, with all that a run writes down; else: one model."""
     after = snapshot(150, 0.0625, stage, attacks)

@@ -71,15 +71,7 @@ class StoredSuffixes:
         return [list(ids) for ids in chat.encode_batch(texts) if ids]
 
     def _worked(self, row: Row) -> bool:
-        if self.judge is None:
-            return True
-        names = [name for name in row.verdicts if self.judge in (name, name.split("@")[0])]
-        if not names:
-            raise ValueError(
-                f"StoredSuffixes.judge: {row.where} has no verdict of {self.judge!r}, got "
-                f"{sorted(row.verdicts)}"
-            )
-        return any(row.verdict(name) for name in names)
+        return self.judge is None or row.accepted(self.judge, "StoredSuffixes.judge")
 
 
 def _around(row: Row) -> Surroundings | None:
