@@ -18,11 +18,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from types import FrameType
 from typing import Any, NoReturn
 
-import experiments.parent  # noqa: F401  it notes the parent at once
+from callbacks.report.escape import printable
 from experiments.config.errors import ConfigError, suggest
+from experiments.process import Ended, end_if_asked, listen
 
 RUNS = {
     "fit": "train, with the evaluations that the configuration names",
@@ -36,11 +36,6 @@ OTHERS = {
     "list": "what there is to choose from, one line each",
     "schema": "a JSON schema of configurations, for editors",
 }
-INTERRUPTED, TERMINATED = 130, 143
-
-
-class Terminated(BaseException):
-    """SIGTERM before a run has put its own handlers in place: importing torch alone takes seconds."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,10 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
-    except KeyboardInterrupt:
-        return _fail(words, "interrupted before anything was run", INTERRUPTED)
-    except Terminated:
-        return _fail(words, "stopped by SIGTERM before anything was run", TERMINATED)
+    except (Ended, KeyboardInterrupt) as stop:
+        number = stop.number if isinstance(stop, Ended) else signal.SIGINT
+        return _fail(words, f"stopped by {signal.Signals(number).name} before anything was run", 128 + number)
     except BrokenPipeError:
         # Whoever reads our output has gone (`thundercat list | head`): nobody is left to tell.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -146,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(words: Sequence[str], message: str, status: int) -> int:
     if "--traceback" in words:
         traceback.print_exc()
-    print(f"thundercat: {message}", file=sys.stderr)
+    print(f"thundercat: {printable(message, one_line=True)}", file=sys.stderr)
     return status
 
 
@@ -194,9 +188,11 @@ def _configured(
     if call.command == "attack":
         from experiments.commands.attack import attack
 
+        end_if_asked()
         return attack(call.config, overrides, flags)
     from experiments.commands.run import run
 
+    end_if_asked()
     return run(call.command, call.config, overrides, flags)
 
 
@@ -265,14 +261,9 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process as it is
-    raise Terminated
-
-
 def console() -> Any:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _terminate)
+    listen()
     if "_ARGCOMPLETE" in os.environ:
         from experiments.config.completion import complete
 

@@ -64,12 +64,13 @@ class PretrainedModel(LightningModule):
         self._chat, self._harmful_batches = chat, harmful_batches
 
     def setup(self, stage: str) -> None:
-        """Meet the run's data, where nobody has attached it. Raises: ValueError under a strategy that would
-        not synchronise gradients."""
+        """Raises: ValueError under a strategy that would not synchronise gradients, or without a chat
+        format."""
         check_strategy(self.trainer.strategy)
-        data = getattr(self.trainer, "datamodule", None)
-        if self._chat is None and data is not None:
-            self.attach(data.chat, getattr(data, "harmful_batches", None))
+        if self._chat is None:
+            raise ValueError(
+                f"{type(self).__name__} has no chat format; call attach(data.chat) before training"
+            )
 
     def configure_model(self) -> None:
         """Load the model once, on first use."""

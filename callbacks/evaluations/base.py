@@ -10,11 +10,12 @@ are in the rows and the report. `validate` and `test` run evaluations through Li
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from tqdm.auto import tqdm
 
 from callbacks.evaluations.asking import Job
@@ -50,14 +51,19 @@ class Evaluation(Callback, ABC):
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self._last_step = -1
+        self._data: EvaluationData | None = None
+
+    def attach(self, data: EvaluationData) -> None:
+        """Hand over the rows that are measured inside `fit`."""
+        self._data = data
 
     @abstractmethod
     def probes(self) -> list[Probe]:
         """What is measured, in the order in which it is reported."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises: ValueError where the datamodule has no evaluation rows."""
-        if stage == "fit" and not isinstance(getattr(trainer, "datamodule", None), EvaluationData):
+        """Raises: ValueError where nobody has attached evaluation rows."""
+        if stage == "fit" and self._data is None:
             raise ValueError(f"{type(self).__name__} expects data: datamodules.evaluation.EvaluationData")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,9 +86,8 @@ class Evaluation(Callback, ABC):
             self._run(trainer, pl_module)
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PretrainedModel)
+        assert isinstance(pl_module, PretrainedModel) and self._data is not None
         self._last_step = trainer.global_step
-        data: EvaluationData = trainer.datamodule  # type: ignore[attr-defined]
         place = Place(
             pl_module.language_model,
             Path(trainer.default_root_dir),
@@ -93,7 +98,7 @@ class Evaluation(Callback, ABC):
             str(trainer.precision),
         )
         with undisturbed(pl_module):
-            session = Session(place, data, [self])
+            session = Session(place, self._data, [self])
             with nested(trainer, sum(len(job.batch) for job in session.jobs), self.name) as bar:
                 for job in session.jobs:
                     do(session, job, bar)
@@ -103,6 +108,17 @@ class Evaluation(Callback, ABC):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         show_rows(trainer, f"fit/{self.name}", session.rows)
+
+
+def introduce(module: LightningModule, data: LightningDataModule, callbacks: Sequence[Callback]) -> None:
+    """Hand the data to the module and to the evaluations among the callbacks, before a trainer runs them."""
+    if not isinstance(data, EvaluationData):
+        return
+    if isinstance(module, PretrainedModel):
+        module.attach(data.chat, getattr(data, "harmful_batches", None))
+    for callback in callbacks:
+        if isinstance(callback, Evaluation):
+            callback.attach(data)
 
 
 def do(session: Session, job: Job, bar: tqdm[Any]) -> None:

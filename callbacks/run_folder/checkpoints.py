@@ -6,6 +6,7 @@ configuration at hand, so that another run is not continued with them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -75,7 +76,7 @@ class RunCheckpoints(Checkpoint):
             for path in RunFolder.of(trainer.default_root_dir).checkpoints.glob("step_*.ckpt"):
                 if _step(path) > trainer.global_step:
                     log.warning("%s is beyond the step that training goes on from: set aside", path)
-                    path.rename(path.with_suffix(".aside"))
+                    path.rename(_free(path.with_suffix(".aside")))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -107,8 +108,15 @@ class RunCheckpoints(Checkpoint):
         trainer.save_checkpoint(folder / f"step_{trainer.global_step:06d}.ckpt", weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
-            for old in sorted(folder.glob("step_*.ckpt"))[: -self.keep]:
+            # By number: as texts, step 1,000,000 comes before 999,999.
+            for old in sorted(folder.glob("step_*.ckpt"), key=_step)[: -self.keep]:
                 old.unlink()
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of PATH.1, PATH.2, ... that is free: what is set aside is never replaced."""
+    places = itertools.chain([path], (path.with_name(f"{path.name}.{i}") for i in itertools.count(1)))
+    return next(place for place in places if not place.exists())
 
 
 def find_checkpoint(
@@ -134,7 +142,7 @@ def find_checkpoint(
             "ckpt_path: 'best' is known only to the process that trained; give the file's path, or `last`"
         )
     found = (
-        _newest(RunFolder.of(folder))
+        _newest(RunFolder.of(folder), command)
         if ckpt_path == "last"
         else (Path(ckpt_path), read_checkpoint(ckpt_path))
     )
@@ -152,7 +160,7 @@ def find_checkpoint(
     path, content = found
     then = content.get(CONFIGURATION)
     _compare(then, now, path, None if command == "fit" else LOADING)
-    if then is not None and ckpt_path != "last" and command in ("validate", "test"):
+    if then is not None and ckpt_path != "last":
         _refuse_another_run(RunFolder.of(folder), path, then)
     steps = differences(then, now, STEPS) if then and command == "fit" else []
     if steps:
@@ -160,15 +168,19 @@ def find_checkpoint(
     return path
 
 
-def _newest(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
+def _newest(folder: RunFolder, command: str) -> tuple[Path, dict[str, Any]] | None:
     """The newest complete checkpoint. Raises: DamagedCheckpoint where there are some and none is complete."""
     damaged = ""
-    for path in _newest_first(folder.checkpoints):
+    # Lightning's own callback, where a recipe has no other, writes beneath its logger's folder.
+    for path in _newest_first(folder.path):
         try:
             content = read_checkpoint(path)
         except DamagedCheckpoint as error:
             log.warning("%s; the one before it is taken", error)
             damaged = str(error)
+            continue
+        if command == "fit" and "optimizer_states" not in content:
+            log.warning("%s holds weights alone, no training goes on from it; an earlier one is taken", path)
             continue
         return path, content
     if damaged:

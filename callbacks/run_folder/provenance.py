@@ -64,10 +64,15 @@ class Provenance(Callback):
             self.write(RunFolder.of(trainer.default_root_dir), str(getattr(stage, "value", stage)))
 
     def write(self, folder: RunFolder, stage: str) -> None:
-        """Both files of a stage, each whole or not there."""
-        write_whole(folder.config(stage), yaml.dump(self.config, Dumper=_Dumper, sort_keys=False))
-        seed = self.config.get("seed_everything")
-        environment = {"seed_everything": seed, "seeds": self.seeds, "stage": stage, **environment_facts()}
+        """Both files of a stage, each whole or not there.
+
+        The checkpoint that a command began from is of that call alone: in the configuration it would be the
+        next call's too, and `test --config RUN/config.yaml` would not be of the model before training.
+        """
+        own = {key: value for key, value in self.config.items() if key != "ckpt_path"}
+        write_whole(folder.config(stage), yaml.dump(own, Dumper=_Dumper, sort_keys=False))
+        facts = {name: self.config.get(name) for name in ("seed_everything", "ckpt_path")}
+        environment = {**facts, "seeds": self.seeds, "stage": stage, **environment_facts()}
         write_whole(folder.environment(stage), json.dumps(environment, indent=2) + "\n")
 
 

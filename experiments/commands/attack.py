@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.plugins import Precision
 from tqdm.auto import tqdm
 
 from callbacks.evaluations.asking import Job, judged, measure
@@ -105,11 +106,15 @@ def _attack(config: dict[str, Any], folder: RunFolder, row: HarmfulRow) -> int:
         module.attach(data.chat)
         module.configure_model()
         step = load_weights(module, checkpoint) if checkpoint is not None else 0
+        # The run's own arithmetic: a model may refuse in one precision what it answers in another.
+        precision = _precision(config)
         module.to(_device(config))
+        precision.convert_module(module)
         module.eval()
         encoder = Encoder(data.chat, replace(data.encoding, on_bad_row="error"))
         batch = evaluation_batch(encoder.harmful([row]), data.encoding.attackable)
-        plain, attacked = measured(module, batch, step)
+        with precision.forward_context():
+            plain, attacked = measured(module, batch, step, str(precision.precision))
         Provenance(config, seeds_of(config)).write(folder, "attack")
         store = ResultsStore(folder.path)
         store.add([plain, attacked])
@@ -130,12 +135,22 @@ def _built(config: Mapping[str, Any]) -> tuple[AttackedModel, EvaluationData]:
     return built.model, built.data
 
 
+def _precision(config: Mapping[str, Any]) -> Precision:
+    """Lightning's plugin for `trainer.precision`, as a run has it."""
+    trainer = config["trainer"]
+    wanted = {name: trainer[name] for name in ("precision", "accelerator") if name in trainer}
+    own = Trainer(**wanted, logger=False, enable_model_summary=False, enable_checkpointing=False)
+    return own.precision_plugin
+
+
 def _device(config: Mapping[str, Any]) -> torch.device:
     wants = config["trainer"].get("accelerator", "auto") in ("auto", "gpu", "cuda")
     return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
 
 
-def measured(module: AttackedModel, batch: EvaluationBatch, step: int) -> tuple[Row, Row]:
+def measured(
+    module: AttackedModel, batch: EvaluationBatch, step: int, precision: str = "32-true"
+) -> tuple[Row, Row]:
     """The reply to the request as it is, and to the attacked one; every improvement is shown as it is
     found."""
     plan = Measurement(
@@ -143,7 +158,7 @@ def measured(module: AttackedModel, batch: EvaluationBatch, step: int) -> tuple[
         stage="attack",
         step=step,
         model=fingerprint(module.model),
-        settings=settings_digest(module.attack, MAX_NEW_TOKENS, module.seed, contents(batch)),
+        settings=settings_digest(module.attack, MAX_NEW_TOKENS, module.seed, contents(batch), precision),
         subject="harmful",
         attack=type(module.attack).__name__,
         quantity="success_rate",

@@ -3,27 +3,67 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from lightning import Callback, LightningModule, Trainer
+
+NAME = "predictions.jsonl"
 
 
-def write_predictions(folder: str, result: list[Any]) -> Path:
-    """Write {key, prompt, reply} rows to `predictions.jsonl` in the run folder and return its path.
+class WritesPredictions(Callback):
+    """Appends {key, prompt, reply, checkpoint} rows to a file of each process as they come; at the end they
+    are `predictions.jsonl` in the run folder, and only then is an earlier one replaced.
 
     Args:
-        folder: the run folder.
-        result: what `Trainer.predict` returned: batches of rows, or lists of them where there were several
-            loaders.
+        checkpoint: the checkpoint that replies, None for the model before training.
     """
-    path = Path(folder) / "predictions.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as stream:
-        for row in _rows(result):
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return path
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.checkpoint = None if checkpoint is None else checkpoint.name
+        self._stream: TextIO | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = _part(trainer, trainer.global_rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("w", encoding="utf-8")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._stream is not None
+        for row in outputs:
+            line = json.dumps({**row, "checkpoint": self.checkpoint}, ensure_ascii=False)
+            self._stream.write(line + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero:
+            parts = [_part(trainer, rank) for rank in range(trainer.world_size)]
+            whole = Path(trainer.default_root_dir) / f"{NAME}.partial"
+            whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+            whole.replace(Path(trainer.default_root_dir) / NAME)
+            for part in parts:
+                part.unlink()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
-def _rows(result: Any) -> list[dict[str, str]]:
-    if isinstance(result, dict):
-        return [result]
-    return [row for part in result for row in _rows(part)]
+def _part(trainer: Trainer, rank: int) -> Path:
+    return Path(trainer.default_root_dir) / f"predictions_rank{rank}.jsonl.partial"

@@ -19,9 +19,10 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.evaluations.base import Evaluation
+from callbacks.evaluations.base import Evaluation, introduce
 from callbacks.evaluations.measuring import Measuring
 from callbacks.progress import install_progress
+from callbacks.report.escape import printable
 from callbacks.report.report import RunReport
 from callbacks.run_folder.checkpoint_files import RunCheckpointIO, load_weights
 from callbacks.run_folder.checkpoints import find_checkpoint
@@ -33,11 +34,12 @@ from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, end_with_parent, stoppable
 from datamodules.evaluation import EvaluationData
+from experiments.commands.predictions import NAME, WritesPredictions
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import seeds_of, with_seeds
-from experiments.parent import STARTED_BY
+from experiments.process import STARTED_BY, end_if_asked
 from lightning_modules.pretrained import PretrainedModel
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -153,12 +155,14 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
         reported = any(isinstance(callback, RunReport) for callback in callbacks_of(cli.trainer))
         getattr(cli.trainer, command)(measuring(cli, checkpoint), verbose=not reported)
         return 0
+    introduce(cli.model, cli.datamodule, callbacks_of(cli.trainer))
     path = None if checkpoint is None else str(checkpoint)
-    result = getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=path)
     if command == "predict":
-        from experiments.commands.predictions import write_predictions
-
-        print(write_predictions(cli.trainer.default_root_dir, result))
+        callbacks_of(cli.trainer).append(WritesPredictions(checkpoint))
+        cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=path, return_predictions=False)
+        print(Path(cli.trainer.default_root_dir) / NAME)
+        return 0
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
     return 0
 
 
@@ -184,6 +188,7 @@ def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) 
     """Do it; whatever ends it is one line on the terminal. Returns the exit status. Raises: ConfigError."""
     try:
         with stoppable():
+            end_if_asked()
             return action()
     except Stopped as stop:
         _say(
@@ -216,7 +221,7 @@ def one_line(error: Exception) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"thundercat: {text}", file=sys.stderr)
+    print(f"thundercat: {printable(text, one_line=True)}", file=sys.stderr)
 
 
 def innermost(error: BaseException) -> str:

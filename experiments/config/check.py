@@ -24,7 +24,7 @@ from experiments.config.classes import import_class
 from experiments.config.errors import ConfigError, suggest
 from experiments.config.extras import check_extra
 from experiments.config.files import TOP_LEVEL
-from experiments.config.trainer_fields import TRAINER_FIELDS
+from experiments.config.trainer_fields import LIGHTNING_FIELDS, TRAINER_FIELDS, check_trainer
 
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 
@@ -49,7 +49,7 @@ def check(config: Mapping[str, Any], command: str) -> None:
     for name in ("max_steps", "max_epochs", "limit_train_batches") if command == "fit" else ():
         if trainer.get(name) == 0 and not isinstance(trainer[name], bool):
             raise ConfigError(f"trainer.{name}: expected some training, got 0; set it above 0, or use test")
-    check_strategy_name(trainer.get("strategy"))
+    check_trainer(trainer)
     check_precision(trainer.get("precision"), str(trainer.get("accelerator", "auto")))
     if config.get("seed_everything") is not None:
         check_value("seed_everything", config["seed_everything"], Seed)
@@ -57,16 +57,6 @@ def check(config: Mapping[str, Any], command: str) -> None:
     check_value("ckpt_path", ckpt_path, str | None)
     if ckpt_path not in (None, "last", "best") and not Path(ckpt_path).exists():
         raise ConfigError(f"ckpt_path: no file {ckpt_path!r}; give a checkpoint of this run, or `last`")
-
-
-def check_strategy_name(strategy: Any) -> None:
-    """Raises: ConfigError for a strategy by name that would not synchronise gradients, before Lightning asks
-    for the hardware that it needs; one of a class is refused when it is built (`check_strategy`)."""
-    if isinstance(strategy, str) and strategy != "auto" and not strategy.startswith("ddp"):
-        raise ConfigError(
-            f"trainer.strategy: {strategy!r} is not supported (gradients would not be synchronised between "
-            "processes); set trainer.strategy: ddp, or trainer.devices: 1"
-        )
 
 
 def check_precision(precision: Any, accelerator: str) -> None:
@@ -131,7 +121,7 @@ def _check_class(path: str, node: Mapping[str, Any], hint: Any) -> None:
         names = " or ".join(option.__name__ for option in protocols)
         raise ConfigError(f"{path}.class_path: expected a kind of {names}, got {node['class_path']}")
     arguments = node.get("init_args") or {}
-    _check_arguments(path, arguments, cls, {}, required=True)
+    _check_arguments(path, arguments, cls, LIGHTNING_FIELDS.get(cls, {}), required=True)
     check_extra(path, cls, arguments)
 
 
@@ -228,7 +218,8 @@ def _item_hint(hint: Any) -> Any:
     for option in options(hint):
         origin = typing.get_origin(option)
         items = [item for item in typing.get_args(option) if item is not Ellipsis]
-        if isinstance(origin, type) and items and origin is not type:
+        # The bounds of Annotated[int, Ge(1)] are no items.
+        if isinstance(origin, type) and items and origin is not type and not is_plain(option):
             return items[-1]
     return Any
 

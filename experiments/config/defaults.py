@@ -11,7 +11,8 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the trainer's defaults filled in; a CSV log beside whatever loggers are
     named, and none with `logger: false`."""
     trainer = dict(config.get("trainer") or {})
-    trainer.setdefault("default_root_dir", "runs/unnamed")
+    if trainer.get("default_root_dir") is None:
+        trainer["default_root_dir"] = "runs/unnamed"
     trainer.setdefault("inference_mode", False)
     # The data deals its rows out to the processes itself; Lightning's sampler would divide them again.
     trainer.setdefault("use_distributed_sampler", False)

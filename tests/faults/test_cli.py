@@ -267,7 +267,7 @@ def test_b_attack_honours_traceback(thundercat: Run, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by SIGTERM")],
+    [(signal.SIGINT, "stopped by SIGINT"), (signal.SIGTERM, "stopped by SIGTERM")],
 )
 def test_b_a_signal_at_start_up_is_one_line(number: signal.Signals, words: str) -> None:
     command = [sys.executable, "-m", "experiments.cli", "fit", "--config", TINYCHAT, "--print_config"]

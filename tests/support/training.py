@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, Trainer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from callbacks.evaluations.base import introduce
 from datamodules.adversarial import AdversarialData
 from datamodules.batch import TrainingBatch
 from datamodules.evaluation import EvaluationSets
@@ -55,6 +56,14 @@ def module(lora: LoraSettings | None = None, lr: float = 1e-3, **attack: Any) ->
     )
 
 
+class _Trainer(Trainer):
+    """Introduces data and module to each other, as the command line does."""
+
+    def fit(self, model: Any, datamodule: Any, **fields: Any) -> None:  # type: ignore[override]
+        introduce(model, datamodule, self.callbacks)  # type: ignore[attr-defined]
+        super().fit(model, datamodule=datamodule, **fields)
+
+
 def trainer(folder: Path, steps: int, *callbacks: Callback, micro_batches: int = 1, **fields: Any) -> Trainer:
     fields = {
         "logger": False,
@@ -62,7 +71,7 @@ def trainer(folder: Path, steps: int, *callbacks: Callback, micro_batches: int =
         "enable_model_summary": False,
         "enable_checkpointing": False,
     } | fields
-    return Trainer(
+    return _Trainer(
         accelerator="cpu",
         devices=1,
         max_steps=steps,
