@@ -1,6 +1,9 @@
 """Training methods beside each other: each tuned by the same small search on validation, trained with several
 seeds, judged once on test.
 
+The search tries three learning rates, then, at the best of them, the method made stronger and the method tied
+closer to the reference: five trainings for every method.
+
 python -m experiments.studies.methods --out experiments/results/methods_cpu_202611
 
 Every run is a run folder of its own; finished ones are kept, and a killed comparison goes on where it stood.
@@ -19,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from tqdm.auto import tqdm
 
@@ -28,55 +32,89 @@ BASE = "configs/experiment/methods_tinychat.yaml"
 TEST = "configs/data/tinychat_test.yaml"
 TRANSFER = "configs/evaluation/transfer.yaml"
 RED_TEAM = "configs/experiment/red_team_tinychat.yaml"
-NO_ATTACK, ONE_STEP = "configs/attack/none.yaml", "configs/attack/one_step.yaml"
+NO_ATTACK, ONE_STEP = "--config=configs/attack/none.yaml", "--config=configs/attack/one_step.yaml"
 RATES = ("2e-4", "6e-4", "1.5e-3")
 """Learning rates that the search of every method tries, each for all the steps and with one seed."""
 SEARCH_SEED = 100
 
+OBJECTIVE = "--model.init_args.objective.init_args"
+TERM = "--model.init_args.terms.0.init_args"
+WIDER = ("--vars.epsilon=0.2",)
+HEAVIER = (f"{OBJECTIVE}.weight_toward=1.0", f"{OBJECTIVE}.weight_away=1.0")
+RETAIN = ("--config=configs/term/kl_retain.yaml", "--vars.kl_weight=1.0")
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A method's YAML with what is put on top of it."""
+    """A method's YAML with what is put on top of it.
+
+    Args:
+        method: file of configs/method.
+        extra: words that make the variant.
+        stronger: words of the search's try against the attack: a radius or weight twice as large.
+        tied: words of the search's try for the model's other replies: a tie to the reference.
+    """
 
     method: str
-    files: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    stronger: tuple[str, ...] = WIDER
+    tied: tuple[str, ...] = RETAIN
+
+
+def _preference(method: str, beta: str, *extra: str, stronger: tuple[str, ...] = WIDER) -> Variant:
+    """These have a tie to the reference of their own, beta: IPO wants a margin of 1 / (2 beta). The try is many
+    times the method's."""
+    return Variant(method, extra, stronger, (f"{OBJECTIVE}.beta={beta}",))
 
 
 VARIANTS: dict[str, Variant] = {
     "cat": Variant("cat"),
-    "cat, no attack": Variant("cat", (NO_ATTACK,)),
+    "cat, no attack": Variant("cat", (NO_ATTACK,), HEAVIER),
     "cat, one step": Variant("cat", (ONE_STEP,)),
-    "capo": Variant("capo"),
-    "capo, no attack": Variant("capo", (NO_ATTACK,)),
-    "capo, one step": Variant("capo", (ONE_STEP,)),
-    "capo with utility": Variant(
-        "capo",
-        overrides=(
-            "--model.init_args.objective.init_args.weight_utility=1.0",
-            "--data.init_args.utility_per_step=32",
-        ),
+    "capo": _preference("capo", "4.0"),
+    # Its beta alone says how far it goes: smaller is a wider margin.
+    "capo, no attack": _preference("capo", "4.0", NO_ATTACK, stronger=(f"{OBJECTIVE}.beta=0.125",)),
+    "capo, one step": _preference("capo", "4.0", ONE_STEP),
+    "capo with utility": _preference(
+        "capo", "4.0", f"{OBJECTIVE}.weight_utility=1.0", "--data.init_args.utility_per_step=32"
     ),
-    **{
-        name.replace("_", " "): Variant(name)
-        for name in (
-            "r2d2",
-            "lat",
-            "circuit_breakers",
-            "mixat",
-            "er_cat",
-            "cat_kl",
-            "capo_dpo",
-            "capo_hinge",
-            "npo",
-            "noise_augmentation",
-            "adversarial_fine_tuning",
-            "distillation",
-            "red_team_replay",
-            "prompt_generator",
-        )
-    },
+    "r2d2": Variant("r2d2", stronger=HEAVIER),
+    "lat": Variant("lat", stronger=("--vars.latent_epsilon=0.2",)),
+    "circuit breakers": Variant("circuit_breakers", stronger=(f"{TERM}.alpha=20.0",)),
+    "mixat": Variant("mixat"),
+    "er cat": Variant("er_cat"),
+    "cat kl": Variant("cat_kl", tied=(f"{TERM}.weight=4.0",)),
+    "capo dpo": _preference("capo_dpo", "1.6"),
+    "capo hinge": _preference("capo_hinge", "8.0"),
+    "npo": _preference("npo", "1.6"),
+    "noise augmentation": Variant("noise_augmentation", stronger=HEAVIER[:1]),
+    "adversarial fine tuning": Variant("adversarial_fine_tuning", stronger=HEAVIER[:1]),
+    # All of it is a tie to the reference: the tighter one is the distribution as it is, not softened.
+    "distillation": Variant("distillation", tied=(f"{TERM}.temperature=1.0",)),
+    "red team replay": Variant("red_team_replay", stronger=HEAVIER),
+    "prompt generator": Variant("prompt_generator", stronger=HEAVIER),
 }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One try of a search."""
+
+    rate: str
+    change: Literal["", "stronger", "tied"] = ""
+
+    def __str__(self) -> str:
+        return f"{self.rate} {self.change}".strip()
+
+    @property
+    def folder(self) -> str:
+        """In names of folders."""
+        return str(self).replace(" ", "_")
+
+    def words(self, variant: Variant) -> tuple[str, ...]:
+        """On the command line."""
+        change = getattr(variant, self.change) if self.change else ()
+        return (f"--model.init_args.optimizer.lr={self.rate}", *change)
 
 
 @dataclass(frozen=True)
@@ -98,64 +136,83 @@ class Study:
     def folder(self, name: str, what: str) -> Path:
         return self.runs / name.replace(", ", "_").replace(" ", "_") / what
 
-    def searched(self, name: str) -> dict[str, Path]:
-        """The search's run folders by learning rate."""
-        return {rate: self.folder(name, f"search_{rate}") for rate in RATES}
+    def searched(self, name: str, setting: Setting) -> Path:
+        """The run folder of one try."""
+        return self.folder(name, f"search_{setting.folder}")
+
+    def tries(self, name: str) -> list[Setting]:
+        """The settings of a search whose learning rates have been tried."""
+        rates = [Setting(rate) for rate in RATES]
+        best = self._best(name, rates).rate
+        return [*rates, Setting(best, "stronger"), Setting(best, "tied")]
 
     def judged(self, name: str) -> dict[int, Path]:
         """The run folders that are judged on test, by seed; what is not trained has one."""
-        seeds = self.seeds[:1] if name == NO_DEFENCE else self.seeds
-        return {seed: self.folder(name, f"seed{seed}") for seed in seeds}
+        if name == NO_DEFENCE:
+            return {seed: self.folder(name, f"seed{seed}") for seed in self.seeds[:1]}
+        # A search that goes on may choose otherwise: what an earlier choice trained is not taken for this.
+        setting = self.chosen(name).folder
+        return {seed: self.folder(name, f"seed{seed}_{setting}") for seed in self.seeds}
 
-    def search(self, name: str) -> list[Callable[[], None]]:
-        return [partial(self._search, name, rate) for rate in RATES] if name != NO_DEFENCE else []
+    def search(self, name: str, settings: Sequence[Setting]) -> list[Callable[[], None]]:
+        return [partial(self._search, name, setting) for setting in settings]
 
-    def _search(self, name: str, rate: str) -> None:
-        folder = self.searched(name)[rate]
-        if not (folder / "results.json").is_file():
-            self._fit(name, folder, SEARCH_SEED, rate)
+    def _search(self, name: str, setting: Setting) -> None:
+        if not self._tried(name, setting):
+            self._fit(name, self.searched(name, setting), SEARCH_SEED, setting)
 
-    def chosen(self, name: str) -> str:
-        """The learning rate that does best on validation; see `validation_score`."""
-        return max(RATES, key=lambda rate: validation_score(self.searched(name)[rate]))
+    def chosen(self, name: str) -> Setting:
+        """The setting that does best on validation; see `validation_score`."""
+        return self._best(name, self.tries(name))
+
+    def _best(self, name: str, settings: Sequence[Setting]) -> Setting:
+        return max(settings, key=lambda own: validation_score(self.searched(name, own)))
 
     def final(self, name: str) -> list[Callable[[], None]]:
         return [partial(self._final, name, seed) for seed in self.judged(name)]
+
+    def finished(self, name: str) -> dict[int, Path] | None:
+        """The judged folders where all of a method's runs are there, else None."""
+        if name != NO_DEFENCE:
+            rates = [Setting(rate) for rate in RATES]
+            if not all(self._tried(name, own) for own in rates):
+                return None
+            if not all(self._tried(name, own) for own in self.tries(name)):
+                return None
+        folders = self.judged(name)
+        return folders if all((own / "test_results.json").is_file() for own in folders.values()) else None
+
+    def _tried(self, name: str, setting: Setting) -> bool:
+        return (self.searched(name, setting) / "results.json").is_file()
 
     def _final(self, name: str, seed: int) -> None:
         folder = self.judged(name)[seed]
         if (folder / "test_results.json").is_file():
             return
         if name == NO_DEFENCE:
-            self._command("test", name, folder, seed, TEST)
+            self._command("test", name, folder, seed, f"--config={TEST}")
             return
         if not (folder / "results.json").is_file():
             self._fit(name, folder, seed, self.chosen(name))
         more = (
+            f"--config={TEST}",
             f"--config={TRANSFER}",
             f"--vars.transfer_from={self.judged(NO_DEFENCE)[self.seeds[0]]}",
             "--ckpt_path=last",
-            self._rate(self.chosen(name)),
+            *self.chosen(name).words(VARIANTS[name]),
         )
-        self._command("test", name, folder, seed, TEST, *more)
+        self._command("test", name, folder, seed, *more)
 
-    def _fit(self, name: str, folder: Path, seed: int, rate: str) -> None:
-        self._command("fit", name, folder, seed, None, "--ckpt_path=last", self._rate(rate))
+    def _fit(self, name: str, folder: Path, seed: int, setting: Setting) -> None:
+        self._command("fit", name, folder, seed, "--ckpt_path=last", *setting.words(VARIANTS[name]))
 
-    @staticmethod
-    def _rate(rate: str) -> str:
-        return f"--model.init_args.optimizer.lr={rate}"
-
-    def _command(
-        self, command: str, name: str, folder: Path, seed: int, data: str | None, *more: str
-    ) -> None:
+    def _command(self, command: str, name: str, folder: Path, seed: int, *more: str) -> None:
         """One process on one thread, as a user would type it. Raises: RuntimeError with the end of its
         output."""
         variant = VARIANTS.get(name, VARIANTS["cat"])
-        files = [BASE, f"configs/method/{variant.method}.yaml", *variant.files, *([data] if data else [])]
-        words = [sys.executable, "-m", "experiments.cli", command]
-        words += [word for file in files for word in ("--config", file)]
-        words += [*variant.overrides, *more, *self.overrides, f"--trainer.default_root_dir={folder}"]
+        words = [sys.executable, "-m", "experiments.cli", command, f"--config={BASE}"]
+        words += [f"--config=configs/method/{variant.method}.yaml", *variant.extra, *more]
+        words += [*self.overrides, f"--trainer.default_root_dir={folder}"]
         words += [f"--seed_everything={seed}", f"--trainer.max_steps={self.steps}"]
         if variant.method == "red_team_replay":
             words.append(f"--vars.red_team={self.runs / 'red_team'}")
@@ -213,16 +270,16 @@ def main() -> None:
             study.red_team()
         # Method by method, so that a comparison that is cut short has whole methods in it.
         for name in (NO_DEFENCE, *call.methods):
-            work(study.search(name), call.workers, f"{name}: search")
+            if name != NO_DEFENCE:
+                rates = [Setting(rate) for rate in RATES]
+                work(study.search(name, rates), call.workers, f"{name}: learning rate")
+                work(study.search(name, study.tries(name)), call.workers, f"{name}: strength, tie")
             work(study.final(name), call.workers, f"{name}: seeds")
-    judged = {name: study.judged(name) for name in (NO_DEFENCE, *call.methods)}
-    done = {
-        name: folders
-        for name, folders in judged.items()
-        if all((folder / "test_results.json").is_file() for folder in folders.values())
-    }
-    searched = {name: study.searched(name) for name in done if name != NO_DEFENCE}
-    chosen = {name: study.chosen(name) for name in searched}
+    found = {name: study.finished(name) for name in (NO_DEFENCE, *call.methods)}
+    done = {name: folders for name, folders in found.items() if folders is not None}
+    trained = [name for name in done if name != NO_DEFENCE]
+    chosen = {name: str(study.chosen(name)) for name in trained}
+    searched = {name: {str(own): study.searched(name, own) for own in study.tries(name)} for name in trained}
     call.out.mkdir(parents=True, exist_ok=True)
     (call.out / "search.json").write_text(json.dumps(search_table(searched, chosen), indent=1) + "\n")
     print(write_comparison(done, chosen, call.out))

@@ -220,7 +220,7 @@ def write_comparison(runs: Mapping[str, Mapping[int, Path]], chosen: Mapping[str
     rows = read(runs)
     seeds = sorted({seed for folders in runs.values() for seed in folders})
     out.mkdir(parents=True, exist_ok=True)
-    content = {name: {"learning_rate": chosen.get(name), **asdict(row)} for name, row in rows.items()}
+    content = {name: {"setting": chosen.get(name), **asdict(row)} for name, row in rows.items()}
     (out / "results.json").write_text(
         json.dumps({"schema": 2, "seeds": seeds, "methods": content}, indent=1) + "\n", encoding="utf-8"
     )
@@ -232,7 +232,7 @@ def write_comparison(runs: Mapping[str, Mapping[int, Path]], chosen: Mapping[str
     sizes = ", ".join(
         f"{label} {rate.num_examples}" for label, rate in next(reversed(rows.values())).rates.items()
     )
-    rates = ", ".join(f"{name} {rate}" for name, rate in chosen.items())
+    settings = "; ".join(f"{name} {setting}" for name, setting in chosen.items())
     text = f"""# Training methods on the tiny chat model
 
 Means over seeds {seeds} in percent on the test split; in brackets 95 % intervals over seeds and examples
@@ -243,7 +243,8 @@ requests, because a success of 0 may also be a reply without sense. Passes are f
 single examples in training, the reference's included; seconds are training steps on one thread while another
 run had the machine's other core.
 
-Each method's learning rate was chosen on validation, one seed, the same tries for all: {rates}.
+Each method's setting was chosen on validation, one seed: three learning rates, then at the best of them the
+method made stronger or tied closer to the reference. Chosen: {settings}.
 
 {table(rows)}
 

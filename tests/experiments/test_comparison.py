@@ -13,7 +13,8 @@ from callbacks.metrics.names import Metric
 from datamodules.results import ResultsStore
 from experiments.config.compose import compose
 from experiments.studies import methods
-from experiments.studies.methods import VARIANTS, Study
+from experiments.studies.methods import RATES as LEARNING_RATES
+from experiments.studies.methods import VARIANTS, Setting, Study
 from experiments.studies.methods_report import (
     ADAPTIVE,
     EMBEDDING,
@@ -107,7 +108,7 @@ def test_report_and_figure_are_written(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert facts["revisions_of_runs"] == ["abc", "abc modified"]
     content = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert content["methods"]["cat"]["learning_rate"] == "6e-4"
+    assert content["methods"]["cat"]["setting"] == "6e-4"
     with pytest.raises(ValueError, match="expected finished runs, got none"):
         write_comparison({}, {}, tmp_path / "none")
     with pytest.raises(ValueError, match=r"no 'direct'; test it again"):
@@ -121,12 +122,18 @@ def test_every_run_is_a_command_line_that_composes(
 ) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr(methods, "_run", lambda words, log: calls.append(list(words)))
-    monkeypatch.setattr(Study, "chosen", lambda self, own: "6e-4")
+    tries = [*map(Setting, LEARNING_RATES), Setting("6e-4", "stronger"), Setting("6e-4", "tied")]
+    monkeypatch.setattr(Study, "chosen", lambda self, own: tries[4])
     study = Study(tmp_path, 7, (0, 1), ("--data.bucket_window=2",))
-    for job in (*study.search(name), *study.final(name)):
+    search = [] if name == NO_DEFENCE else study.search(name, tries)
+    for job in (*search, *study.final(name)):
         job()
-    # Three tries, then a training and a test for each seed; without a defence there is a test alone.
-    assert len(calls) == (1 if name == NO_DEFENCE else 3 + 2 * 2)
+    # Five tries, then a training and a test for each seed; without a defence there is a test alone.
+    assert len(calls) == (1 if name == NO_DEFENCE else 5 + 2 * 2)
+    models = [json.dumps(compose(*parts(words[4:]))["model"]) for words in calls]
+    # Every try is another, and what is judged is the one that was chosen.
+    assert len({*models[:5]}) == len(models[:5])
+    assert {*models[5:]} <= {models[-1]} and (name == NO_DEFENCE or models[-1] == models[4])
     for words in calls:
         files, overrides = parts(words[4:])
         config = compose(files, overrides)
@@ -135,6 +142,31 @@ def test_every_run_is_a_command_line_that_composes(
         assert test_rows == (words[3] == "test")
         if name != NO_DEFENCE:
             assert config["model"]["init_args"]["optimizer"]["lr"] == float(words_of(overrides)["lr"])
+
+
+def test_a_choice_that_changes_does_not_take_over_what_was_judged(tmp_path: Path) -> None:
+    study = Study(tmp_path, 7, (0,))
+    told = dict(zip(LEARNING_RATES, (0.5, 0.2, 0.6), strict=True))
+    assert study.finished("cat") is None
+    for rate, success in told.items():
+        finished(study.searched("cat", Setting(rate)), "fit", GOOD | {EMBEDDING: success})
+        (study.searched("cat", Setting(rate)) / "results.json").write_text("{}")
+    best = LEARNING_RATES[1]
+    assert study.tries("cat")[3:] == [Setting(best, "stronger"), Setting(best, "tied")]
+    assert study.finished("cat") is None
+    for change, success in (("stronger", 0.3), ("tied", 0.1)):
+        folder = study.searched("cat", Setting(best, change))  # type: ignore[arg-type]
+        finished(folder, "fit", GOOD | {EMBEDDING: success})
+        (folder / "results.json").write_text("{}")
+    assert str(study.chosen("cat")) == f"{best} tied"
+    old = study.folder("cat", f"seed0_{best}")
+    old.mkdir(parents=True)
+    (old / "test_results.json").write_text("{}")
+    assert study.finished("cat") is None
+    (judged,) = study.judged("cat").values()
+    judged.mkdir(parents=True)
+    (judged / "test_results.json").write_text("{}")
+    assert study.finished("cat") == {0: judged}
 
 
 def parts(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
