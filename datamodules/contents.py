@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datamodules.text.tokenizers import resolve_path
+from datamodules.text.model_files import resolve_path
 
 CONTENT = "content"
 """`model.base.name_or_path.content` holds the fingerprint of what `model.base.name_or_path` names."""

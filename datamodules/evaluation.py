@@ -170,7 +170,9 @@ class EvaluationData(LightningDataModule):
         """List the rows that were left out in the run folder; `skipped_rows.jsonl` is training's."""
         if not problems or self.trainer is None or not self.trainer.is_global_zero:
             return
-        name = "skipped_rows.jsonl" if stage == "fit" else f"skipped_rows_{stage}.jsonl"
+        # Lightning says "fit", and for prediction a member of an enum that is no text.
+        named = str(getattr(stage, "value", stage))
+        name = "skipped_rows.jsonl" if named == "fit" else f"skipped_rows_{named}.jsonl"
         path = Path(self.trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"where": problem.where, "reason": problem.reason}) for problem in problems]

@@ -48,6 +48,8 @@ class ChatRow:
     history: tuple[Turn, ...] = ()
     train_on: TrainOn = "all"
     """Whether earlier replies are learned too, or only the last."""
+    cut: bool = False
+    """The reply goes on beyond what is written: its end is no end of turn."""
 
 
 Row = HarmfulRow | ChatRow

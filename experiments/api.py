@@ -41,7 +41,8 @@ def load(
     config = ModelConfig(base) if isinstance(base, str) else base
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chat = ChatFormat(load_tokenizer(tokenizer or TokenizerConfig(config.name_or_path)))
+    beside = TokenizerConfig(config.name_or_path, config.revision, gguf_file=config.gguf_file)
+    chat = ChatFormat(load_tokenizer(tokenizer or beside))
     return LanguageModel(load_model(config).to(device).eval(), chat=chat)
 
 

@@ -11,14 +11,17 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from datamodules.batch import AdversarialBatch, EvaluationBatch
-from datamodules.fields import NonNegativeInt, checked
+from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.text.chat_format import ChatFormat
 from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
 from lightning_modules.models.requests import Decoding
 
 PREDICTED_TOKENS = 64
-"""Longest reply of `predict`."""
+"""Longest reply of `predict`, where the module says nothing else."""
+CUT_WITHIN = 4
+"""A reply that is as long as allowed, to so many tokens, counts as cut off: tokenising it again may take some
+fewer or more."""
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 """What is known to give every process the same weights."""
 
@@ -35,13 +38,20 @@ class PretrainedModel(LightningModule):
     Args:
         base: the model.
         seed: seed of what is random about loading it; null takes seed_everything's.
+        predicted_tokens: longest reply of `predict`.
     """
 
     model: nn.Module
     language_model: LanguageModel
 
-    def __init__(self, base: ModelConfig, seed: NonNegativeInt | None = None) -> None:
+    def __init__(
+        self,
+        base: ModelConfig,
+        seed: NonNegativeInt | None = None,
+        predicted_tokens: Count = PREDICTED_TOKENS,
+    ) -> None:
         super().__init__()
+        self.predicted_tokens = predicted_tokens
         self.base = base
         self.seed = 0 if seed is None else seed
         self._chat: ChatFormat | None = None
@@ -103,14 +113,18 @@ class PretrainedModel(LightningModule):
 
     def predict_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> list[dict[str, str]]:
-        """Greedy replies to a batch of evaluation prompts, as text."""
+    ) -> list[dict[str, str | bool]]:
+        """Greedy replies to a batch of evaluation prompts, as text; `cut`: longer than `predicted_tokens`."""
         encoded = Encoded(batch.prompt_ids, batch.prompt_mask)
-        replies = self.language_model.reply(encoded, Decoding(max_new_tokens=PREDICTED_TOKENS))
+        replies = self.language_model.reply(encoded, Decoding(max_new_tokens=self.predicted_tokens))
         return [
-            {"key": key, "prompt": prompt, "reply": reply}
+            {"key": key, "prompt": prompt, "reply": reply, "cut": self._is_cut(reply)}
             for key, prompt, reply in zip(batch.keys, batch.prompts, replies, strict=True)
         ]
+
+    def _is_cut(self, reply: str) -> bool:
+        (ids,) = self.language_model.chat.encode_batch([reply])
+        return len(ids) > self.predicted_tokens - CUT_WITHIN
 
 
 def check_strategy(strategy: object) -> None:

@@ -41,7 +41,13 @@ FREE = (
     "data.evaluation",
 )
 """Fields of model and data that do not."""
-LOADING = ("model.base.name_or_path", "model.base.revision", "model.base.lora", "model.base.config")
+LOADING = (
+    "model.base.name_or_path",
+    "model.base.gguf_file",
+    "model.base.revision",
+    "model.base.lora",
+    "model.base.config",
+)
 """What must be equal for an evaluation to load the weights: it may have data, attack and precision of its
 own."""
 

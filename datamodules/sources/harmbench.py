@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 from datamodules.fields import Count, checked
 from datamodules.rows import HarmfulRow, RowProblem
@@ -24,6 +25,8 @@ class HarmBench:
         safe_replies: csv with Behavior and Safe_Response; null gives every behaviour `default_safe_reply`.
         default_safe_reply: safe reply where `safe_replies` is null.
         limit: use only the first so many behaviours; null for all.
+        functional: use only behaviours of this functional category; null for all.
+        max_targets: of each behaviour use only the first so many targets; null for all.
     """
 
     def __init__(
@@ -33,21 +36,24 @@ class HarmBench:
         safe_replies: str | None = None,
         default_safe_reply: str = DEFAULT_SAFE_REPLY,
         limit: Count | None = None,
+        functional: Literal["standard", "contextual", "copyright"] | None = None,
+        max_targets: Count | None = None,
     ) -> None:
         self.behaviors = behaviors
         self.targets = targets
         self.safe_replies = safe_replies
         self.default_safe_reply = default_safe_reply
         self.limit = limit
+        self.functional = functional
+        self.max_targets = max_targets
 
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
-        """Raises: ValueError naming the file and line of what is no HarmBench file."""
+        """Raises: ValueError naming the file and line of what is no HarmBench file, or where it has no
+        behaviour of the category."""
         text = read_text(self.targets)
         targets = parse_json(text, self.targets, dict)
         replies = self._safe_replies()
-        for i, (line, record) in enumerate(read_records(self.behaviors)):
-            if self.limit is not None and i >= self.limit:
-                return
+        for line, record in islice(self._records(), self.limit):
             where = f"{self.behaviors}:{line}"
             named = pick(record, {"behavior": "Behavior", "identity": "BehaviorID"}, where)
             if isinstance(named, RowProblem):
@@ -64,8 +70,23 @@ class HarmBench:
                 continue
             key_line = text[: max(text.find(json.dumps(identity)), 0)].count("\n") + 1
             place = f"{self.targets}:{key_line} {identity}"
-            for j, target in enumerate(listed if isinstance(listed, list) else [listed]):
+            for j, target in enumerate(
+                (listed if isinstance(listed, list) else [listed])[: self.max_targets]
+            ):
                 yield _row(record, named, target, safe, j, f"{place}[{j}]")
+
+    def _records(self) -> Iterator[tuple[int, Record]]:
+        found = set()
+        for line, record in read_records(self.behaviors):
+            category = record.get("FunctionalCategory")
+            found.add(category)
+            if self.functional in (None, category):
+                yield line, record
+        if self.functional is not None and self.functional not in found:
+            raise ValueError(
+                f"HarmBench.functional: no behaviour of {self.behaviors} is {self.functional!r}; there are "
+                f"{sorted(map(str, found))}"
+            )
 
     def _safe_replies(self) -> dict[str, str] | None:
         if self.safe_replies is None:

@@ -11,7 +11,7 @@ from datamodules.sources.base import DEFAULT_SAFE_REPLY
 from datamodules.sources.columns import check_columns, pick, read_conversation
 from datamodules.sources.files import Record, default_key, read_records
 
-ChatFileFormat = Literal["columns", "alpaca", "dolly", "messages", "ultrachat", "lines"]
+ChatFileFormat = Literal["columns", "alpaca", "dolly", "messages", "ultrachat", "lines", "predictions"]
 
 
 @checked
@@ -70,8 +70,9 @@ class ChatTable:
         path: the file.
         format: `columns` (use the map below), `alpaca` (instruction, input, output), `dolly` (instruction,
             context, response), `messages` or `ultrachat` (a list of {role, content}: an optional system
-            message, then user and assistant in turn; all turns are kept) or `lines` (a prompt a line, no
-            replies).
+            message, then user and assistant in turn; all turns are kept), `lines` (a prompt a line, no
+            replies) or `predictions` (a model's own replies as `thundercat predict` writes them; one that was
+            cut off is learned without an end).
         columns: for `columns`: which column holds `prompt` and optionally `reply`, `category`, `key`.
         where: keep only rows whose columns have these values, e.g. {label: safe} for XSTest's safe half.
         limit: use only the first so many kept rows; null for all.
@@ -151,6 +152,7 @@ class ChatTable:
             picked.get("reply", ""),
             where,
             picked.get("category", ""),
+            cut=self.format == "predictions" and record.get("cut") is True,
         )
 
     def _pick(self, record: dict[str, Any], where: str) -> dict[str, str] | RowProblem:
@@ -158,6 +160,8 @@ class ChatTable:
             return pick(record, {"prompt": "text"}, where)
         if self.format == "columns":
             return pick(record, self.columns, where)
+        if self.format == "predictions":
+            return pick(record, {name: name for name in ("key", "prompt", "reply")}, where)
         extra, reply = ("input", "output") if self.format == "alpaca" else ("context", "response")
         columns = {"prompt": "instruction", "reply": reply}
         if record.get(extra):

@@ -99,11 +99,14 @@ class Encoder:
     def chats(self, rows: Iterable[ChatRow | RowProblem], need_reply: bool = True) -> list[EncodedChat]:
         def encode(row: ChatRow) -> EncodedChat:
             prompt = self._prompt(row)
-            return EncodedChat(
-                row, prompt, self.chat.reply(prompt, row.reply) if row.reply or need_reply else []
-            )
+            reply = self.chat.reply(prompt, row.reply) if row.reply or need_reply else []
+            return EncodedChat(row, prompt, self._without_end(reply) if row.cut else reply)
 
         return self._collect(rows, encode)
+
+    def _without_end(self, reply: list[int]) -> list[int]:
+        end = self.chat.end_of_turn
+        return reply[: -len(end)] if end and reply[-len(end) :] == end else reply
 
     def _prompt(self, row: Row) -> PromptTokens:
         _check_texts(row)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PACKAGED = "tinychat"
-PACKAGED_ROOT = Path(__file__).resolve().parents[2] / "lightning_modules" / "models" / PACKAGED
+from datamodules.text.model_files import model_path
 
 
 @dataclass
@@ -17,30 +16,15 @@ class TokenizerConfig:
     """Which tokenizer to load and how it formats a chat."""
 
     name_or_path: str
-    """Local folder, hub id, or `tinychat:<stage>` for the packaged model."""
+    """Local folder, hub id, `tinychat:<stage>` for the packaged model, or `package:NAME`."""
     revision: str | None = None
     """Hub commit or tag; pin it for a run that must be repeatable."""
     chat_template: str | None = None
     """Jinja chat template, or the path of a file that holds one; null keeps the tokenizer's own."""
     trust_remote_code: bool = False
     """Whether to run Python code that a hub repository ships."""
-
-
-def resolve_path(name_or_path: str) -> str:
-    """`tinychat:helpful` or `tinychat:aligned` -> the packaged folder; anything else is returned as it is.
-
-    Raises: ValueError naming the packaged stages for an unknown one.
-    """
-    name, _, stage = name_or_path.partition(":")
-    if name != PACKAGED or "/" in name_or_path:
-        return name_or_path
-    folder = PACKAGED_ROOT / (stage or "aligned")
-    if not folder.is_dir():
-        stages = sorted(p.name for p in PACKAGED_ROOT.iterdir() if p.is_dir())
-        raise ValueError(
-            f"name_or_path: expected {PACKAGED}:<stage> with a stage in {stages}, got {name_or_path!r}"
-        )
-    return str(folder)
+    gguf_file: str | None = None
+    """GGUF file in the folder, repository or package that holds the tokenizer."""
 
 
 def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
@@ -51,7 +35,7 @@ def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
 
     Raises: ValueError where there is no tokenizer, no chat template or no fast tokenizer.
     """
-    path = resolve_path(config.name_or_path)
+    path = model_path(config.name_or_path, config.gguf_file, config.revision)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=config.revision)
     except (OSError, ValueError):

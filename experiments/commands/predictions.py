@@ -13,8 +13,8 @@ NAME = "predictions.jsonl"
 
 
 class WritesPredictions(Callback):
-    """Appends {key, prompt, reply, checkpoint} rows to a file of each process as they come; at the end they
-    are `predictions.jsonl` in the run folder, and only then is an earlier one replaced.
+    """Appends {key, prompt, reply, cut, checkpoint} rows to a file of each process as they come; at the end
+    they are `predictions.jsonl` in the run folder, and only then is an earlier one replaced.
 
     Args:
         checkpoint: the checkpoint that replies, None for the model before training.

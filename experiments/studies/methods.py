@@ -62,8 +62,8 @@ class Variant:
 
 
 def _preference(method: str, beta: str, *extra: str, stronger: tuple[str, ...] = WIDER) -> Variant:
-    """These have a tie to the reference of their own, beta: IPO wants a margin of 1 / (2 beta). The try is many
-    times the method's."""
+    """These have a tie to the reference of their own, beta: IPO wants a margin of 1 / (2 beta). The try's is
+    many times the method's."""
     return Variant(method, extra, stronger, (f"{OBJECTIVE}.beta={beta}",))
 
 

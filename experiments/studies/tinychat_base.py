@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from datamodules.sources.tinychat.corpus import corpus_texts
-from datamodules.text.tokenizers import PACKAGED_ROOT
+from datamodules.text.model_files import PACKAGED_ROOT
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 VOCABULARY = 2048

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from datamodules.fields import Count, Fraction, NonNegativeInt, checked
-from datamodules.text.tokenizers import resolve_path
+from datamodules.text.model_files import model_path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -47,8 +47,11 @@ class ModelConfig:
     """Which model to load and which of its weights learn."""
 
     name_or_path: str
-    """Local folder, hub id, `tinychat:<stage>` for the packaged model, or a folder with saved PEFT
-    adapters; weights are read from safetensors files only."""
+    """Local folder, hub id, `tinychat:<stage>` for the packaged model, `package:NAME` for the folder of an
+    installed Python package, or a folder with saved PEFT adapters; weights are read from safetensors or GGUF
+    files only."""
+    gguf_file: str | None = None
+    """GGUF file in that folder, repository or package; dequantised to fp32 once, into the user's cache."""
     revision: str | None = None
     """Hub commit or tag; pin it for a run that must be repeatable."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -94,7 +97,7 @@ def load_model(config: ModelConfig) -> nn.Module:
 
     Raises: ValueError or OSError naming the model where it cannot be loaded.
     """
-    path = _found(resolve_path(config.name_or_path), config.from_scratch)
+    path = _found(model_path(config.name_or_path, config.gguf_file, config.revision), config.from_scratch)
     adapters = path if (Path(path) / "adapter_config.json").is_file() else None
     if adapters is not None:
         if config.lora is not None:

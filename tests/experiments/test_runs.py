@@ -149,7 +149,7 @@ def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat
     status, out, _ = thundercat("predict", *own)
     assert status == 0
     rows = [json.loads(line) for line in Path(out.strip().splitlines()[-1]).read_text().splitlines()]
-    assert {"key", "prompt", "reply", "checkpoint"} == set(rows[0])
+    assert {"key", "prompt", "reply", "cut", "checkpoint"} == set(rows[0])
     status, out, _ = thundercat("report", str(finished))
     assert status == 0
     assert "embedding: target prefix (a trend, not success)" in out

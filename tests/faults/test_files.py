@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from datamodules import contents
 from datamodules.contents import fingerprints
-from datamodules.text.tokenizers import PACKAGED_ROOT
+from datamodules.text.model_files import PACKAGED_ROOT
 from tests.support.rows import row, stored
 from tests.support.small_run import equal, trained
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.text.tokenizers import resolve_path
+from datamodules.text.model_files import resolve_path
 from lightning_modules.models.chat import Endpoint
 from lightning_modules.models.language_model import Attacked, LanguageModel, Replier, Reply
 from lightning_modules.models.loading import LoraSettings, ModelConfig, load_model
