@@ -59,6 +59,25 @@ def checked(cls: C) -> C:
     return cls
 
 
+def constructor(cls: type) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """Every named argument of a class's constructor with its annotation; those of a parent class too where
+    it hands on `**kwargs`."""
+    found: dict[str, tuple[inspect.Parameter, Any]] = {}
+    for owner in cls.__mro__:
+        init = vars(owner).get("__init__")
+        if init is None or owner is object:
+            continue
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        hints = typing.get_type_hints(init, include_extras=True)
+        kinds = {parameter.kind for parameter in parameters}
+        for own in parameters:
+            if own.kind not in (own.VAR_POSITIONAL, own.VAR_KEYWORD):
+                found.setdefault(own.name, (own, hints.get(own.name, Any)))
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return found
+
+
 @functools.cache
 def _hints(function: Any) -> dict[str, Any]:
     return typing.get_type_hints(function, include_extras=True)

@@ -32,6 +32,7 @@ RUNS = {
     "attack": 'one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..."',
 }
 OTHERS = {
+    "chat": "talk to a run's model in the terminal",
     "report": "write the reports of a finished run again, from its rows",
     "list": "what there is to choose from, one line each",
     "schema": "a JSON schema of configurations, for editors",
@@ -62,14 +63,26 @@ def build_parser() -> Parser:
         _add_run(commands.add_parser(name, help=text, description=text, add_help=False, allow_abbrev=False))
     report = commands.add_parser("report", help=OTHERS["report"], description=OTHERS["report"])
     report.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    _add_chat(commands.add_parser("chat", help=OTHERS["chat"], description=OTHERS["chat"]))
     listing = commands.add_parser("list", help=OTHERS["list"], description=OTHERS["list"])
     listing.add_argument(
         "kind", nargs="?", default="all", help="attacks, methods, recipes, ...; all by default"
     )
     commands.add_parser("schema", help=OTHERS["schema"], description=OTHERS["schema"])
-    for other in (report, listing, commands.choices["schema"]):
+    for other in (report, listing, commands.choices["schema"], commands.choices["chat"]):
         other.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
     return parser
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    add("--ckpt_path", metavar="PATH|last|none", default="last", help="whose weights; none: before training")
+    add("--system", metavar="TEXT", help="system message of every conversation")
+    add("--max_new_tokens", metavar="N", type=int, default=256, help="longest reply [256]")
+    add("--temperature", metavar="T", type=float, default=0.0, help="0 replies greedily [0]")
+    add("--top_p", metavar="P", type=float, default=1.0, help="nucleus of sampled replies [1]")
+    add("--seed", metavar="N", type=int, default=0, help="of sampled replies [0]")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except (Ended, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Ended) else signal.SIGINT
-        return _fail(words, f"stopped by {signal.Signals(number).name} before anything was run", 128 + number)
+        early = "" if words[:1] == ["report"] else " before anything was run"
+        return _fail(words, f"stopped by {signal.Signals(number).name}{early}", 128 + number)
     except BrokenPipeError:
         # Whoever reads our output has gone (`thundercat list | head`): nobody is left to tell.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -224,6 +238,13 @@ def _other(call: argparse.Namespace) -> int:
         from experiments.commands.list import listing
 
         print(listing(call.kind))
+    elif call.command == "chat":
+        from experiments.commands.chat import ChatSettings, chat
+
+        own = {name: getattr(call, name) for name in ("run", "ckpt_path", "system", "max_new_tokens")}
+        own |= {name: getattr(call, name) for name in ("temperature", "top_p", "seed")}
+        own["ckpt_path"] = None if call.ckpt_path == "none" else call.ckpt_path
+        return chat(ChatSettings(**own), call.traceback)
     elif call.command == "schema":
         from experiments.commands.schema import schema_text
 

@@ -79,7 +79,9 @@ class PretrainedModel(LightningModule):
         check_strategy(self.trainer.strategy)
         if self._chat is None:
             raise ValueError(
-                f"{type(self).__name__} has no chat format; call attach(data.chat) before training"
+                f"{type(self).__name__} has no chat format; expected data of "
+                "datamodules.evaluation.EvaluationData or a class that builds on it (in Python, call "
+                "attach(data.chat) before training)"
             )
 
     def configure_model(self) -> None:

@@ -10,7 +10,7 @@ are in the rows and the report. `validate` and `test` run evaluations through Li
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Evaluation(Callback, ABC):
         self.schedule = schedule or Schedule()
         self.max_new_tokens = max_new_tokens
         self.seed = seed
-        self._last_step = -1
+        self._last_step = self._seen_step = -1
+        self._values: dict[str, float] = {}
         self._data: EvaluationData | None = None
 
     def attach(self, data: EvaluationData) -> None:
@@ -67,15 +68,29 @@ class Evaluation(Callback, ABC):
             raise ValueError(f"{type(self).__name__} expects data: datamodules.evaluation.EvaluationData")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        # EarlyStopping on what an evaluation found would otherwise find nothing after a resume.
+        _monitor(trainer, self._values)
         if self.schedule.at_start and trainer.global_step == 0:
             self._run(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint.setdefault("found", {}).setdefault(self.name, {}).update(self._values)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._values = checkpoint.get("found", {}).get(self.name, {})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
         # Between two steps of an accumulation the weights have not changed.
-        if step == self._last_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        stepped, self._seen_step = step != self._seen_step, step
+        if not stepped or step == self._last_step:
             return
         if self.schedule.due(step, int(trainer.estimated_stepping_batches)):
             self._run(trainer, pl_module)
@@ -104,7 +119,8 @@ class Evaluation(Callback, ABC):
                     do(session, job, bar)
                     bar.update(len(job.batch))
         values = monitored(session.finish())
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        self._values = values
+        _monitor(trainer, values)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         show_rows(trainer, f"fit/{self.name}", session.rows)
@@ -119,6 +135,10 @@ def introduce(module: LightningModule, data: LightningDataModule, callbacks: Seq
     for callback in callbacks:
         if isinstance(callback, Evaluation):
             callback.attach(data)
+
+
+def _monitor(trainer: Trainer, values: Mapping[str, float]) -> None:
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
 
 def do(session: Session, job: Job, bar: tqdm[Any]) -> None:

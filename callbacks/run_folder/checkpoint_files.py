@@ -8,6 +8,7 @@ decided its weights.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,11 +37,16 @@ class RunCheckpointIO(CheckpointIO):
 
     def __init__(self, configuration: Flat | None = None) -> None:
         self.configuration = configuration
+        self._proven = False
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write, flush, rename. Raises: RunError where the disk is full or the folder cannot be written."""
+        """Write, flush, rename; the first one of a process is read back before it gets its name.
+
+        Raises: RunError where the disk is full, the folder cannot be written, or what a callback or module
+            keeps could not be read again.
+        """
         content = {**checkpoint, CONFIGURATION: self.configuration}
         content[DIGEST] = digest(content)
         target = Path(path)
@@ -51,6 +57,9 @@ class RunCheckpointIO(CheckpointIO):
                 torch.save(content, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
+            if not self._proven:
+                _prove(partial, target, content)
+                self._proven = True
             partial.replace(target)
             flush_folder(target.parent)
         except (OSError, RuntimeError) as error:
@@ -69,6 +78,41 @@ class RunCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _prove(partial: Path, target: Path, content: dict[str, Any]) -> None:
+    """Raises: RunError naming what in a checkpoint cannot be read again; a training must not find that out
+    when it resumes."""
+    try:
+        read_checkpoint(partial)
+    except DamagedCheckpoint as error:
+        partial.unlink()
+        found = next(unreadable("", content), None)
+        if found is None:
+            raise
+        raise RunError(
+            f"{target}: {found[0]} holds a {found[1]}, which no checkpoint can give back without running "
+            "code; keep numbers, texts, tensors, or lists and mappings of them in state_dict()"
+        ) from error
+
+
+def unreadable(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Place and type of everything that `weights_only` does not load."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from unreadable("", key)
+            yield from unreadable(f"{path}.{key}".strip("."), item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from unreadable(path, item)
+    elif not isinstance(value, torch.Tensor):
+        buffer = io.BytesIO()
+        try:
+            torch.save(value, buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except Exception:  # each kind of object fails in its own way
+            yield path, type(value).__name__
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -129,6 +173,10 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
         for key, item in value.items():
             yield from _parts(key)
             yield from _parts(item)
+    elif isinstance(value, set | frozenset):
+        # In an order that the next process has too.
+        yield f"{type(value).__name__} {len(value)};".encode()
+        yield from sorted(b"".join(map(bytes, _parts(item))) for item in value)
     elif isinstance(value, list | tuple):
         yield f"{type(value).__name__} {len(value)};".encode()
         for item in value:

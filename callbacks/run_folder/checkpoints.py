@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from callbacks.run_folder.checkpoint_files import (
 )
 from callbacks.run_folder.decisive import LOADING, STEPS, Flat, begun_with, decisive, differences
 from callbacks.run_folder.folder import RunError, RunFolder
+from datamodules.contents import CONTENT
 from datamodules.fields import Count, Positive, checked
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class RunCheckpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self.keep = keep
-        self._saved_step = 0
+        self._saved_step = self._seen_step = 0
         self._saved_at = time.monotonic()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -70,10 +72,11 @@ class RunCheckpoints(Checkpoint):
                 partial.unlink()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        self._saved_step = self._seen_step = trainer.global_step
+        self._saved_at = time.monotonic()
         if trainer.is_global_zero and not trainer.fast_dev_run:
             # Of a branch that is left, or damaged: `last` must never find them again.
-            for path in RunFolder.of(trainer.default_root_dir).checkpoints.glob("step_*.ckpt"):
+            for path in _newest_first(RunFolder.of(trainer.default_root_dir).path):
                 if _step(path) > trainer.global_step:
                     log.warning("%s is beyond the step that training goes on from: set aside", path)
                     path.rename(_free(path.with_suffix(".aside")))
@@ -83,7 +86,8 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         step = trainer.global_step
         # Between two steps of an accumulation there is nothing to resume from.
-        if step == self._saved_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        stepped, self._seen_step = step != self._seen_step, step
+        if not stepped:
             return
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         if by_steps or self._is_time(trainer):
@@ -190,15 +194,20 @@ def _newest(folder: RunFolder, command: str) -> tuple[Path, dict[str, Any]] | No
 
 def _newest_first(folder: Path) -> list[Path]:
     """By step, as the files' names or else the files say, then by time."""
-    return sorted(
-        folder.rglob("*.ckpt"), key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True
-    )
+    own = [path for path in folder.rglob("*.ckpt") if not _in_another_run(path, folder)]
+    return sorted(own, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def _in_another_run(path: Path, folder: Path) -> bool:
+    """Whether a run of its own lies between them: a folder may hold a sweep's runs."""
+    between = list(path.relative_to(folder).parents)[:-1]
+    return any(RunFolder.of(folder / own).config().is_file() for own in between)
 
 
 def _step(path: Path) -> int:
-    name = path.stem.rpartition("step_")[2]
-    if name.isdigit():
-        return int(name)
+    named = re.fullmatch(r"step_(\d+)", path.stem)
+    if named:
+        return int(named.group(1))
     try:
         return int(load_file(path, mmap=True)["global_step"])
     except (DamagedCheckpoint, KeyError, TypeError):
@@ -209,12 +218,17 @@ def _refuse_another_run(folder: RunFolder, path: Path, then: Flat) -> None:
     """Raises: RunError where the folder is of a run that this checkpoint is not of: its results would stand
     among that run's, as what its training came to."""
     begun = begun_with(folder.config())
-    found = differences(begun, then) if begun is not None else []
+    # What files held is of the time of training; they may have been changed since.
+    found = differences(_without_contents(begun), _without_contents(then)) if begun is not None else []
     if found:
         raise RunError(
             f"ckpt_path: {path} is no checkpoint of the run in {folder.path} ({found[0]}); give its own "
             "run's folder, or a new one, with --trainer.default_root_dir=FOLDER"
         )
+
+
+def _without_contents(fields: Flat) -> Flat:
+    return {key: value for key, value in fields.items() if not key.endswith(f".{CONTENT}")}
 
 
 def _compare(then: Flat | None, now: Flat, where: Path, only: tuple[str, ...] | None) -> None:

@@ -1,10 +1,11 @@
 """What of a configuration decides the weights, so that a resumed run is the run that was begun.
 
 May differ between a run and its continuation, because the weights of a given step do not depend on it: steps
-and time limits (the learning rate follows the schedule of the new total from there on), loggers, callbacks
-and evaluations, hardware (accelerator, devices, attention kernel, activation checkpointing) and
-folders. All else must be equal: model, attack, objective, terms, data, optimiser, seed, precision, clipping
-and how a step is divided; and the files that these fields name must hold what they held.
+and time limits (the learning rate follows the schedule of the new total from there on), loggers, evaluations
+and callbacks but for Lightning's own that change the weights, hardware (accelerator, devices, attention
+kernel, activation checkpointing) and folders. All else must be equal: model, attack, objective, terms, data,
+optimiser, seed, precision, plugins, clipping and how a step is divided; and the files that these fields name
+must hold what they held.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib
 import inspect
 import json
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 from lightning import Trainer
 
 from datamodules.contents import CONTENT, fingerprints
+from datamodules.fields import constructor
 
 TRAINER = (
     "precision",
@@ -30,6 +32,18 @@ TRAINER = (
     "accumulate_grad_batches",
 )
 """The trainer's fields that decide the weights."""
+DECIDING_CALLBACKS = (
+    "BackboneFinetuning",
+    "BaseFinetuning",
+    "BatchSizeFinder",
+    "EMAWeightAveraging",
+    "GradientAccumulationScheduler",
+    "LearningRateFinder",
+    "ModelPruning",
+    "StochasticWeightAveraging",
+    "WeightAveraging",
+)
+"""Lightning's own callbacks that change the weights."""
 ALL_ROWS = {"limit_train_batches": (None, 1.0), "overfit_batches": (None, 0.0)}
 """Further ones, kept only where they take rows away; the values that take none."""
 STEPS = ("trainer.max_steps", "trainer.max_epochs")
@@ -67,6 +81,12 @@ def decisive(config: Mapping[str, Any]) -> Flat:
         # One batch (1) is not all of them (1.0).
         if value not in without or (name == "limit_train_batches" and type(value) is int):
             fields[f"trainer.{name}"] = value
+    for i, node in enumerate(given.get("plugins") or []):
+        fields |= _flat(f"trainer.plugins.{i}", filled(node))
+    for node in given.get("callbacks") or []:
+        name = str(node.get("class_path", "")).rpartition(".")[2]
+        if name in DECIDING_CALLBACKS:
+            fields |= _flat(f"trainer.callbacks.{name}", filled(node))
     for name in ("model", "data"):
         fields |= _flat(name, filled(config.get(name)))
     kept = {key: value for key, value in fields.items() if not _below(key, FREE)}
@@ -79,11 +99,11 @@ def differences(then: Flat, now: Flat, only: tuple[str, ...] | None = None) -> l
     """`field: X then, Y now` for every field that differs, of those below `only`; of all but the steps where
     it is not given."""
     keys = sorted(key for key in {*then, *now} if (_below(key, only) if only else key not in STEPS))
-    missing = object()
     return [
         f"{key}: {_word(then.get(key, '(unset)'))} then, {_word(now.get(key, '(unset)'))} now"
         for key in keys
-        if not _equal(then.get(key, missing), now.get(key, missing))
+        # A field that came to its class later is null where it does nothing.
+        if not _equal(then.get(key), now.get(key))
         # A file that is not here is its loader's to name; where a path differs, so does what it holds.
         and not (
             key.endswith(f".{CONTENT}") and not (key in then and key in now and _same_path(key, then, now))
@@ -128,18 +148,18 @@ def filled(node: Any, hint: Any = None) -> Any:
 
 
 def _filled_arguments(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    function: Callable[..., Any] = cls.__init__  # type: ignore[misc]
-    hints = typing.get_type_hints(function)
     values: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    parameters = constructor(cls)
+    for name, (parameter, hint) in parameters.items():
         if name in given:
-            values[name] = filled(given[name], hints.get(name))
-        elif name != "self" and parameter.default is not parameter.empty:
+            values[name] = filled(given[name], hint)
+        elif parameter.default is not parameter.empty:
             default = parameter.default
             values[name] = (
                 default if isinstance(default, bool | int | float | str | None) else _plain(default)
             )
-    return values
+    # What a constructor takes without naming it decides no less.
+    return values | {name: filled(value) for name, value in given.items() if name not in parameters}
 
 
 def _plain(default: Any) -> Any:

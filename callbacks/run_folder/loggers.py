@@ -55,36 +55,30 @@ def _number(path: Path) -> int:
 
 
 class LastLogRow(Callback):
-    """The log's row of the step that a checkpoint ends, and what evaluations found last, in the checkpoint;
-    the CLI adds it to every run.
+    """The log's row of the step that a checkpoint ends, in the checkpoint; the CLI adds it to every run.
 
     Lightning writes the row after the checkpoint: a kill between the two would leave a hole in the log of the
-    resumed run. And it forgets all metrics: EarlyStopping on an evaluation's would find none after a resume.
+    resumed run.
     """
 
     def __init__(self) -> None:
         self._row: dict[str, float] = {}
-        self._found: dict[str, float] = {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # What an evaluation found stands in the log at the evaluation's own step already.
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        found = {name: value for name, value in logged.items() if name.startswith("eval/")}
-        row = {name: value for name, value in logged.items() if name not in found}
+        row = {name: value for name, value in logged.items() if not name.startswith("eval/")}
         checkpoint["log_row"] = row | {"epoch": trainer.current_epoch}
-        checkpoint["found"] = found
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._row = checkpoint.get("log_row", {})
-        self._found = checkpoint.get("found", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        known = {**self._row, **self._found}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in known.items()})
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._row.items()})
         for logger in trainer.loggers:
             if self._row and isinstance(logger, RunCSVLogger):
                 # Lightning counts the log's rows from 0.

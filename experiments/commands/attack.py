@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
-from lightning import LightningDataModule, Trainer
-from lightning.pytorch.plugins import Precision
 from tqdm.auto import tqdm
 
 from callbacks.evaluations.asking import Job, judged, measure
@@ -23,20 +20,18 @@ from callbacks.judges.base import label
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from callbacks.report.escape import printable
-from callbacks.run_folder.checkpoint_files import load_weights
-from callbacks.run_folder.checkpoints import find_checkpoint
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.provenance import Provenance
 from datamodules.batch import EvaluationBatch
-from datamodules.evaluation import EvaluationData
 from datamodules.fields import NonNegativeInt, checked
 from datamodules.results import Measurement, ResultsStore, Row
 from datamodules.rows import HarmfulRow
 from datamodules.settings import contents, settings_digest
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
 from datamodules.text.encoding import Encoder, evaluation_batch
-from experiments.commands.run import guarded, innermost
+from experiments.commands.loaded import build, loaded, node_of
+from experiments.commands.run import guarded
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
@@ -72,7 +67,10 @@ def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Se
     call."""
     texts = {key: value for key, value in overrides if key in ("prompt", "target")}
     config = compose(files, [(key, value) for key, value in overrides if key not in texts])
-    config = {**config, "model": _model_node(config.get("model"))}
+    node = node_of(config, AttackedModel, ("base", "attack", "seed"))
+    if not isinstance(node["init_args"].get("attack"), Mapping):
+        raise ConfigError(NO_ATTACK)
+    config = {**config, "model": node}
     check(config, "attack")
     config = with_seeds(with_defaults(config))
     if "--print_config" in flags:
@@ -86,66 +84,18 @@ def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Se
     return guarded(lambda: _attack(config, folder, row), folder, "--traceback" in flags)
 
 
-def _model_node(node: Any) -> dict[str, Any]:
-    """The recipe's model as this command's: its base and its attack."""
-    arguments = node.get("init_args") if isinstance(node, Mapping) else None
-    if not isinstance(arguments, Mapping) or "base" not in arguments:
-        raise ConfigError(
-            "model: expected a model with a base; add one, e.g. --config configs/model/tinychat.yaml"
-        )
-    if not isinstance(arguments.get("attack"), Mapping):
-        raise ConfigError(NO_ATTACK)
-    own = {key: arguments[key] for key in ("base", "attack", "seed") if key in arguments}
-    return {"class_path": f"{AttackedModel.__module__}.{AttackedModel.__name__}", "init_args": own}
-
-
 def _attack(config: dict[str, Any], folder: RunFolder, row: HarmfulRow) -> int:
-    module, data = _built(config)
-    with RunLock(folder.path):
-        checkpoint = find_checkpoint(folder.path, config.get("ckpt_path"), "attack", config)
-        module.attach(data.chat)
-        module.configure_model()
-        step = load_weights(module, checkpoint) if checkpoint is not None else 0
-        # The run's own arithmetic: a model may refuse in one precision what it answers in another.
-        precision = _precision(config)
-        module.to(_device(config))
-        precision.convert_module(module)
-        module.eval()
+    module, data = build(config, AttackedModel)
+    with RunLock(folder.path), loaded(config, "attack", module, data, folder) as (step, precision):
         encoder = Encoder(data.chat, replace(data.encoding, on_bad_row="error"))
         batch = evaluation_batch(encoder.harmful([row]), data.encoding.attackable)
-        with precision.forward_context():
-            plain, attacked = measured(module, batch, step, str(precision.precision))
+        plain, attacked = measured(module, batch, step, precision)
         Provenance(config, seeds_of(config)).write(folder, "attack")
         store = ResultsStore(folder.path)
         store.add([plain, attacked])
     show(plain, attacked, label(TargetPrefix()))
-    print(f"saved: {store.path}")
+    print(f"saved: {printable(str(store.path), one_line=True)}")
     return 0
-
-
-def _built(config: Mapping[str, Any]) -> tuple[AttackedModel, EvaluationData]:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--model", type=AttackedModel)
-    parser.add_argument("--data", type=LightningDataModule)
-    try:
-        parsed = parser.parse_object({name: config[name] for name in ("model", "data")})
-        built = parser.instantiate(parsed)
-    except Exception as error:  # jsonargparse wraps every constructor's error in its own
-        raise ConfigError(innermost(error)) from error
-    return built.model, built.data
-
-
-def _precision(config: Mapping[str, Any]) -> Precision:
-    """Lightning's plugin for `trainer.precision`, as a run has it."""
-    trainer = config["trainer"]
-    wanted = {name: trainer[name] for name in ("precision", "accelerator") if name in trainer}
-    own = Trainer(**wanted, logger=False, enable_model_summary=False, enable_checkpointing=False)
-    return own.precision_plugin
-
-
-def _device(config: Mapping[str, Any]) -> torch.device:
-    wants = config["trainer"].get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
 
 
 def measured(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning import Callback, LightningModule, Trainer
+
+from callbacks.run_folder.folder import RunError
 
 NAME = "predictions.jsonl"
 
@@ -22,6 +25,8 @@ class WritesPredictions(Callback):
 
     def __init__(self, checkpoint: Path | None) -> None:
         self.checkpoint = None if checkpoint is None else checkpoint.name
+        self.written: Path | None = None
+        """The finished file; null where there was no prompt."""
         self._stream: TextIO | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,6 +44,11 @@ class WritesPredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert self._stream is not None
+        if not isinstance(outputs, list) or not all(isinstance(row, Mapping) for row in outputs):
+            raise RunError(
+                f"predict: expected predict_step of {type(pl_module).__name__} to return a list of rows "
+                f"(mappings), got {type(outputs).__name__}"
+            )
         for row in outputs:
             line = json.dumps({**row, "checkpoint": self.checkpoint}, ensure_ascii=False)
             self._stream.write(line + "\n")
@@ -52,7 +62,7 @@ class WritesPredictions(Callback):
             parts = [_part(trainer, rank) for rank in range(trainer.world_size)]
             whole = Path(trainer.default_root_dir) / f"{NAME}.partial"
             whole.write_bytes(b"".join(part.read_bytes() for part in parts))
-            whole.replace(Path(trainer.default_root_dir) / NAME)
+            self.written = whole.replace(Path(trainer.default_root_dir) / NAME)
             for part in parts:
                 part.unlink()
 

@@ -18,6 +18,7 @@ import yaml
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.evaluations.base import Evaluation, introduce
 from callbacks.evaluations.measuring import Measuring
@@ -31,13 +32,14 @@ from callbacks.run_folder.decisive import decisive
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
+from callbacks.run_folder.monitors import ChecksMonitors
 from callbacks.run_folder.provenance import Provenance
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, end_with_parent, stoppable
 from datamodules.evaluation import EvaluationData
-from experiments.commands.predictions import NAME, WritesPredictions
+from experiments.commands.predictions import WritesPredictions
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
-from experiments.config.defaults import with_defaults
+from experiments.config.defaults import with_defaults, with_plain_defaults
 from experiments.config.seeds import seeds_of, with_seeds
 from experiments.process import STARTED_BY, end_if_asked
 from lightning_modules.pretrained import PretrainedModel
@@ -68,7 +70,9 @@ def run(
     command: str, files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Sequence[str]
 ) -> int:
     """Compose, check and run. Returns the exit status. Raises: ConfigError for a wrong configuration."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     if os.environ.get("LOCAL_RANK", "0") != "0":
         end_with_parent(STARTED_BY)
     config = resolved(command, files, overrides)
@@ -121,7 +125,8 @@ def make_room(folder: RunFolder) -> None:
 def instantiate(config: dict[str, Any]) -> ThundercatCLI:
     """Parse types and build trainer, module and datamodule; no model is loaded yet."""
     # The parser turns the lists of what it is given into its own kind of mapping, in place.
-    settings = copy.deepcopy({key: value for key, value in config.items() if key != "ckpt_path"})
+    own = {key: value for key, value in config.items() if key != "ckpt_path"}
+    settings = with_plain_defaults(copy.deepcopy(own))
     try:
         with warnings.catch_warnings():
             # Lightning's own use of an older jsonargparse interface.
@@ -131,6 +136,9 @@ def instantiate(config: dict[str, Any]) -> ThundercatCLI:
             return ThundercatCLI(settings, run=False)
     except SystemExit as error:
         raise ConfigError(f"the configuration was refused (exit status {error.code})") from error
+    except MisconfigurationException as error:
+        # Lightning's words speak of its constructor's arguments, which are these fields.
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     except Exception as error:  # jsonargparse wraps every constructor's error in its own
         raise ConfigError(innermost(error)) from error
 
@@ -144,7 +152,7 @@ def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
         trainer.limit_val_batches = 0
     install_progress(trainer)
     own: list[Callback] = [Provenance(config, seeds_of(config)), StopsAtOnce(), LastLogRow()]
-    own += [LogConfiguration(config), CompletesRun()]
+    own += [LogConfiguration(config), CompletesRun(), ChecksMonitors()]
     callbacks_of(trainer)[:0] = own
 
 
@@ -158,9 +166,15 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
     introduce(cli.model, cli.datamodule, callbacks_of(cli.trainer))
     path = None if checkpoint is None else str(checkpoint)
     if command == "predict":
-        callbacks_of(cli.trainer).append(WritesPredictions(checkpoint))
+        writes = WritesPredictions(checkpoint)
+        callbacks_of(cli.trainer).append(writes)
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=path, return_predictions=False)
-        print(Path(cli.trainer.default_root_dir) / NAME)
+        if writes.written is None and cli.trainer.is_global_zero:
+            raise ConfigError(
+                "data.evaluation: found no prompt to predict for; set its sources, and "
+                "trainer.limit_predict_batches above 0"
+            )
+        print(printable(str(writes.written), one_line=True))
         return 0
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
     return 0
@@ -218,6 +232,13 @@ def one_line(error: Exception) -> str:
     if isinstance(error, EXPECTED):
         return words
     return f"unexpected {type(error).__name__}: {words[:300]}; run again with --traceback to see where"
+
+
+class _Printable(logging.Formatter):
+    """A record may hold the name of a file that somebody else wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _say(text: str) -> None:

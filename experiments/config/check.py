@@ -19,7 +19,7 @@ import torch
 from annotated_types import Ge, Le
 from lightning import LightningDataModule, LightningModule, Trainer
 
-from datamodules.fields import describe, is_plain, options, problem
+from datamodules.fields import constructor, describe, is_plain, options, problem
 from experiments.config.classes import import_class
 from experiments.config.errors import ConfigError, suggest
 from experiments.config.extras import check_extra
@@ -101,7 +101,7 @@ def check_known(path: str, given: Mapping[str, Any], known: tuple[str, ...]) -> 
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The named parameters of a constructor; those of a parent class where it hands on `**kwargs`."""
+    """The parameters of a constructor, `self` left out."""
     parameters = dict(inspect.signature(function).parameters)
     parameters.pop("self", None)
     return parameters
@@ -158,7 +158,7 @@ def _check_arguments(
     parameters = parameters_of(cls)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         check_known(path, arguments, tuple(parameters))
-    hints = {**typing.get_type_hints(cls.__init__, include_extras=True), **fields}  # type: ignore[misc]
+    hints = {name: hint for name, (_, hint) in constructor(cls).items()} | dict(fields)
     for name, value in arguments.items():
         check_value(f"{path}.{name}", value, hints.get(name, Any))
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
+
+import torch
+
+from datamodules.fields import constructor
+from experiments.config.classes import import_class
 
 CSV = "callbacks.run_folder.loggers.RunCSVLogger"
 
@@ -24,3 +30,24 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         loggers = [csv, *loggers]
     trainer["logger"] = loggers
     return {"seed_everything": 0, **config, "trainer": trainer}
+
+
+def with_plain_defaults(node: Any) -> Any:
+    """The configuration with what constructors have as defaults and the parser cannot put in words written
+    out: members of enumerations, devices (Lightning's Timer and StochasticWeightAveraging have one)."""
+    if isinstance(node, list):
+        return [with_plain_defaults(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    found = {key: with_plain_defaults(value) for key, value in node.items()}
+    if "class_path" in found:
+        cls = import_class("", found["class_path"])
+        parameters = constructor(cls) if isinstance(cls, type) else {}
+        defaults = {name: own.default for name, (own, _) in parameters.items()}
+        plain = {name: default.value for name, default in defaults.items() if isinstance(default, Enum)}
+        plain |= {
+            name: str(default) for name, default in defaults.items() if isinstance(default, torch.device)
+        }
+        if plain:
+            found["init_args"] = plain | (found.get("init_args") or {})
+    return found

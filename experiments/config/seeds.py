@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from datamodules.fields import constructor
 from experiments.config.classes import import_class
 from experiments.config.errors import ConfigError
 
@@ -37,9 +37,9 @@ def _filled(path: str, node: Any, seed: int) -> Any:
     filled = {key: _filled(f"{path}.{key}", value, seed) for key, value in node.items()}
     if "class_path" in filled:
         cls = import_class(path, filled["class_path"])
-        parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+        seed_of = constructor(cls).get("seed") if isinstance(cls, type) else None
         arguments = dict(filled.get("init_args") or {})
-        is_open = "seed" in parameters and parameters["seed"].default is None
+        is_open = seed_of is not None and seed_of[0].default is None
         if is_open and arguments.get("seed") is None:
             filled["init_args"] = {**arguments, "seed": seed}
     return filled

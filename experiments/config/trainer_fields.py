@@ -62,6 +62,10 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     if trainer.get("default_root_dir") == "":
         raise ConfigError("trainer.default_root_dir: expected a folder, got ''; name one, e.g. runs/mine")
     _check_time(trainer.get("max_time"))
+    for unit in ("steps", "epochs"):
+        least, most = trainer.get(f"min_{unit}"), trainer.get(f"max_{unit}")
+        if isinstance(least, int) and isinstance(most, int) and 0 <= most < least:
+            raise ConfigError(f"trainer.min_{unit}: expected at most max_{unit} ({most}), got {least}")
 
 
 def _check_strategy(strategy: Any) -> None:
