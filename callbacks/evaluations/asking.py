@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,31 @@ from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.requests import Decoding
 
 
+class Work(Protocol):
+    """A part of a measurement that an evaluation does by itself: its rows come with their verdicts."""
+
+    @property
+    def measurement(self) -> Measurement: ...
+
+    @property
+    def title(self) -> str:
+        """What the progress bar says."""
+        ...
+
+    @property
+    def identities(self) -> list[Identity]:
+        """Of all its rows, in the order in which `replied` returns them."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def replied(self, model: LanguageModel) -> list[Row]:
+        """All of its rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """One batch of one measurement."""
@@ -30,6 +56,9 @@ class Job:
     batch: EvaluationBatch
     max_new_tokens: int
     seed: int
+
+    def __len__(self) -> int:
+        return len(self.batch)
 
     @property
     def title(self) -> str:

@@ -18,7 +18,7 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from tqdm.auto import tqdm
 
-from callbacks.evaluations.asking import Job
+from callbacks.evaluations.asking import Job, Work
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.session import Place, Session
@@ -114,10 +114,10 @@ class Evaluation(Callback, ABC):
         )
         with undisturbed(pl_module):
             session = Session(place, self._data, [self])
-            with nested(trainer, sum(len(job.batch) for job in session.jobs), self.name) as bar:
+            with nested(trainer, sum(len(job) for job in session.jobs), self.name) as bar:
                 for job in session.jobs:
                     do(session, job, bar)
-                    bar.update(len(job.batch))
+                    bar.update(len(job))
         values = monitored(session.finish())
         self._values = values
         _monitor(trainer, values)
@@ -141,7 +141,7 @@ def _monitor(trainer: Trainer, values: Mapping[str, float]) -> None:
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
 
-def do(session: Session, job: Job, bar: tqdm[Any]) -> None:
+def do(session: Session, job: Job | Work, bar: tqdm[Any]) -> None:
     """One job, with the attack's iterate and loss behind the progress bar."""
     bar.set_description(job.title)
     with observed(_Postfix(bar)):

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from callbacks.evaluations.asking import Job, attack, judged, measure
+from callbacks.evaluations.asking import Job, Work, attack, judged, measure
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
 from callbacks.judges.base import label
@@ -57,6 +57,19 @@ class Place:
     """The trainer's: autocast changes replies, and not the weights."""
 
 
+@runtime_checkable
+class BringsWork(Protocol):
+    """An evaluation whose questions are not the evaluation data's rows."""
+
+    def work(self, place: Place, weights: str) -> list[tuple[Measurement, list[Work]]]:
+        """What it measures, over all processes, each with this process's parts of it.
+
+        Args:
+            weights: fingerprint of the model.
+        """
+        ...
+
+
 class Session:
     """The work of some evaluations on one model.
 
@@ -73,11 +86,16 @@ class Session:
         self.data = data
         self.store = ResultsStore(place.folder, place.rank)
         self.weights = fingerprint(place.model.module)
-        self.jobs: list[Job] = []
+        self.jobs: list[Job | Work] = []
         self.rows: list[Row] = []
         self._results: dict[str, AttackedPrompt] = {}
         """What transfers of embeddings need: an attack's result on its first batch, by its settings."""
         for evaluation in evaluations:
+            if isinstance(evaluation, BringsWork):
+                for measurement, share in evaluation.work(place, self.weights):
+                    self.store.announce([measurement])
+                    self.jobs += share
+                continue
             for probe in self._present(evaluation):
                 measurement, batches = self._planned(evaluation, probe)
                 # Every process announces all of it: one without a row of its own counts the others' too.
@@ -157,7 +175,11 @@ class Session:
         )
         return measurement, shares[own.rank]
 
-    def do(self, job: Job) -> list[Row]:
+    @property
+    def _probing(self) -> list[Job]:
+        return [job for job in self.jobs if isinstance(job, Job)]
+
+    def do(self, job: Job | Work) -> list[Row]:
         """The job's rows with all verdicts; the model replies only if a row is missing.
 
         A batch is attacked whole or not at all: with other batch-mates, rounding could send a discrete search
@@ -167,13 +189,14 @@ class Session:
         rows = [row for row in stored if row is not None]
         if len(rows) < len(stored):
             try:
-                new = self._measured(job)
+                new = self._measured(job) if isinstance(job, Job) else job.replied(self.place.model)
             except NothingCarried:
                 # Known only now that the attack has run: there is nothing to measure.
                 self.store.announce([replace(job.measurement, n=0)])
                 return []
             rows = [old or row for old, row in zip(stored, new, strict=True)]
-        rows = judged(rows, job.probe.asked)
+        if isinstance(job, Job):
+            rows = judged(rows, job.probe.asked)
         self.store.add(rows)
         self.rows += rows
         return rows
@@ -184,7 +207,7 @@ class Session:
             return measure(model, job, lambda: attack(model, job, self._found(probe)))
         wanted = any(
             isinstance(other.probe.transfer, FreeSuffix) and other.probe.attack is probe.attack
-            for other in self.jobs
+            for other in self._probing
         )
         if wanted and self._donors(probe)[0] is job:
             return measure(model, job, lambda: self._attacked(job)[1])
@@ -195,7 +218,7 @@ class Session:
 
         Raises: ValueError where a process has none.
         """
-        own = [job for job in self.jobs if job.probe.attack is probe.attack and job.probe.transfer is None]
+        own = [j for j in self._probing if j.probe.attack is probe.attack and j.probe.transfer is None]
         if not own or own[0].measurement.n < self.place.world_size:
             raise ValueError(
                 f"{probe.name}: expected a harmful request for each of {self.place.world_size} processes, "

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from callbacks.metrics.estimates import Estimate, rate
-from callbacks.metrics.names import TRENDS
+from callbacks.metrics.names import RULES, TRENDS
 
 CARDS = Path(__file__).parent / "cards"
 RESAMPLES, SEED = 4999, 0
@@ -136,6 +136,8 @@ def read_card(judge: str, folder: Path = CARDS) -> Card | None:
 def line(judge: str, folder: Path = CARDS) -> str:
     """One line on a judge for beneath a table: what its card says, or that it has none."""
     name = judge.partition("@")[0]
+    if name in RULES:
+        return f"{judge}: {RULES[name]}"
     trend = "a target prefix alone is called a trend, not success; " if name in TRENDS else ""
     card = read_card(judge, folder)
     if card is None:

@@ -19,6 +19,7 @@ Quantity = Literal[
     "refusal_rate",
     "over_refusal_rate",
     "exact_match",
+    "accuracy",
     "success_rate",
     "not_refused_rate",
     "judged_rate",
@@ -37,6 +38,7 @@ TITLES: dict[str, str] = {
     "refusal_rate": "refusals of harmful requests",
     "over_refusal_rate": "over-refusals of harmless requests",
     "exact_match": "utility: exact match",
+    "accuracy": "accuracy",
     "success_rate": "attack success",
     "not_refused_rate": "not refused",
     "judged_rate": "judged so",
@@ -55,6 +57,7 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
     "refusal_rate": "higher",
     "over_refusal_rate": "lower",
     "exact_match": "higher",
+    "accuracy": "higher",
     "success_rate": "lower",
     "not_refused_rate": "lower",
     "forced_refusal_rate": "lower",
@@ -65,6 +68,11 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
 """The direction that one wishes for; quantities that only describe have none."""
 TRENDS = {"target_prefix": "target prefix (a trend, not success)"}
 """Judges whose yes is no success yet, and what their `success_rate` is called instead."""
+RULES = {
+    "acc": "right where the right choice is the likeliest one",
+    "acc_norm": "right where the right choice is the likeliest one per character",
+}
+"""Verdicts that a benchmark defines: there is nothing to calibrate."""
 WORST_CASE, WORST_CASE_TEXT = "worst_case", "worst_case_text"
 """In an attack's place: at least one attack of the suite succeeded; at least one that can be typed."""
 
