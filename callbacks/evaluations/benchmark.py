@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from datamodules.results import Identity, Measurement, Row
 from datamodules.settings import settings_digest
 from datamodules.sources.questions import QuestionSource
 from lightning_modules.models.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
 
 CHUNK = 50
 """Documents between two writes: what a kill costs at most."""
@@ -134,6 +137,16 @@ class BenchmarkEvaluation(Evaluation):
         tasks = _limited(self._loaded(benchmark), min(limits, default=None))
         scorer = Scorer(place.model, benchmark.batch_size)
         items = ask(tasks, scorer.chat if benchmark.chat_template else None)
+        encoded = [scorer.encoded(item) for item in items]
+        cut = sum(len(ids) > scorer.harness.max_length + 1 for ids in encoded)
+        if cut and place.rank == 0:
+            log.warning(
+                "%s: %d of %d documents are longer than the model's %d tokens; their beginnings are cut off",
+                benchmark.name,
+                cut,
+                len(items),
+                scorer.harness.max_length,
+            )
         judge = f"{benchmark.metric}@lm_eval-{harness_version()}"
         measurement = Measurement(
             evaluation=self.name,
@@ -144,7 +157,7 @@ class BenchmarkEvaluation(Evaluation):
                 judge,
                 place.precision,
                 _digest([task.configuration for task in tasks]),
-                _digest([[*item.sent, scorer.encoded(item)] for item in items]),
+                _digest([[*item.sent, ids] for item, ids in zip(items, encoded, strict=True)]),
             ),
             subject="utility",
             attack="",
@@ -155,14 +168,15 @@ class BenchmarkEvaluation(Evaluation):
             n=len(items),
             block=benchmark.name,
         )
-        chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+        # Lightning's loop needs a part for every process; one without would leave the others waiting.
+        size = min(CHUNK, max(1, len(items) // place.world_size))
+        chunks = [items[start : start + size] for start in range(0, len(items), size)]
         return measurement, [BenchmarkChunk(measurement, benchmark.metric, own, scorer) for own in chunks]
 
 
 @dataclass(frozen=True)
 class BenchmarkChunk:
-    """Some documents of a benchmark. The chunks do not depend on the number of processes: another batch could
-    round another way."""
+    """Some documents of a benchmark."""
 
     measurement: Measurement
     metric: str

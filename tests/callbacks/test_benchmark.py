@@ -166,6 +166,42 @@ def test_processes_share_the_chunks(tmp_path: Path, arc: Benchmark) -> None:
     assert (measurement.n, measurement.block, measurement.quantity) == (12, "arc_easy", "accuracy")
 
 
+def test_every_process_has_a_part(tmp_path: Path, arc: Benchmark) -> None:
+    shares = [opened(tmp_path / "run", arc, rank=rank, world_size=4).jobs for rank in range(4)]
+    assert [[len(job) for job in share] for share in shares] == [[3], [3], [3], [3]]
+
+
+def test_the_trainers_autocast_stays_on(tmp_path: Path, arc: Benchmark) -> None:
+    (chunk,) = opened(tmp_path / "run", arc).jobs
+    assert isinstance(chunk, BenchmarkChunk)
+    harness = chunk.scorer.harness
+    with torch.autocast("cpu", torch.bfloat16):
+        chunk.scorer.outcomes(chunk.items, "acc")
+        assert harness._model_call(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
+    chunk.scorer.outcomes(chunk.items, "acc")
+    assert harness._model_call(torch.tensor([[1, 2, 3]])).dtype == torch.float32
+
+
+def test_documents_that_do_not_fit_are_counted(
+    tmp_path: Path, arc: Benchmark, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = chat_model()
+    opened(tmp_path / "run", arc, model=model)
+    assert caplog.text == ""
+    model.module.config.max_position_embeddings = 8
+    opened(tmp_path / "run", arc, model=model)
+    assert "arc_easy: 12 of 12 documents are longer than the model's 8 tokens" in caplog.text
+
+
+def test_a_hub_that_is_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(**_: Any) -> None:
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"piqa: cannot load 'baber/piqa' from the hub: Couldn't .*; give"):
+        opened(tmp_path / "run", Benchmark("piqa"))
+
+
 def test_nothing_of_the_process_is_changed(tmp_path: Path, arc: Benchmark) -> None:
     model = chat_model()
     model.module.train()
@@ -307,4 +343,7 @@ def test_from_the_command_line_to_the_report(
         ("fit", 8),
         ("test", 6),
     ]
-    assert "| arc easy: accuracy |" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    row = next(line for line in report.splitlines() if line.startswith("| arc easy: accuracy |"))
+    # Before, after and the paired difference of the same four documents.
+    assert "p = 1.000" in row and "| 4 | acc@lm_eval-" in row
