@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from callbacks.evaluations import benchmark as module
 from callbacks.evaluations.benchmark import Benchmark, BenchmarkChunk, BenchmarkEvaluation
@@ -309,9 +310,30 @@ def test_a_benchmark_of_local_files_knows_nothing_of_the_hub(tmp_path: Path) -> 
     )
 
 
+def test_the_configuration_of_the_four_benchmarks_is_accepted(
+    public_data: Path, thundercat: Callable[..., tuple[int, str, str]]
+) -> None:
+    files = ("configs/experiment/cat_tinychat.yaml", "configs/evaluation/benchmarks.yaml")
+    words = [word for file in files for word in ("--config", file)]
+    status, out, err = thundercat(
+        "fit", *words, f"--vars.benchmark_data={public_data / 'data'}", "--print_config"
+    )
+    assert status == 0, err
+    callbacks = yaml.safe_load(out)["trainer"]["callbacks"]
+    (own,) = (each for each in callbacks if each["class_path"].endswith("BenchmarkEvaluation"))
+    assert [b["task"] for b in own["init_args"]["benchmarks"]] == [
+        "arc_easy",
+        "arc_challenge",
+        "piqa",
+        "mmlu",
+    ]
+    assert sum(each["class_path"].endswith("RunReport") for each in callbacks) == 1
+
+
 CONFIG = """
 trainer:
   callbacks+:
+    - class_path: callbacks.report.report.RunReport
     - class_path: callbacks.evaluations.benchmark.BenchmarkEvaluation
       init_args:
         schedule: {{at_start: true, limit: 4}}
@@ -321,7 +343,6 @@ trainer:
               class_path: datamodules.sources.questions.ArcQuestions
               init_args: {{path: {path}}}
             limit: 6
-    - class_path: callbacks.report.report.RunReport
 """
 
 
