@@ -1,5 +1,5 @@
-"""Multiple-choice questions as a user would ask a chat model: does a defence refuse to answer them, and is what
-it answers right (the failure of arXiv 2405.15589's table on MMLU in chat mode)."""
+"""Multiple-choice questions as a user would ask a chat model: does a defence refuse them, and is what it answers
+right (the failure of arXiv 2405.15589's table on MMLU in chat mode)."""
 
 from __future__ import annotations
 
