@@ -1,4 +1,4 @@
-"""Multiple-choice questions as a user would ask a chat model: does a defence refuse them, and is what it answers
+"""Multiple-choice questions as a user would ask a chat model: does a defence refuse them, and is its answer
 right (the failure of arXiv 2405.15589's table on MMLU in chat mode)."""
 
 from __future__ import annotations
