@@ -43,8 +43,7 @@ def test_the_comparison_of_methods_can_be_computed_again_from_its_rows() -> None
     rows = read(archived(METHODS))
     recorded = json.loads((METHODS / "results.json").read_text(encoding="utf-8"))["methods"]
     assert {name: json.loads(json.dumps(asdict(row))) for name, row in rows.items()} == {
-        name: {key: value for key, value in own.items() if key != "setting"}
-        for name, own in recorded.items()
+        name: {key: value for key, value in own.items() if key != "setting"} for name, own in recorded.items()
     }
     report = (METHODS / "report.md").read_text(encoding="utf-8")
     assert table(rows) in report and claims(rows) in report
