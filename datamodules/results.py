@@ -144,6 +144,37 @@ class Measurement:
         """What it replaces an earlier measurement of."""
         return self.stage, self.step, self.model, self.subject, self.attack, self.block
 
+    def identity(self, example: str, repetition: int = 0) -> Identity:
+        """Of the row of an example."""
+        own = self.settings, self.model, self.stage, self.step, self.subject, self.attack
+        return *own, example, repetition
+
+    def row(self, example: str, prompt: str, expected: str, **known: Any) -> Row:
+        """The greedy row of an example, with what is known of it beside; the rest is as of a plain prompt
+        without a reply."""
+        plain: dict[str, Any] = {
+            "system": None,
+            "category": "",
+            "functional": "",
+            "attacked": None,
+            "history": [],
+            "prefill": "",
+            "reply": "",
+        }
+        return Row(
+            settings=self.settings,
+            model=self.model,
+            stage=self.stage,
+            step=self.step,
+            subject=self.subject,
+            attack=self.attack,
+            example=example,
+            repetition=0,
+            prompt=prompt,
+            expected=expected,
+            **(plain | known),
+        )
+
 
 class ResultsStore:
     """The results of a run folder; every process appends to its own file and has read those of all.

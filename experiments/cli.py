@@ -10,6 +10,7 @@ Heavy libraries are imported inside the commands: `--version`, `list` and a wron
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -241,8 +242,7 @@ def _other(call: argparse.Namespace) -> int:
     elif call.command == "chat":
         from experiments.commands.chat import ChatSettings, chat
 
-        own = {name: getattr(call, name) for name in ("run", "ckpt_path", "system", "max_new_tokens")}
-        own |= {name: getattr(call, name) for name in ("temperature", "top_p", "seed")}
+        own = {field.name: getattr(call, field.name) for field in dataclasses.fields(ChatSettings)}
         own["ckpt_path"] = None if call.ckpt_path == "none" else call.ckpt_path
         return chat(ChatSettings(**own), call.traceback)
     elif call.command == "schema":

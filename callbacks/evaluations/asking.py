@@ -70,11 +70,7 @@ class Job:
     def identities(self) -> list[Identity]:
         """Of all its rows, by example and then by repetition."""
         own = self.measurement
-        return [
-            (own.settings, own.model, own.stage, own.step, own.subject, own.attack, key, repetition)
-            for key in self.batch.keys
-            for repetition in range(1 + own.samples)
-        ]
+        return [own.identity(key, n) for key in self.batch.keys for n in range(1 + own.samples)]
 
 
 def attack(model: LanguageModel, job: Job, found: Found | None = None) -> AttackedPrompt | None:
@@ -163,26 +159,15 @@ def _row(
     model: LanguageModel, job: Job, batch: EvaluationBatch, attacked: AttackedPrompt | None, i: int
 ) -> Row:
     """The i-th example's row but for its reply: what was asked, what the attack found and what it cost."""
-    own = job.measurement
     histories = (attacked.histories if attacked is not None else ()) or batch.histories
-    plain = Row(
-        settings=own.settings,
-        model=own.model,
-        stage=own.stage,
-        step=own.step,
-        subject=own.subject,
-        attack=own.attack,
-        example=batch.keys[i],
-        repetition=0,
-        prompt=batch.prompts[i],
+    plain = job.measurement.row(
+        batch.keys[i],
+        batch.prompts[i],
+        batch.expected[i],
         system=batch.systems[i] if batch.systems else None,
-        expected=batch.expected[i],
         category=batch.categories[i],
         functional=batch.functional[i],
-        attacked=None,
         history=[list(turn) for turn in histories[i]] if histories else [],
-        prefill="",
-        reply="",
     )
     if attacked is None:
         return plain

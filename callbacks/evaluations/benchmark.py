@@ -192,11 +192,7 @@ class BenchmarkChunk:
 
     @property
     def identities(self) -> list[Identity]:
-        own = self.measurement
-        return [
-            (own.settings, own.model, own.stage, own.step, own.subject, own.attack, item.key, 0)
-            for item in self.items
-        ]
+        return [self.measurement.identity(item.key) for item in self.items]
 
     def replied(self, model: LanguageModel) -> list[Row]:
         """A row a document: the likeliest choice as the reply."""
@@ -204,23 +200,11 @@ class BenchmarkChunk:
         with undisturbed(model.module):
             outcomes = self.scorer.outcomes(self.items, self.metric)
         return [
-            Row(
-                settings=own.settings,
-                model=own.model,
-                stage=own.stage,
-                step=own.step,
-                subject=own.subject,
-                attack=own.attack,
-                example=item.key,
-                repetition=0,
-                prompt=item.prompt,
-                system=None,
-                expected=item.expected,
+            own.row(
+                item.key,
+                item.prompt,
+                item.expected,
                 category=item.category,
-                functional="",
-                attacked=None,
-                history=[],
-                prefill="",
                 reply=chosen,
                 verdicts={own.judge: {"verdict": right, "score": None}},
             )

@@ -100,7 +100,7 @@ def unreadable(path: str, value: Any) -> Iterator[tuple[str, str]]:
     """Place and type of everything that `weights_only` does not load."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from unreadable("", key)
+            yield from unreadable(path, key)
             yield from unreadable(f"{path}.{key}".strip("."), item)
     elif isinstance(value, list | tuple | set):
         for item in value:

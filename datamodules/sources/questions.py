@@ -6,6 +6,7 @@ Every benchmark comes in its own layout; a source here reads one, and says `file
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,31 @@ class QuestionSource(Protocol):
 
 
 @checked
-class ArcQuestions:
+class QuestionFile(ABC):
+    """A question a line.
+
+    Args:
+        path: jsonl file of the questions.
+        examples_path: jsonl file of solved questions for few-shot prompts; null for none.
+    """
+
+    def __init__(self, path: str, examples_path: str | None = None) -> None:
+        self.path = path
+        self.examples_path = examples_path
+
+    @staticmethod
+    @abstractmethod
+    def document(record: Record, where: str) -> dict[str, Any]:
+        """A line as the hub's document. Raises: ValueError naming `where`."""
+
+    def questions(self) -> list[Question]:
+        return _read(self.path, self.document)
+
+    def examples(self) -> list[Question]:
+        return _read(self.examples_path, self.document) if self.examples_path is not None else []
+
+
+class ArcQuestions(QuestionFile):
     """ARC in the hub's layout (`choices: {text, label}`) or its authors' (`question: {stem, choices}`).
 
     Args:
@@ -52,19 +77,26 @@ class ArcQuestions:
         examples_path: jsonl file of solved questions for few-shot prompts; null for none.
     """
 
-    def __init__(self, path: str, examples_path: str | None = None) -> None:
-        self.path = path
-        self.examples_path = examples_path
+    @staticmethod
+    def document(record: Record, where: str) -> dict[str, Any]:
+        asked: Any = record.get("question")
+        choices: Any = record.get("choices")
+        if isinstance(asked, dict):
+            asked, choices = asked.get("stem"), _columns(asked.get("choices"))
+        _check_text(asked, "question", where)
+        listed: dict[str, Any] = choices if isinstance(choices, dict) else {}
+        texts, labels = listed.get("text"), listed.get("label")
+        if not _all_texts(texts) or not _all_texts(labels) or len(texts) != len(labels):
+            raise ValueError(
+                f"{where}: expected choices with as many texts as labels, got {choices!r:.80}; {MEND}"
+            )
+        answer = record.get("answerKey")
+        if answer not in labels:
+            raise ValueError(f"{where}: expected an answerKey among {labels}, got {answer!r:.40}; {MEND}")
+        return {"question": asked, "choices": {"text": texts, "label": labels}, "answerKey": answer}
 
-    def questions(self) -> list[Question]:
-        return _read(self.path, _arc)
 
-    def examples(self) -> list[Question]:
-        return _read(self.examples_path, _arc) if self.examples_path is not None else []
-
-
-@checked
-class PiqaQuestions:
+class PiqaQuestions(QuestionFile):
     """PIQA: goal, sol1, sol2, label (0 or 1).
 
     Args:
@@ -72,15 +104,14 @@ class PiqaQuestions:
         examples_path: jsonl file of solved questions for few-shot prompts; null for none.
     """
 
-    def __init__(self, path: str, examples_path: str | None = None) -> None:
-        self.path = path
-        self.examples_path = examples_path
-
-    def questions(self) -> list[Question]:
-        return _read(self.path, _piqa)
-
-    def examples(self) -> list[Question]:
-        return _read(self.examples_path, _piqa) if self.examples_path is not None else []
+    @staticmethod
+    def document(record: Record, where: str) -> dict[str, Any]:
+        for name in ("goal", "sol1", "sol2"):
+            _check_text(record.get(name), name, where)
+        label = record.get("label")
+        if label not in (0, 1) or isinstance(label, bool):
+            raise ValueError(f"{where}: expected a label of 0 or 1, got {label!r:.40}; {MEND}")
+        return {name: record[name] for name in ("goal", "sol1", "sol2", "label")}
 
 
 @checked
@@ -139,38 +170,11 @@ def _read(path: str, parsed: Callable[[Record, str], dict[str, Any]], subject: s
     return list(found.values())
 
 
-def _arc(record: Record, where: str) -> dict[str, Any]:
-    asked: Any = record.get("question")
-    choices: Any = record.get("choices")
-    if isinstance(asked, dict):
-        asked, choices = asked.get("stem"), _columns(asked.get("choices"))
-    _check_text(asked, "question", where)
-    listed: dict[str, Any] = choices if isinstance(choices, dict) else {}
-    texts, labels = listed.get("text"), listed.get("label")
-    if not _all_texts(texts) or not _all_texts(labels) or len(texts) != len(labels):
-        raise ValueError(
-            f"{where}: expected choices with as many texts as labels, got {choices!r:.80}; {MEND}"
-        )
-    answer = record.get("answerKey")
-    if answer not in labels:
-        raise ValueError(f"{where}: expected an answerKey among {labels}, got {answer!r:.40}; {MEND}")
-    return {"question": asked, "choices": {"text": texts, "label": labels}, "answerKey": answer}
-
-
 def _columns(choices: Any) -> dict[str, list[Any]] | None:
     """The authors' list of {text, label} as the hub's two lists."""
     if not isinstance(choices, list) or not all(isinstance(own, dict) for own in choices):
         return None
     return {name: [own.get(name) for own in choices] for name in ("text", "label")}
-
-
-def _piqa(record: Record, where: str) -> dict[str, Any]:
-    for name in ("goal", "sol1", "sol2"):
-        _check_text(record.get(name), name, where)
-    label = record.get("label")
-    if label not in (0, 1) or isinstance(label, bool):
-        raise ValueError(f"{where}: expected a label of 0 or 1, got {label!r:.40}; {MEND}")
-    return {name: record[name] for name in ("goal", "sol1", "sol2", "label")}
 
 
 def _mmlu(record: Record, where: str, subject: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from tests.support.readme import READMES, blocks, commands, own_files
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORDED = ROOT / "experiments" / "results" / "quickstart_cpu_202611"
 Run = Callable[..., tuple[int, str, str]]
-FOLDERS = ("callbacks", "datamodules", "experiments", "lightning_modules")
 
 
 def name(path: Path) -> str:
@@ -121,13 +120,6 @@ def test_a_folder_s_readme_names_every_file(folder: str) -> None:
     text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
     assert not [path.name for path in files if path.name not in text]
-
-
-def test_no_file_is_long() -> None:
-    tracked = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    # Word lists of the corpus are data.
-    long = {path.name: len(path.read_text().splitlines()) for path in tracked if "corpus" not in path.name}
-    assert not {file: length for file, length in long.items() if length > 350}
 
 
 def test_no_machine_paths_in_the_project() -> None:

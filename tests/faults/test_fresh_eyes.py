@@ -15,15 +15,11 @@ import yaml
 from callbacks.run_folder.checkpoints import RunCheckpoints
 from datamodules.results import read_measurements
 from tests.conftest import ROOT
-from tests.support.small_run import equal, small_config, trained
+from tests.support.small_run import equal, evaluated, small_config, trained
 
 Run = Callable[..., tuple[int, str, str]]
 CONFIG = "configs/experiment/cat_tinychat.yaml"
-ROWS = {
-    "class_path": "datamodules.sources.tinychat.sources.TinyChatHarmful",
-    "init_args": {"split": "validation", "limit": 3},
-}
-EVALUATED = f"--data.evaluation={json.dumps({'harmful': [ROWS]})}"
+EVALUATED = evaluated(3)
 REFUSALS = json.dumps(
     [
         {

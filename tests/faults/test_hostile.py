@@ -23,15 +23,11 @@ from experiments import cli
 from experiments.commands.run import _Printable
 from experiments.config.seeds import with_seeds
 from lightning_modules.adversarial import AdversarialFineTuning
-from tests.support.small_run import small_config
+from tests.support.small_run import evaluated, small_config
 
 Run = Callable[..., tuple[int, str, str]]
 HERE = "tests.faults.test_hostile"
-ROWS = {
-    "class_path": "datamodules.sources.tinychat.sources.TinyChatHarmful",
-    "init_args": {"split": "validation", "limit": 2},
-}
-EVALUATED = f"--data.evaluation={json.dumps({'harmful': [ROWS]})}"
+EVALUATED = evaluated(2)
 
 
 class Mine(AdversarialFineTuning):
@@ -117,26 +113,23 @@ def test_a_run_within_a_folder_is_not_that_folder_s(
     assert "training starts at step 0" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        '--trainer.plugins=[{"class_path": "lightning.pytorch.plugins.HalfPrecision", "init_args": '
-        '{"precision": "bf16-true"}}]',
-        "callbacks",
-    ],
-)
-def test_plugins_and_callbacks_that_change_weights_are_compared(
-    fit: Run, tmp_path: Path, change: str
-) -> None:
-    averaging = {
-        "class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging",
-        "init_args": {"swa_lrs": 0.01},
-    }
+HALF = {"class_path": "lightning.pytorch.plugins.HalfPrecision", "init_args": {"precision": "bf16-true"}}
+AVERAGING = {
+    "class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging",
+    "init_args": {"swa_lrs": 0.01},
+}
+
+
+def test_plugins_and_callbacks_that_change_weights_are_compared(fit: Run, tmp_path: Path) -> None:
     assert fit()[0] == 0
-    change = callbacks(tmp_path, averaging) if change == "callbacks" else change
-    status, _, err = fit("--ckpt_path=last", "--trainer.max_steps=5", change)
-    assert status != 0
-    assert "trainer.plugins.0" in err or "trainer.callbacks.StochasticWeightAveraging" in err
+    changes = {
+        "trainer.plugins.0.class_path": f"--trainer.plugins={json.dumps([HALF])}",
+        "trainer.callbacks.StochasticWeightAveraging.": callbacks(tmp_path, AVERAGING),
+    }
+    for field, change in changes.items():
+        status, _, err = fit("--ckpt_path=last", "--trainer.max_steps=5", change)
+        assert status != 0
+        assert field in err and "(unset) then" in err
 
 
 @pytest.mark.filterwarnings("ignore:Total length of")
@@ -146,7 +139,7 @@ def test_predictions_of_nothing_are_an_error(fit: Run, thundercat: Run, tmp_path
     words = ("predict", "--config", str(tmp_path / "run" / "config.yaml"))
     status, out, err = thundercat(*words, empty, "--ckpt_path=last")
     assert status != 0 and "predictions.jsonl" not in out
-    assert "data.evaluation: found no prompt" in err or "limit_predict_batches" in err
+    assert "data.evaluation: found no prompt to predict for" in err
 
 
 def test_a_predict_step_of_another_kind_is_named(fit: Run, thundercat: Run, tmp_path: Path) -> None:
@@ -213,13 +206,17 @@ REFUSALS = {
 
 
 def test_a_metric_that_is_no_longer_measured_is_not_monitored(fit: Run, tmp_path: Path) -> None:
-    assert fit(EVALUATED, callbacks(tmp_path, REFUSALS, STOPPING))[0] == 0
+    """Epochs of two steps: EarlyStopping asks after the fourth, one after the resume."""
+    epochs = ("--trainer.limit_train_batches=2", "--trainer.max_epochs=-1")
+    assert fit(EVALUATED, *epochs, callbacks(tmp_path, REFUSALS, STOPPING))[0] == 0
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "step_000003.ckpt")
     assert set(checkpoint["found"]) == {"refusal"}
-    words = ("--ckpt_path=last", "--trainer.max_steps=20", "--trainer.max_epochs=-1")
-    status, _, err = fit(EVALUATED, *words, "--trainer.limit_train_batches=4", callbacks(tmp_path, STOPPING))
-    assert status != 0
-    assert "eval/harmful/refusal_rate" in err or "limit_train_batches" in err
+    words = (*epochs, "--ckpt_path=last", "--trainer.max_steps=20")
+    status, _, err = fit(EVALUATED, *words, callbacks(tmp_path, STOPPING))
+    assert status == 1
+    assert "conditioned on metric `eval/harmful/refusal_rate` which is not available" in err
+    steps = [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt")]
+    assert max(steps) == "step_000004.ckpt"
 
 
 def test_the_short_step_of_an_epoch_s_end_is_kept_too(fit: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,15 @@ data:
     harmful_per_step: 2
     utility_per_step: 2
 """
+
+
+def evaluated(limit: int) -> str:
+    """The small run with so many evaluation requests, as one field."""
+    rows = {
+        "class_path": "datamodules.sources.tinychat.sources.TinyChatHarmful",
+        "init_args": {"split": "validation", "limit": limit},
+    }
+    return f"--data.evaluation={json.dumps({'harmful': [rows]})}"
 
 
 def small_config(folder: Path) -> Path:
