@@ -79,7 +79,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
     add("--ckpt_path", metavar="PATH|last|none", default="last", help="whose weights; none: before training")
-    add("--system", metavar="TEXT", help="system message of every conversation")
+    add("--system", metavar="TEXT", help="system message [the run's]")
     add("--max_new_tokens", metavar="N", type=int, default=256, help="longest reply [256]")
     add("--temperature", metavar="T", type=float, default=0.0, help="0 replies greedily [0]")
     add("--top_p", metavar="P", type=float, default=1.0, help="nucleus of sampled replies [1]")

@@ -125,7 +125,8 @@ class PretrainedModel(LightningModule):
         ]
 
     def _is_cut(self, reply: str) -> bool:
-        (ids,) = self.language_model.chat.encode_batch([reply])
+        # No tokenizer takes half a surrogate pair.
+        (ids,) = self.language_model.chat.encode_batch([reply.encode(errors="replace").decode()])
         return len(ids) > self.predicted_tokens - CUT_WITHIN
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -37,7 +37,7 @@ class ChatSettings:
     ckpt_path: str | None = "last"
     """A checkpoint, or `last`; null takes the model before training."""
     system: str | None = None
-    """System message of every conversation."""
+    """System message of every conversation; null takes the run's own (data.encoding.system)."""
     max_new_tokens: Count = 256
     temperature: NonNegative = 0.0
     """0 replies greedily."""
@@ -62,7 +62,8 @@ def _chat(config: dict[str, object], folder: RunFolder, settings: ChatSettings) 
     module, data = build(config, PretrainedModel)
     with loaded(config, "predict", module, data, folder) as (step, _):
         print(f"{folder.path}, step {step}; {NEW} begins another conversation, an empty line leaves")
-        converse(module.language_model, settings)
+        system = settings.system if settings.system is not None else data.encoding.system
+        converse(module.language_model, replace(settings, system=system))
     return 0
 
 

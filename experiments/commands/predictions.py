@@ -50,8 +50,8 @@ class WritesPredictions(Callback):
                 f"(mappings), got {type(outputs).__name__}"
             )
         for row in outputs:
-            line = json.dumps({**row, "checkpoint": self.checkpoint}, ensure_ascii=False)
-            self._stream.write(line + "\n")
+            # ASCII: a reply may hold half a surrogate pair, which no UTF-8 file can.
+            self._stream.write(json.dumps({**row, "checkpoint": self.checkpoint}) + "\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
 

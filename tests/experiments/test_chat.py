@@ -73,6 +73,20 @@ def test_a_run_s_model_talks(thundercat: Run, tmp_path: Path, monkeypatch: pytes
         assert f"step {step};" in head and reply
 
 
+def test_the_run_s_own_system_message_holds_unless_another_is_given(
+    thundercat: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[tuple[Request, Decoding, int]],
+) -> None:
+    own = "--data.encoding.system=Be brief."
+    assert thundercat("fit", "--config", str(small_config(tmp_path)), own)[0] == 0
+    for words in ((), ("--system=Be kind.",)):
+        said(monkeypatch, "Add 1 and 2.")
+        assert thundercat("chat", str(tmp_path / "run"), *words)[0] == 0
+    assert [request.system for request, _, _ in asked] == ["Be brief.", "Be kind."]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

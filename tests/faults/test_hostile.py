@@ -23,6 +23,7 @@ from experiments import cli
 from experiments.commands.run import _Printable
 from experiments.config.seeds import with_seeds
 from lightning_modules.adversarial import AdversarialFineTuning
+from lightning_modules.models.language_model import LanguageModel
 from tests.support.small_run import evaluated, small_config
 
 Run = Callable[..., tuple[int, str, str]]
@@ -153,6 +154,19 @@ def test_a_predict_step_of_another_kind_is_named(fit: Run, thundercat: Run, tmp_
     status, _, err = thundercat(*words)
     assert status == 1
     assert "expected predict_step of Returns to return a list of rows (mappings), got Tensor" in err
+
+
+def test_a_reply_that_no_utf_8_file_can_hold_is_written(
+    fit: Run, thundercat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit(EVALUATED)[0] == 0
+    monkeypatch.setattr(
+        LanguageModel, "reply", lambda self, sent, *rest: ["half \ud83d"] * len(sent.prompt_ids)
+    )
+    status, _, err = thundercat("predict", "--config", str(tmp_path / "run" / "config.yaml"))
+    assert status == 0, err
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["reply"] for line in lines} == {"half \ud83d"}
 
 
 def test_a_file_named_by_a_number_is_asked_for_its_step(fit: Run, tmp_path: Path) -> None:
