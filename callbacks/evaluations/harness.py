@@ -54,7 +54,8 @@ def check_installed(what: str) -> None:
     """Raises: ValueError naming the extra where the harness is not installed."""
     if find_spec("lm_eval") is None:
         raise ValueError(
-            f"{what} needs lm-eval, which is not installed; pip install 'thundercat[benchmarks]'"
+            f"{what} needs lm-eval, which is not installed; pip install 'lm-eval[hf]>=0.4.13' (the project's "
+            "extra `benchmarks`)"
         )
 
 

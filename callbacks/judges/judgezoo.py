@@ -56,8 +56,8 @@ class JudgeZoo:
     ) -> None:
         if importlib.util.find_spec("judgezoo") is None:
             raise ValueError(
-                "JudgeZoo: needs the judgezoo package, which is not installed; pip install "
-                "'thundercat[judges]'"
+                "JudgeZoo: needs the judgezoo package, which is not installed; pip install judgezoo (the "
+                "project's extra `judges`)"
             )
         if judge in TARGETED and prompt == "attacked":
             raise ValueError(
