@@ -303,7 +303,9 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         "callbacks.evaluations.harness.find_spec", lambda name: None if name == "lm_eval" else find(name)
     )
-    with pytest.raises(ValueError, match=r"lm-eval, .* pip install 'thundercat\[benchmarks\]'"):
+    with pytest.raises(
+        ValueError, match=r"lm-eval, .* pip install 'lm-eval.hf.>=0.4.13' .*extra `benchmarks`"
+    ):
         BenchmarkEvaluation([arc])
 
 

@@ -258,5 +258,6 @@ def test_unreadable_replies_count_as_no_with_a_warning(library: dict[str, Librar
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"JudgeZoo: needs the judgezoo package.*thundercat\[judges\]"):
+    message = r"JudgeZoo: needs the judgezoo package.*pip install judgezoo .*extra `judges`"
+    with pytest.raises(ValueError, match=message):
         JudgeZoo("harmbench")
