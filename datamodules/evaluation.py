@@ -128,8 +128,22 @@ class EvaluationData(LightningDataModule):
         return self.blocks[block].get(subject, []) if block else self.examples[subject]
 
     def predict_dataloader(self) -> list[DataLoader[EvaluationBatch]]:
-        """All evaluation prompts, harmful ones first."""
-        return [self.loader(subject) for subject in SUBJECTS if self.examples[subject]]
+        """All evaluation prompts, harmful ones first; of several processes each has its share.
+
+        Raises: ValueError where a process would have none: it would leave the others waiting.
+        """
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        most = max((len(rows) for rows in self.examples.values()), default=0)
+        if 0 < most < world_size:
+            raise ValueError(
+                f"data.evaluation: expected a prompt for each of {world_size} processes, got {most}; set "
+                f"trainer.devices: {most}, or add rows"
+            )
+        return [
+            self.loader(subject, rank=rank, world_size=world_size)
+            for subject in SUBJECTS
+            if len(self.examples[subject]) > rank
+        ]
 
     def _encode_evaluation(self, encoder: Encoder) -> dict[Subject, list[Row]]:
         """Encode the evaluation rows; returns them as text, by subject."""

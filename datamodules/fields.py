@@ -68,7 +68,7 @@ def constructor(cls: type) -> dict[str, tuple[inspect.Parameter, Any]]:
         if init is None or owner is object:
             continue
         parameters = list(inspect.signature(init).parameters.values())[1:]
-        hints = typing.get_type_hints(init, include_extras=True)
+        hints = _hints_or_none(init)
         kinds = {parameter.kind for parameter in parameters}
         for own in parameters:
             if own.kind not in (own.VAR_POSITIONAL, own.VAR_KEYWORD):
@@ -76,6 +76,14 @@ def constructor(cls: type) -> dict[str, tuple[inspect.Parameter, Any]]:
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
     return found
+
+
+def _hints_or_none(function: Any) -> dict[str, Any]:
+    """The annotations, none where they name what only a type checker imports (Lightning's WandbLogger)."""
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError:
+        return {}
 
 
 @functools.cache

@@ -66,19 +66,30 @@ def build_parser() -> Parser:
     report.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
     _add_chat(commands.add_parser("chat", help=OTHERS["chat"], description=OTHERS["chat"]))
     listing = commands.add_parser("list", help=OTHERS["list"], description=OTHERS["list"])
-    listing.add_argument(
+    kind = listing.add_argument(
         "kind", nargs="?", default="all", help="attacks, methods, recipes, ...; all by default"
     )
+    kind.completer = _kinds  # type: ignore[attr-defined]
     commands.add_parser("schema", help=OTHERS["schema"], description=OTHERS["schema"])
     for other in (report, listing, commands.choices["schema"], commands.choices["chat"]):
         other.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
     return parser
 
 
+def _kinds(**_: Any) -> list[str]:
+    """For the shell."""
+    from experiments.commands.list import CLASSES, FILES
+
+    return ["all", *FILES, *CLASSES]
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
-    add("--ckpt_path", metavar="PATH|last|none", default="last", help="whose weights; none: before training")
+    place = add(
+        "--ckpt_path", metavar="PATH|last|none", default="last", help="whose weights; none: before training"
+    )
+    place.completer = lambda **_: ["last", "none"]  # type: ignore[attr-defined]
     add("--system", metavar="TEXT", help="system message [the run's]")
     add("--max_new_tokens", metavar="N", type=int, default=256, help="longest reply [256]")
     add("--temperature", metavar="T", type=float, default=0.0, help="0 replies greedily [0]")

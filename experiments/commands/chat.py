@@ -5,13 +5,12 @@ The conversation goes on turn by turn; `/new` begins another one, an empty line 
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import yaml
 
 from callbacks.report.escape import printable
 from callbacks.run_folder.folder import RunFolder
@@ -19,7 +18,7 @@ from datamodules.fields import Count, NonNegative, NonNegativeInt, Share, checke
 from datamodules.text.chat_format import Turn
 from experiments.commands.loaded import build, loaded, node_of
 from experiments.commands.run import guarded
-from experiments.config.errors import ConfigError
+from experiments.config.compose import ConfigError, compose
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Decoding, Request
 from lightning_modules.pretrained import PretrainedModel
@@ -51,7 +50,9 @@ def chat(settings: ChatSettings, show_traceback: bool = False) -> int:
     path = RunFolder.of(folder).config()
     if not path.is_file():
         raise ConfigError(f"chat: no run in {settings.run!r} (it has no config.yaml); name a run folder")
-    config = {**yaml.safe_load(path.read_text(encoding="utf-8")), "ckpt_path": settings.ckpt_path}
+    config = {**compose([str(path)], []), "ckpt_path": settings.ckpt_path}
+    if "data" not in config:
+        raise ConfigError(f"{path}: expected model and data, got no data; name a run folder")
     config["model"] = node_of(config, PretrainedModel, ("base", "seed"))
     own = RunFolder.of(folder)
     return guarded(lambda: _chat(config, own, settings), own, show_traceback)
@@ -76,9 +77,13 @@ def converse(model: LanguageModel, settings: ChatSettings) -> None:
             history = ()
             continue
         try:
+            text.encode()
             (reply,) = model.reply(
                 [Request(text, settings.system, history)], decoding, settings.seed + number
             )
+        except UnicodeEncodeError:
+            print("thundercat: expected text, got bytes that are none; write it in UTF-8", file=sys.stderr)
+            continue
         except ValueError as error:
             print(f"thundercat: {printable(str(error), one_line=True)}", file=sys.stderr)
             continue
@@ -88,6 +93,8 @@ def converse(model: LanguageModel, settings: ChatSettings) -> None:
 
 def _lines() -> Iterator[str]:
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a wrong byte must not end the conversation
     while True:
         try:
             text = input(prompt).strip()

@@ -78,10 +78,13 @@ def _classes(folder: str) -> Iterator[tuple[str, str]]:
 
 def _is_choice(node: ast.ClassDef) -> bool:
     """Whether a class is something to choose, rather than a contract or a record."""
-    bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    named = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
+    bases = {base.id for base in named if isinstance(base, ast.Name)}
     records = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
     methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
-    return not bases & {"Protocol", "ABC"} and (not records or bool(methods & {"__call__", "rows"}))
+    return not bases & {"Protocol", "ABC", "NamedTuple"} and (
+        not records or bool(methods & {"__call__", "rows"})
+    )
 
 
 def _sentence(text: str) -> str:

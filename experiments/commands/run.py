@@ -169,7 +169,9 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
         writes = WritesPredictions(checkpoint)
         callbacks_of(cli.trainer).append(writes)
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=path, return_predictions=False)
-        if writes.written is None and cli.trainer.is_global_zero:
+        if not cli.trainer.is_global_zero:
+            return 0
+        if writes.written is None:
             raise ConfigError(
                 "data.evaluation: found no prompt to predict for; set its sources, and "
                 "trainer.limit_predict_batches above 0"
@@ -245,9 +247,21 @@ def _say(text: str) -> None:
     print(f"thundercat: {printable(text, one_line=True)}", file=sys.stderr)
 
 
+def _said_of_class(text: str) -> str | None:
+    """What a constructor said whose class may stand alone or in a list: the parser tries all kinds, and the
+    reason stands in the middle of what it says of each."""
+    kinds = re.search(r"Subtypes: \[<class '(?:\w+\.)*(\w+)'>", text)
+    tried = re.findall(r"^  - (.+)$", text, re.MULTILINE)
+    said = [reason for reason in tried if not reason.startswith(("Not a valid subclass", "Expected a"))]
+    return f"{kinds[1]}: {said[0]}" if kinds and said else None
+
+
 def innermost(error: BaseException) -> str:
     """The cause at the bottom of a chain of parser errors, on one line, with the field's name in front."""
     text = str(error)
+    reason = _said_of_class(text)
+    if reason is not None:
+        return reason
     key = re.search(r'(?:Parser key|Validation failed: Key|key) "([^"]+)"', text)
     cause: BaseException = error
     while cause.__cause__ is not None or cause.__context__ is not None:

@@ -8,12 +8,13 @@ override replaces. Values under a top-level `vars:` can be interpolated and are 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config.classes import import_class
 from experiments.config.errors import PROJECT_ROOT, ConfigError, suggest
 from experiments.config.files import expand, load, parse
 from experiments.config.merging import merge, settle
@@ -41,10 +42,24 @@ def compose(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> dict[
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except OmegaConfBaseException as error:
+        # A class that has moved takes its fields along: that is what has to be said first.
+        for path, class_path in _class_paths("", config):
+            import_class(path, class_path)
         raise ConfigError(_unresolved(error)) from error
     assert isinstance(resolved, dict)
     resolved.pop("vars", None)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _class_paths(path: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        if "class_path" in node:
+            yield path, node["class_path"]
+        for key, value in node.items():
+            yield from _class_paths(f"{path}.{key}".lstrip("."), value)
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _class_paths(f"{path}.{i}", value)
 
 
 def _unresolved(error: OmegaConfBaseException) -> str:

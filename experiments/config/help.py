@@ -7,14 +7,13 @@ import dataclasses
 import inspect
 import re
 import textwrap
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import docstring_parser
 from lightning import Trainer
 
-from datamodules.fields import options
+from datamodules.fields import constructor, options
 from experiments.config.check import expected, parameters_of
 from experiments.config.classes import import_class, moved_to, project_classes
 from experiments.config.compose import compose
@@ -31,11 +30,12 @@ def print_fields(files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> 
     places: dict[type, list[str]] = {}
     for path, cls in classes(config):
         places.setdefault(cls, []).append(path)
+    told: set[type] = set()
     for cls, paths in places.items():
         print(_filled("", ", ".join(paths) + ":", indent="  "))
-        _print_class(cls)
+        _print_class(cls, told)
     print("\ntrainer:")
-    _print_class(Trainer)
+    _print_class(Trainer, told)
 
 
 def print_class(name: str) -> None:
@@ -43,7 +43,7 @@ def print_class(name: str) -> None:
     known = name if "." in name else moved_to(name)
     if known is None:
         raise ConfigError(f"--help.{name}: no such class in the project{suggest(name, project_classes())}")
-    _print_class(import_class("--help", known))
+    _print_class(import_class("--help", known), set())
 
 
 def classes(node: Any, path: str = "") -> Iterator[tuple[str, type]]:
@@ -59,10 +59,14 @@ def classes(node: Any, path: str = "") -> Iterator[tuple[str, type]]:
             yield from classes(value, f"{path}.{i}")
 
 
-def fields(cls: type) -> Iterator[tuple[str, str, str, str]]:
+def fields(cls: type, told: set[type] | None = None) -> Iterator[tuple[str, str, str, str]]:
     """(name, type, default, documentation) of every constructor field, those of nested settings with a dotted
-    name."""
-    hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
+    name.
+
+    Args:
+        told: settings whose fields have been given already, and are not given again; grows.
+    """
+    hints = {name: hint for name, (_, hint) in constructor(cls).items()}
     hints |= TRAINER_FIELDS if cls is Trainer else {}
     texts = documentation(cls)
     for name, parameter in parameters_of(cls).items():
@@ -73,16 +77,18 @@ def fields(cls: type) -> Iterator[tuple[str, str, str, str]]:
             said = "" if dataclasses.is_dataclass(default) else f", default {_shown(default)}"
         yield name, expected(hint), said, texts.get(name, "")
         for option in options(hint):
-            if isinstance(option, type) and dataclasses.is_dataclass(option):
-                for inner, *rest in fields(option):
+            if isinstance(option, type) and dataclasses.is_dataclass(option) and option not in (told or ()):
+                if told is not None:
+                    told.add(option)
+                for inner, *rest in fields(option, told):
                     yield f"{name}.{inner}", *rest  # type: ignore[misc]
 
 
-def _print_class(cls: type) -> None:
+def _print_class(cls: type, told: set[type]) -> None:
     parsed = docstring_parser.parse(inspect.getdoc(cls) or "")
     about = f": {' '.join(parsed.short_description.split())}" if parsed.short_description else ""
     print(_filled("  ", f"{cls.__module__}.{cls.__qualname__}{about}", indent="    "))
-    for name, kind, default, documentation in fields(cls):
+    for name, kind, default, documentation in fields(cls, told):
         # Lightning's texts refer to its web pages: :paramref:`~lightning.pytorch.trainer.Trainer.logger`.
         text = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", documentation)
         print(

@@ -236,7 +236,13 @@ def test_completion_offers_commands_options_and_the_fields_of_the_files_given(in
     assert {"model.attack.epsilon", "trainer.max_steps"} <= set(names)
     assert not [name for name in names if "init_args" in name or "class_path" in name]
     assert field_names(["nowhere.yaml"]) == []
-    line = f"thundercat fit --config {TINYCHAT} --model.attack.num"
+    assert completed(f"thundercat fit --config {TINYCHAT} --model.attack.num") == "--model.attack.num_steps="
+    assert completed("thundercat list at") == "attacks"
+    assert completed("thundercat chat runs/x --ckpt_path no") == "none"
+
+
+def completed(line: str) -> str:
+    """What the shell is offered."""
     shell = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
     command = [sys.executable, "-m", "experiments.cli"]
     # The answer goes to file descriptor 8.
@@ -248,4 +254,4 @@ def test_completion_offers_commands_options_and_the_fields_of_the_files_given(in
         text=True,
         check=False,
     )
-    assert done.stdout.strip() == "--model.attack.num_steps="
+    return done.stdout.strip()
