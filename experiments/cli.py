@@ -33,6 +33,7 @@ RUNS = {
     "attack": 'one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..."',
 }
 OTHERS = {
+    "study": "train and judge every run of a study, and compare them",
     "chat": "talk to a run's model in the terminal",
     "report": "write the reports of a finished run again, from its rows",
     "list": "what there is to choose from, one line each",
@@ -64,6 +65,7 @@ def build_parser() -> Parser:
         _add_run(commands.add_parser(name, help=text, description=text, add_help=False, allow_abbrev=False))
     report = commands.add_parser("report", help=OTHERS["report"], description=OTHERS["report"])
     report.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    _add_study(commands.add_parser("study", help=OTHERS["study"], description=OTHERS["study"]))
     _add_chat(commands.add_parser("chat", help=OTHERS["chat"], description=OTHERS["chat"]))
     listing = commands.add_parser("list", help=OTHERS["list"], description=OTHERS["list"])
     kind = listing.add_argument(
@@ -71,7 +73,7 @@ def build_parser() -> Parser:
     )
     kind.completer = _kinds  # type: ignore[attr-defined]
     commands.add_parser("schema", help=OTHERS["schema"], description=OTHERS["schema"])
-    for other in (report, listing, commands.choices["schema"], commands.choices["chat"]):
+    for other in (report, listing, *(commands.choices[name] for name in ("schema", "chat", "study"))):
         other.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
     return parser
 
@@ -81,6 +83,17 @@ def _kinds(**_: Any) -> list[str]:
     from experiments.commands.list import CLASSES, FILES
 
     return ["all", *FILES, *CLASSES]
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("study", metavar="FILE", help="the study's YAML, e.g. configs/study/tinychat.yaml")
+    add("--out", metavar="FOLDER", help="tables, figures, raw rows [RUNS/NAME of the file]")
+    add("--runs", metavar="FOLDER", default="runs/studies", help="the run folders [runs/studies]")
+    add("--only", metavar="RUN", nargs="+", default=[], help="these runs, and those they need [all]")
+    add("--workers", metavar="N", type=int, default=1, help="runs at a time; they share the cores [1]")
+    add("--dry_run", action="store_true", help="list the runs and what of them is done")
+    add("--report_only", action="store_true", help="run nothing: the report of what is done")
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -256,6 +269,14 @@ def _other(call: argparse.Namespace) -> int:
         own = {field.name: getattr(call, field.name) for field in dataclasses.fields(ChatSettings)}
         own["ckpt_path"] = None if call.ckpt_path == "none" else call.ckpt_path
         return chat(ChatSettings(**own), call.traceback)
+    elif call.command == "study":
+        from experiments.commands.study import StudyCall, study
+        from experiments.config.classes import search_working_directory
+
+        search_working_directory()
+        return study(
+            StudyCall(**{own.name: getattr(call, own.name) for own in dataclasses.fields(StudyCall)})
+        )
     elif call.command == "schema":
         from experiments.commands.schema import schema_text
 

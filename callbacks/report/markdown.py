@@ -18,7 +18,7 @@ def document(results: RunResults, figures: Mapping[str, str]) -> str:
     parts = [f"# Report of {markdown(results.folder.name)} ({results.stage})", about]
     parts.append("\n".join(f"- Warning: {markdown(text)}" for text in warnings(results)))
     for table in tables(results):
-        parts += [f"## {table.title}", _table(table)]
+        parts += [f"## {table.title}", table_lines(table)]
     parts.append(f"{INTERVALS} {DIFFERENCES}" if results.differences else INTERVALS)
     parts.append("\n".join(f"- {markdown(judge)}" for judge in judges(results)))
     parts += [f"![{markdown(title)}]({path})" for title, path in figures.items()]
@@ -39,7 +39,8 @@ def terminal(results: RunResults) -> str:
     return "\n".join(lines)
 
 
-def _table(table: Table) -> str:
+def table_lines(table: Table) -> str:
+    """One table, every cell literal."""
     rows = [[markdown(cell.text) for cell in row] for row in table.rows]
     lines = [table.columns, ["---"] * len(table.columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from callbacks.report.drawing import Drawing, svg
 from callbacks.report.escape import printable
 from callbacks.report.results import RunResults, SampleRow
-from callbacks.report.tables import DIFFERENCES, INTERVALS, facts, judges, tables, warnings
+from callbacks.report.tables import DIFFERENCES, INTERVALS, Table, facts, judges, tables, warnings
 
 EACH = 4
 """Sample rows shown per subject and attack: so many with a true verdict, and so many without."""
@@ -50,30 +50,48 @@ class Samples:
 
 def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
     """The page's HTML."""
+    return _rendered(
+        "page.html.jinja",
+        name=results.folder.name,
+        stage=results.stage,
+        facts=facts(results),
+        warnings=warnings(results),
+        tables=tables(results),
+        notes=[INTERVALS, *([DIFFERENCES] if results.differences else [])],
+        judges=judges(results),
+        figures=_pictures(figures),
+        attacks=list(results.after.attacks.values()) if results.after is not None else [],
+        samples=samples(results),
+        configuration=_whole(
+            yaml.safe_dump(dict(results.configuration), sort_keys=False, allow_unicode=True)
+        ),
+    )
+
+
+def study_page(
+    title: str, notes: Sequence[str], tables: Sequence[Table], figures: Mapping[str, Drawing]
+) -> str:
+    """The HTML of several runs side by side: notes, tables that can be sorted, figures."""
+    return _rendered("study.html.jinja", title=title, notes=notes, tables=tables, figures=_pictures(figures))
+
+
+def _rendered(template: str, **values: Any) -> str:
     script = _file("page.js")
     return (
         _environment()
-        .get_template("page.html.jinja")
+        .get_template(template)
         .render(
-            name=results.folder.name,
-            stage=results.stage,
-            facts=facts(results),
-            warnings=warnings(results),
-            tables=tables(results),
-            notes=[INTERVALS, *([DIFFERENCES] if results.differences else [])],
-            judges=judges(results),
-            figures=[(drawing, Markup(svg(drawing, stem))) for stem, drawing in figures.items()],
-            attacks=list(results.after.attacks.values()) if results.after is not None else [],
-            samples=samples(results),
-            configuration=_whole(
-                yaml.safe_dump(dict(results.configuration), sort_keys=False, allow_unicode=True)
-            ),
+            **values,
             style=Markup(_file("page.css")),
             script=Markup(script),
             # Only this script runs, and nothing is loaded: not even markup that got past the escaping could.
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
+
+
+def _pictures(figures: Mapping[str, Drawing]) -> list[tuple[Drawing, Markup]]:
+    return [(drawing, Markup(svg(drawing, stem))) for stem, drawing in figures.items()]
 
 
 def samples(results: RunResults) -> list[Samples]:

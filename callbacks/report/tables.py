@@ -190,14 +190,19 @@ def estimate(value: Estimate) -> Cell:
     return Cell(f"{100 * value.value:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]", value.value)
 
 
+def p_value(value: float) -> str:
+    """As a reader sees it."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
 def change(value: PairedDifference | None) -> Cell:
     """`-86.8 [-94.1, -75.2], p < 0.001 (+0 -46)`, in percentage points."""
     if value is None or math.isnan(value.difference):
         return Cell(MISSING, math.nan)
     low, mid, high = (100 * part for part in (value.low, value.difference, value.high))
-    p = "p < 0.001" if value.p_value < 0.001 else f"p = {value.p_value:.3f}"
     return Cell(
-        f"{mid:+.1f} [{low:+.1f}, {high:+.1f}], {p} (+{value.gained} -{value.lost})", value.difference
+        f"{mid:+.1f} [{low:+.1f}, {high:+.1f}], {p_value(value.p_value)} (+{value.gained} -{value.lost})",
+        value.difference,
     )
 
 

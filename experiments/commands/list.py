@@ -22,8 +22,9 @@ FILES = {
     "data": ("data/*.yaml",),
     "evaluations": ("evaluation/*.yaml",),
     "trainers": ("trainer/*.yaml",),
+    "studies": ("study/*.yaml",),
 }
-"""Kind -> files below configs/, to be given with --config."""
+"""Kind -> files below configs/, to be given with --config; a study is given to `thundercat study`."""
 CLASSES = {
     "losses": "lightning_modules/losses",
     "sources": "datamodules/sources",

@@ -26,9 +26,17 @@ from typing import Literal
 
 from tqdm.auto import tqdm
 
-from experiments.studies.methods_report import NO_DEFENCE, search_table, validation_score, write_comparison
+from experiments.studies.archive import slug
+from experiments.studies.methods_search import (
+    BASE,
+    NO_DEFENCE,
+    OPTIONAL,
+    comparison,
+    search_table,
+    validation_score,
+)
+from experiments.studies.study_report import write_study
 
-BASE = "configs/experiment/methods_tinychat.yaml"
 TEST = "configs/data/tinychat_test.yaml"
 TRANSFER = "configs/evaluation/transfer.yaml"
 RED_TEAM = "configs/experiment/red_team_tinychat.yaml"
@@ -134,7 +142,7 @@ class Study:
     overrides: tuple[str, ...] = ()
 
     def folder(self, name: str, what: str) -> Path:
-        return self.runs / name.replace(", ", "_").replace(" ", "_") / what
+        return self.runs / slug(name) / what
 
     def searched(self, name: str, setting: Setting) -> Path:
         """The run folder of one try."""
@@ -282,7 +290,7 @@ def main() -> None:
     searched = {name: {str(own): study.searched(name, own) for own in study.tries(name)} for name in trained}
     call.out.mkdir(parents=True, exist_ok=True)
     (call.out / "search.json").write_text(json.dumps(search_table(searched, chosen), indent=1) + "\n")
-    print(write_comparison(done, chosen, call.out))
+    print(write_study(comparison([*done], call.seeds, chosen), done, call.out, OPTIONAL, chosen))
 
 
 if __name__ == "__main__":

@@ -10,24 +10,27 @@ from typing import Any
 import pytest
 
 from callbacks.metrics.names import Metric
+from callbacks.report.markdown import table_lines
 from datamodules.results import ResultsStore
 from experiments.config.compose import compose
 from experiments.studies import methods
+from experiments.studies.archive import archived
+from experiments.studies.comparison import Compared, answers
+from experiments.studies.comparison import read as compared
 from experiments.studies.methods import RATES as LEARNING_RATES
 from experiments.studies.methods import VARIANTS, Setting, Study
-from experiments.studies.methods_report import (
+from experiments.studies.methods_search import (
     ADAPTIVE,
+    CLAIMS,
     EMBEDDING,
     NO_DEFENCE,
+    OPTIONAL,
     RATES,
-    archived,
-    claims,
-    read,
+    comparison,
     search_table,
-    table,
     validation_score,
-    write_comparison,
 )
+from experiments.studies.study_report import cells, replies, write_study
 from tests.support.rows import measurement, row
 
 GOOD = {"refuses": 1.0, "utility": 1.0, "utility, embedding": 1.0, "utility, adaptive": 1.0}
@@ -38,7 +41,8 @@ def finished(
 ) -> Path:
     """A run folder with every rate as told, else 0."""
     store = ResultsStore(folder)
-    for label, metric in RATES.items():
+    for label, column in RATES.items():
+        metric = column.metric
         of = {"stage": stage, "step": 60, "subject": metric.subject, "attack": metric.attack, "n": n}
         plan = measurement(metric.quantity, **of)  # type: ignore[arg-type]
         store.announce([plan])
@@ -62,6 +66,19 @@ def runs(folder: Path) -> dict[str, dict[int, Path]]:
         }
         for name, by_seed in told.items()
     }
+
+
+def read(folders: Mapping[str, Mapping[int, Path]]) -> dict[str, Compared]:
+    return compared(folders, RATES, OPTIONAL)
+
+
+def table(rows: Mapping[str, Compared]) -> str:
+    return table_lines(cells(comparison([*rows], [0, 1], {}), rows))
+
+
+def claims(rows: Mapping[str, Compared]) -> str:
+    study = comparison([*rows], [0, 1], {})
+    return table_lines(replies(study, answers(rows, CLAIMS, RATES)))
 
 
 def test_seeds_become_one_rate_with_its_interval_and_both_seeds_are_shown(tmp_path: Path) -> None:
@@ -98,20 +115,33 @@ def test_a_setting_that_gives_up_the_model_is_not_chosen_for_its_robustness(tmp_
 
 
 def test_report_and_figure_are_written(tmp_path: Path) -> None:
-    text = write_comparison(runs(tmp_path), {"cat": "6e-4"}, tmp_path / "out")
+    chosen, out = {"cat": "6e-4"}, tmp_path / "out"
+    study = comparison([*runs(tmp_path)], [0, 1], chosen)
+    text = write_study(study, runs(tmp_path), out, OPTIONAL, chosen)
     assert "cat 6e-4" in text
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["environment.json", "report.md", "results.json", "runs", "trade_off.svg"]
+    assert names == [
+        "cells.csv",
+        "environment.json",
+        "figure_0.svg",
+        "figure_1.svg",
+        "report.html",
+        "report.md",
+        "results.json",
+        "runs",
+    ]
     # Everybody can compute the tables again from what lies beside them.
-    again = read(archived(tmp_path / "out"))
+    again = read(archived(out, study.runs))
     assert table(again) in text and claims(again) in text
     facts = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert facts["revisions_of_runs"] == ["abc", "abc modified"]
     content = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert content["methods"]["cat"]["setting"] == "6e-4"
+    assert content["runs"]["cat"]["setting"] == "6e-4"
     with pytest.raises(ValueError, match="expected finished runs, got none"):
-        write_comparison({}, {}, tmp_path / "none")
-    with pytest.raises(ValueError, match=r"no 'direct'; test it again"):
+        write_study(study, {}, tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no results of `test`"):
+        read({"cat": {0: tmp_path / "nothing"}})
+    with pytest.raises(ValueError, match=r"no 'direct' \(harmful/direct/success_rate\) .* test it again"):
         ResultsStore(tmp_path / "empty").announce([measurement(stage="test")])
         read({"cat": {0: tmp_path / "empty"}})
 
@@ -196,5 +226,5 @@ def test_names_of_rates_are_measured_by_the_suite(in_root: Path) -> None:
         own for own in config["trainer"]["callbacks"] if own["class_path"].endswith("RobustnessEvaluation")
     ]
     attacks = {name for own in suites for name in own["init_args"]["attacks"]}
-    assert {metric.attack for metric in RATES.values() if metric.attack} <= attacks
-    assert Metric("success_rate", "harmful", "transfer") in RATES.values()
+    assert {column.attack for column in RATES.values() if column.attack} <= attacks
+    assert Metric("success_rate", "harmful", "transfer") in [column.metric for column in RATES.values()]

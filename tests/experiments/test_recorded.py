@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from callbacks.report.load import export, load
-from callbacks.report.markdown import document
+from callbacks.report.markdown import document, table_lines
 from callbacks.report.results import Stage
-from experiments.studies.methods_report import archived, claims, read, table
+from experiments.studies.archive import archived
+from experiments.studies.comparison import answers, read
+from experiments.studies.methods_search import OPTIONAL, comparison
+from experiments.studies.study_report import cells, exported, replies
 from tests.conftest import ROOT
 
 RECORDED = sorted(path.parent.parent for path in ROOT.glob("experiments/results/*/rows/rows_rank0.jsonl.gz"))
@@ -40,13 +42,15 @@ def test_every_cell_can_be_computed_again_from_the_rows(folder: Path, stage: Sta
 def test_the_comparison_of_methods_can_be_computed_again_from_its_rows() -> None:
     if not (METHODS / "results.json").is_file():
         pytest.skip("the comparison of methods is not recorded")
-    rows = read(archived(METHODS))
-    recorded = json.loads((METHODS / "results.json").read_text(encoding="utf-8"))["methods"]
-    assert {name: json.loads(json.dumps(asdict(row))) for name, row in rows.items()} == {
-        name: {key: value for key, value in own.items() if key != "setting"} for name, own in recorded.items()
-    }
+    recorded = json.loads((METHODS / "results.json").read_text(encoding="utf-8"))["runs"]
+    chosen = {name: own["setting"] for name, own in recorded.items() if own["setting"]}
+    study = comparison([*recorded], [0, 1, 2], chosen)
+    rows = read(archived(METHODS, recorded), study.columns, OPTIONAL)
+    assert json.loads(json.dumps(exported(rows, chosen))) == recorded
     report = (METHODS / "report.md").read_text(encoding="utf-8")
-    assert table(rows) in report and claims(rows) in report
+    for table in (cells(study, rows), replies(study, answers(rows, study.claims, study.columns))):
+        assert len(table.rows) > 5
+        assert table_lines(table) in report
 
 
 def test_the_readme_s_first_table_is_the_recorded_one() -> None:

@@ -1,0 +1,181 @@
+"""`thundercat study FILE`: every run of a study, trained and judged, and what they say side by side.
+
+Each run is a process of its own, as a user would type it. What is finished is kept: the same command goes on
+where a kill, a full disk or an error ended it; a run that fails is told at the end and stops no other.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from callbacks.report.escape import printable
+from callbacks.run_folder.stopping import Stopped, stoppable
+from experiments.config.compose import ConfigError
+from experiments.studies.definition import Study, load_study
+from experiments.studies.scheduling import Job, jobs_of, threads
+from experiments.studies.study_report import write_study
+
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class StudyCall:
+    """How a study is run."""
+
+    study: str
+    """YAML file of configs/study, or an own one."""
+    out: str | None = None
+    """Folder of tables and figures; null takes runs/studies/NAME of the file."""
+    runs: str = "runs/studies"
+    """Folder of the run folders, shared by all studies."""
+    only: Sequence[str] = ()
+    """Names of runs to train and judge; none takes all."""
+    workers: int = 1
+    """Runs at a time; each has its share of the machine's cores."""
+    dry_run: bool = False
+    report_only: bool = False
+
+
+def study(call: StudyCall) -> int:
+    """Run what is not done, then write the report. Returns the exit status: 1 where a run failed. Raises:
+    ConfigError."""
+    if call.workers < 1:
+        raise ConfigError(f"--workers: expected at least 1, got {call.workers}")
+    own = load_study(call.study)
+    unknown = [name for name in call.only if name not in own.runs]
+    if unknown:
+        raise ConfigError(f"--only: expected runs of the study ({', '.join(own.runs)}), got {unknown[0]!r}")
+    jobs = jobs_of(own, Path(call.runs))
+    if call.dry_run:
+        for job in jobs:
+            print(f"{job.state():<12}  {job.title}  {job.folder}")
+        return 0
+    out = Path(call.out) if call.out else Path(call.runs) / Path(call.study).stem
+    if not call.report_only:
+        wanted = _with_needed(jobs, call.only)
+        failed = Runner(wanted, call.workers).run()
+    else:
+        failed = {}
+    _report(own, jobs, out)
+    for title, reason in failed.items():
+        print(f"thundercat: {title}: {printable(reason, one_line=True)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _with_needed(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    """The jobs of these names and those whose folders they read."""
+    by_key = {(job.name, job.seed): job for job in jobs}
+    wanted: set[tuple[str, int]] = set()
+    waiting = [key for key in by_key if not only or key[0] in only]
+    while waiting:
+        key = waiting.pop()
+        wanted.add(key)
+        waiting += [other for other in by_key[key].needs if other not in wanted]
+    return [job for key, job in by_key.items() if key in wanted]
+
+
+def _report(own: Study, jobs: Sequence[Job], out: Path) -> None:
+    """Of the runs all of whose seeds are done."""
+    folders: dict[str, dict[int, Path]] = {}
+    for name in own.runs:
+        seeds = [job for job in jobs if job.name == name]
+        if all(job.state() == "done" for job in seeds):
+            folders[name] = {job.seed: job.folder for job in seeds}
+    if not folders:
+        print("no run of the study is done yet: nothing to report")
+        return
+    print(write_study(own, folders, out))
+    print(f"report: {out / 'report.html'}")
+
+
+@dataclass
+class Runner:
+    """Runs jobs, several at a time, each behind those that it needs."""
+
+    jobs: Sequence[Job]
+    workers: int
+    program: Sequence[str] = (sys.executable, "-m", "experiments.cli")
+    failed: dict[str, str] = field(default_factory=dict)
+    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> dict[str, str]:
+        """Returns what failed: title of the run -> its last words. Raises: Stopped, when all have ended."""
+        bar = tqdm(total=len(self.jobs), desc="study", unit="run", disable=None)
+        with stoppable(), ThreadPoolExecutor(self.workers) as pool, bar:
+            try:
+                self._schedule(pool, bar)
+            except (Stopped, KeyboardInterrupt):
+                self._stopping.set()
+                for process in list(self._processes):
+                    process.terminate()
+                raise
+        return self.failed
+
+    def _schedule(self, pool: ThreadPoolExecutor, bar: tqdm[Any]) -> None:
+        waiting = list(self.jobs)
+        running: dict[Future[None], Job] = {}
+        over: set[tuple[str, int]] = set()
+        while waiting or running:
+            for job in list(waiting):
+                broken = [f"{name}, seed {seed}" for name, seed in job.needs]
+                broken = [title for title in broken if title in self.failed]
+                if broken:
+                    self.failed[job.title] = f"it needs {broken[0]}, which failed"
+                    waiting.remove(job)
+                    bar.update()
+                elif len(running) < self.workers and all(key in over for key in job.needs):
+                    running[pool.submit(self._do, job)] = job
+                    bar.set_postfix_str(job.title)
+                    waiting.remove(job)
+            done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = running.pop(future)
+                future.result()
+                over.add((job.name, job.seed))
+                bar.update()
+
+    def _do(self, job: Job) -> None:
+        if job.fit and job.state() in ("not begun", "begun"):
+            if not self._command(job, job.fit):
+                return
+            job.finish("fit")
+        if job.state() != "done" and self._command(job, job.test):
+            job.finish("test")
+
+    def _command(self, job: Job, words: Sequence[str]) -> bool:
+        """One process; whether it ended well. Its output goes to the run's log."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        own: Mapping[str, str] = {
+            "OMP_NUM_THREADS": str(threads(self.workers)),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        log = job.folder / LOG
+        with log.open("ab") as stream:
+            begin = stream.tell()
+            process = subprocess.Popen(
+                [*self.program, *words],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **own},
+            )
+            self._processes.add(process)
+            if self._stopping.is_set():
+                process.terminate()
+            status = process.wait()
+            self._processes.discard(process)
+        if status and not self._stopping.is_set():
+            said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() or [""]
+            last = said[-1].removeprefix("thundercat: ")
+            self.failed[job.title] = f"{words[0]} ended with status {status}: {last} ({log})"
+        return status == 0

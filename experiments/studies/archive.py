@@ -1,0 +1,64 @@
+"""The raw rows of a study's runs, compressed, beside its tables: anyone can compute every cell again."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from callbacks.run_folder.folder import RunFolder
+from datamodules.results import MEASUREMENTS, ROWS
+
+RUNS = "runs"
+
+
+def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict[int, Path]]:
+    """What the tables are computed from, compressed, beside them: rows, what was to be measured, cost and
+    environment of every judged run; returns the copies."""
+    copies: dict[str, dict[int, Path]] = {}
+    for name, folders in runs.items():
+        for seed, folder in folders.items():
+            target = _place(out, name) / f"seed{seed}"
+            (target / ROWS).mkdir(parents=True, exist_ok=True)
+            own = RunFolder.of(folder)
+            for path in (folder / ROWS / MEASUREMENTS, own.environment("test"), own.cost):
+                if path.is_file():
+                    shutil.copy(path, target / path.relative_to(folder))
+            for path in folder.glob(f"{ROWS}/rows_rank*.jsonl"):
+                # Without a time in it: the same rows are the same file.
+                content = gzip.compress(path.read_bytes(), mtime=0)
+                (target / ROWS / f"{path.name}.gz").write_bytes(content)
+            copies.setdefault(name, {})[seed] = target
+    return copies
+
+
+def archived(out: Path, names: Iterable[str]) -> dict[str, dict[int, Path]]:
+    """The copies in a study's folder, by name and seed."""
+    return {
+        name: {
+            int(folder.name.removeprefix("seed")): folder
+            for folder in sorted(_place(out, name).glob("seed*"))
+        }
+        for name in names
+    }
+
+
+def revisions(runs: Mapping[str, Mapping[int, Path]]) -> list[str]:
+    """The code that ran: a study may have gone on over several commits."""
+    return sorted({_revision(folder) for folders in runs.values() for folder in folders.values()})
+
+
+def _revision(folder: Path) -> str:
+    git = json.loads(RunFolder.of(folder).environment("test").read_text(encoding="utf-8"))["git"]
+    return f"{git['revision']}{' modified' if git['modified'] else ''}"
+
+
+def _place(out: Path, name: str) -> Path:
+    return out / RUNS / slug(name)
+
+
+def slug(name: str) -> str:
+    """A run's name in names of folders: `cat, no attack` -> `cat_no_attack`."""
+    return name.replace(", ", "_").replace(" ", "_").replace("/", "_")

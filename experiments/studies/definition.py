@@ -1,0 +1,227 @@
+"""What a study is, read from its YAML: runs, what each is judged by, columns, figures and questions.
+
+    title: CAT and CAPO on one model
+    seeds: [0, 1]
+    test: [configs/data/tinychat_test.yaml]   # on top of every run's configuration in `thundercat test`
+    runs:
+      no defence: {config: [configs/experiment/cat_tinychat.yaml], trained: false}
+      cat: {config: [configs/experiment/cat_tinychat.yaml]}
+      cat, wide: {config: [configs/experiment/cat_tinychat.yaml], set: {model.attack.epsilon: 0.2}}
+    columns:
+      embedding: {quantity: success_rate, subject: harmful, attack: embedding}
+    claims:
+      - {question: CAT makes the model robust, first: no defence, second: cat, columns: [embedding]}
+
+`${run.NAME}` in a value of `set` is the folder of another run of the study (of the same seed, where it has
+it), which is trained before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+
+from callbacks.metrics.names import Metric
+from datamodules.fields import NonNegativeInt, Positive, checked, problem
+from experiments.config.errors import ConfigError, suggest
+
+REFERENCE = re.compile(r"\$\{run\.([^}]+)\}")
+"""Another run's folder, in a value of `set`."""
+
+
+@checked
+@dataclass(frozen=True)
+class StudyRun:
+    """One training, or a model as it is, with its repetitions over seeds."""
+
+    config: list[str]
+    """YAML files, as `thundercat fit --config` takes them."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> value, as overrides on the command line."""
+    seeds: list[NonNegativeInt] | None = None
+    """Values of seed_everything; null takes the study's."""
+    trained: bool = True
+    """false: the model before any training is judged, once."""
+    test: list[str] = field(default_factory=list)
+    """Files on top of the study's `test`."""
+
+    @property
+    def needs(self) -> list[str]:
+        """Names of the runs whose folders its values name."""
+        return list(dict.fromkeys(REFERENCE.findall(" ".join(map(str, self.set.values())))))
+
+
+@checked
+@dataclass(frozen=True)
+class Column:
+    """A metric as a column of the table."""
+
+    quantity: str
+    subject: str
+    attack: str = ""
+    block: str = ""
+    optional: bool = False
+    """Whether runs may lack it."""
+
+    @property
+    def metric(self) -> Metric:
+        return Metric(self.quantity, self.subject, self.attack, block=self.block)  # type: ignore[arg-type]
+
+
+@checked
+@dataclass(frozen=True)
+class Claim:
+    """A question that two runs answer: the second is compared with the first."""
+
+    question: str
+    first: str
+    second: str
+    columns: list[str]
+
+
+@checked
+@dataclass(frozen=True)
+class TradeOff:
+    """A figure: one column against another, a point per run."""
+
+    x: str
+    y: str
+
+
+@checked
+@dataclass(frozen=True)
+class Study:
+    """A study; see the module's text."""
+
+    title: str
+    runs: dict[str, StudyRun]
+    columns: dict[str, Column]
+    about: str = ""
+    """What a reader has to know beside the table: budgets, hardware, what the numbers cannot show."""
+    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    test: list[str] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    figures: list[TradeOff] = field(default_factory=list)
+    margin: Positive = 0.05
+    """Differences within it are of no interest: `equivalent` means that all of the interval is."""
+
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds of a run; a model that is not trained has one."""
+        own = self.runs[name]
+        seeds = self.seeds if own.seeds is None else own.seeds
+        return seeds if own.trained else seeds[:1]
+
+
+def load_study(path: str | Path) -> Study:
+    """Raises: ConfigError naming the file and the field that is wrong."""
+    try:
+        node = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"study: no file {str(path)!r}; those of the project are in configs/study"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: no YAML ({' '.join(str(error).split())})") from error
+    try:
+        study = _made(Study, node, "")
+        _check(study)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return study
+
+
+T = TypeVar("T")
+NESTED: dict[str, type] = {"runs": StudyRun, "columns": Column, "claims": Claim, "figures": TradeOff}
+
+
+def _made(cls: type[T], node: Any, place: str) -> T:
+    """An object of a mapping. Raises: ConfigError with the place of what does not fit."""
+    where = place or "study"
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{where}: expected fields, got {node!r:.60}")
+    known = {own.name: own for own in fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls, include_extras=True)
+    values: dict[str, Any] = {}
+    for name, value in node.items():
+        at = f"{place}.{name}".lstrip(".")
+        if name not in known:
+            raise ConfigError(f"{at}: unknown field{suggest(str(name), known)}; known: {', '.join(known)}")
+        if cls is Study and name in NESTED:
+            values[name] = _nested(NESTED[name], value, at, dict in map(_origin, (hints[name],)))
+            continue
+        found = problem(value, hints[name])
+        if found:
+            raise ConfigError(f"{at}: {found}")
+        values[name] = value
+    missing = [
+        name
+        for name, own in known.items()
+        if name not in values and own.default is MISSING and own.default_factory is MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}: expected the field {missing[0]!r}, it is missing")
+    return cls(**values)
+
+
+def _origin(hint: Any) -> Any:
+    return getattr(hint, "__origin__", hint)
+
+
+def _nested(cls: type, node: Any, place: str, named: bool) -> Any:
+    if named:
+        if not isinstance(node, Mapping) or not node:
+            raise ConfigError(f"{place}: expected names with fields, got {node!r:.60}")
+        return {str(name): _made(cls, own, f"{place}.{name}") for name, own in node.items()}
+    if not isinstance(node, list):
+        raise ConfigError(f"{place}: expected a list, got {node!r:.60}")
+    return [_made(cls, own, f"{place}.{number}") for number, own in enumerate(node)]
+
+
+def _check(study: Study) -> None:
+    """Names that refer to nothing. Raises: ConfigError."""
+    for name, run in study.runs.items():
+        if not run.config:
+            raise ConfigError(f"runs.{name}.config: expected at least one file, got none")
+        if not study.seeds_of(name):
+            raise ConfigError(f"runs.{name}.seeds: expected at least one seed, got none")
+        for other in run.needs:
+            _known(other, study.runs, f"runs.{name}.set")
+    _refuse_circles(study)
+    quantities = get_args(get_type_hints(Metric)["quantity"])
+    subjects = get_args(get_type_hints(Metric)["subject"])
+    for name, column in study.columns.items():
+        _known(column.quantity, quantities, f"columns.{name}.quantity")
+        _known(column.subject, subjects, f"columns.{name}.subject")
+    for number, claim in enumerate(study.claims):
+        _known(claim.first, study.runs, f"claims.{number}.first")
+        _known(claim.second, study.runs, f"claims.{number}.second")
+        for label in claim.columns:
+            _known(label, study.columns, f"claims.{number}.columns")
+    for number, figure in enumerate(study.figures):
+        _known(figure.x, study.columns, f"figures.{number}.x")
+        _known(figure.y, study.columns, f"figures.{number}.y")
+
+
+def _known(name: str, names: Any, place: str) -> None:
+    if name not in names:
+        raise ConfigError(
+            f"{place}: expected one of {', '.join(names)}, got {name!r}{suggest(name, list(names))}"
+        )
+
+
+def _refuse_circles(study: Study) -> None:
+    for name in study.runs:
+        waiting = list(study.runs[name].needs)
+        seen: set[str] = set()
+        while waiting:
+            own = waiting.pop()
+            if own == name:
+                raise ConfigError(f"runs.{name}.set: the run needs itself, through {', '.join(seen) or name}")
+            if own not in seen:
+                seen.add(own)
+                waiting += study.runs[own].needs

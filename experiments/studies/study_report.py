@@ -1,0 +1,208 @@
+"""A study's table, answers and figures, as Markdown, a page and files for other programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from callbacks.metrics.hierarchical import SeedRate
+from callbacks.report.drawing import Drawing, Point, save, scatter
+from callbacks.report.escape import markdown
+from callbacks.report.markdown import table_lines
+from callbacks.report.page import study_page
+from callbacks.report.tables import MISSING, Cell, Table, p_value
+from callbacks.run_folder.provenance import environment_facts
+from experiments.studies.archive import archive, revisions
+from experiments.studies.comparison import Answer, Compared, answers, read
+from experiments.studies.definition import Study, TradeOff
+
+COLORS = ("#4c86c6", "#d1605e", "#5a9e6f", "#9b6fb5", "#c98a2b", "#6b7a8f")
+INTERVALS = (
+    "Means over seeds, rates in percent; in brackets 95 % intervals over seeds and examples (bootstrap of "
+    "both, never narrower than one seed's own; of what is no rate, from the lowest to the highest of the "
+    "seeds' own); in parentheses each seed's value, where they differ. Passes are forward and backward "
+    "passes of single examples in training, the reference's included."
+)
+
+
+def write_study(
+    study: Study,
+    runs: Mapping[str, Mapping[int, Path]],
+    out: Path,
+    optional: Mapping[str, tuple[str, ...]] | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> str:
+    """Write report.md, report.html, cells.csv, results.json, environment.json, figures and raw rows.
+
+    Args:
+        study: columns, questions and figures.
+        runs: name -> seed -> folder, of the runs that are finished.
+        out: folder that is written to.
+        optional: columns that a run may lack, by its name.
+        settings: what was chosen for a run, by its name, where a search chose it.
+
+    Returns: the Markdown report. Raises: ValueError without runs, or where a run lacks a column.
+    """
+    if not runs:
+        raise ValueError("expected finished runs, got none")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = read(archive(runs, out), study.columns, optional)
+    found = answers(rows, study.claims, study.columns)
+    facts = environment_facts() | {"revisions_of_runs": revisions(runs)}
+    (out / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    results = {"schema": 3, "title": study.title, "runs": exported(rows, settings or {})}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    _write_cells(out / "cells.csv", rows)
+    drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
+    for stem, drawing in drawings.items():
+        save(drawing, out / f"{stem}.svg")
+    tables = [cells(study, rows)] + ([replies(study, found)] if found else [])
+    text = document(study, tables, {own.title: f"{stem}.svg" for stem, own in drawings.items()})
+    (out / "report.md").write_text(text, encoding="utf-8")
+    page = study_page(study.title, [study.about, INTERVALS], tables, drawings)
+    (out / "report.html").write_text(page, encoding="utf-8")
+    return text
+
+
+def document(study: Study, tables: list[Table], figures: Mapping[str, str]) -> str:
+    """The Markdown report."""
+    parts = [f"# {markdown(study.title)}", study.about.strip(), INTERVALS]
+    for table in tables:
+        parts += [f"## {table.title}", table_lines(table)]
+    parts.append(verdicts_line(study))
+    parts += [f"![{markdown(title)}]({path})" for title, path in figures.items()]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdicts_line(study: Study) -> str:
+    if not study.claims:
+        return ""
+    return (
+        "The second run's value minus the first's, in points, with a 95 % interval (paired, with the exact "
+        "McNemar p, where both have one seed). "
+        f'"Equivalent" is said where all of the interval lies within {100 * study.margin:.0f} points, "not '
+        'distinguishable" where it holds 0 and more than that. The last column is the smallest true '
+        "difference that would have been found in four of five repetitions."
+    )
+
+
+def cells(study: Study, rows: Mapping[str, Compared]) -> Table:
+    """A row per run."""
+    table = [
+        [
+            Cell(name),
+            *(_cell(own.cell(label), label in own.means) for label in study.columns),
+            Cell(f"{own.passes:.0f}", own.passes),
+        ]
+        for name, own in rows.items()
+    ]
+    sizes = {label: _sizes(rows, label) for label in study.columns}
+    columns = [f"{label} (n = {sizes[label]})" if sizes[label] else label for label in study.columns]
+    return Table("Results", ["run", *columns, "passes"], table)
+
+
+def _sizes(rows: Mapping[str, Compared], label: str) -> str:
+    found = sorted({own.num_examples for row in rows.values() if (own := row.cell(label)) is not None})
+    return "-".join(map(str, (found[0], found[-1])[: len(found)])) if found else ""
+
+
+def _cell(own: SeedRate | None, is_mean: bool) -> Cell:
+    if own is None:
+        return Cell(MISSING)
+    shown = _value if is_mean else _percent
+    text = f"{shown(own.value)} [{shown(own.low)}, {shown(own.high)}]"
+    if len({*own.by_seed}) > 1:
+        text += " (" + ", ".join(shown(value) for value in own.by_seed) + ")"
+    return Cell(text, own.value)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _value(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def replies(study: Study, found: list[Answer]) -> Table:
+    """A row per question and column."""
+    columns = ["question", "column", "first", "second", "difference", "says", "could have shown"]
+    table = []
+    for own in found:
+        shown, scale, unit = (_percent, 100, " points") if own.is_rate else (_value, 1, "")
+        low, middle, high = (
+            f"{scale * part:+.0f}" if own.is_rate else f"{part:+.3g}"
+            for part in (own.difference.low, own.difference.value, own.difference.high)
+        )
+        p = "" if own.p_value is None else f", {p_value(own.p_value)}"
+        sign = " %" if own.is_rate else ""
+        table.append(
+            [
+                Cell(own.claim.question),
+                Cell(own.label),
+                Cell(f"{own.claim.first} {shown(own.first.value)}{sign}"),
+                Cell(f"{own.claim.second} {shown(own.second.value)}{sign}"),
+                Cell(f"{middle} [{low}, {high}]{p}", own.difference.value),
+                Cell(own.difference.verdict(study.margin if own.is_rate else 0.0)),
+                Cell(f"{scale * own.difference.detectable:.3g}{unit}", own.difference.detectable),
+            ]
+        )
+    return Table("Questions", columns, table)
+
+
+def draw(rows: Mapping[str, Compared], figure: TradeOff) -> Drawing:
+    """One column against another, a point per run with both intervals."""
+    points = []
+    for number, (name, own) in enumerate(rows.items()):
+        x, y = own.cell(figure.x), own.cell(figure.y)
+        if x is None or y is None:
+            continue
+        by_x, by_y = (1 if label in own.means else 100 for label in (figure.x, figure.y))
+        points.append(
+            Point(
+                by_x * x.value,
+                by_y * y.value,
+                name,
+                (by_x * x.low, by_x * x.high),
+                (by_y * y.low, by_y * y.high),
+                color=COLORS[number % len(COLORS)],
+            )
+        )
+    picture = scatter(points, figure.x, figure.y)
+    return Drawing(
+        f"{figure.y} against {figure.x}", "A point a run, with 95 % intervals; rates in percent.", picture
+    )
+
+
+def _write_cells(path: Path, rows: Mapping[str, Compared]) -> None:
+    """Every number with its interval and n, a line each."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        lines = csv.writer(stream, lineterminator="\n")
+        lines.writerow(["run", "column", "kind", "value", "low", "high", "n", "by_seed"])
+        for name, own in rows.items():
+            for kind, found in (("rate", own.rates), ("mean", own.means)):
+                for label, cell in found.items():
+                    by_seed = " ".join(map(repr, cell.by_seed))
+                    lines.writerow(
+                        [name, label, kind, cell.value, cell.low, cell.high, cell.num_examples, by_seed]
+                    )
+
+
+def exported(rows: Mapping[str, Compared], settings: Mapping[str, str]) -> dict[str, Any]:
+    """What results.json holds of the runs."""
+    found = {}
+    for name, own in rows.items():
+        rates, means = (
+            {label: asdict(cell) for label, cell in cells.items()} for cells in (own.rates, own.means)
+        )
+        found[name] = {
+            "setting": settings.get(name),
+            "rates": rates,
+            "means": means,
+            "passes": own.passes,
+        }
+    return found

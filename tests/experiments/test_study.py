@@ -1,0 +1,251 @@
+"""Studies: what their YAML may say, which runs it names, and that a study goes on where it was ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments.commands.study import Runner, StudyCall, study
+from experiments.config.errors import ConfigError
+from experiments.studies.definition import Study, load_study
+from experiments.studies.scheduling import DONE, Job, jobs_of
+
+CAT = ["configs/experiment/methods_tinychat.yaml", "configs/method/cat.yaml"]
+COLUMNS = {"utility": {"quantity": "exact_match", "subject": "utility"}}
+
+
+def given(path: Path, runs: dict[str, Any], **more: Any) -> Path:
+    path.write_text(yaml.safe_dump({"title": "A study", "runs": runs, "columns": COLUMNS, **more}))
+    return path
+
+
+def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
+    return load_study(given(path / "study.yaml", runs, **more))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"runs": {}}, "runs: expected names with fields, got {}"),
+        ({"runs": {"a": {"config": []}}}, "runs.a.config: expected at least one file, got none"),
+        ({"runs": {"a": {"confg": CAT}}}, "runs.a.confg: unknown field, did you mean 'config'?"),
+        ({"runs": {"a": {"set": {}}}}, "runs.a: expected the field 'config', it is missing"),
+        ({"runs": {"a": {"config": CAT, "seeds": []}}}, "runs.a.seeds: expected at least one seed"),
+        ({"runs": {"a": {"config": CAT, "seeds": [-1]}}}, "runs.a.seeds: item 0: expected an integer >= 0"),
+        (
+            {"runs": {"a": {"config": CAT, "set": {"x": "${run.b}"}}}},
+            "runs.a.set: expected one of a, got 'b'",
+        ),
+        (
+            {"runs": {"a": {"config": CAT, "set": {"x": "${run.a}/model"}}}},
+            "runs.a.set: the run needs itself",
+        ),
+        (
+            {"columns": {"u": {"quantity": "exact_mach", "subject": "utility"}}},
+            "columns.u.quantity: expected one of .* got 'exact_mach', did you mean 'exact_match'",
+        ),
+        (
+            {"claims": [{"question": "q", "first": "a", "second": "c", "columns": ["utility"]}]},
+            "claims.0.second: expected one of a, got 'c'",
+        ),
+        (
+            {"figures": [{"x": "utility", "y": "robust"}]},
+            "figures.0.y: expected one of utility, got 'robust'",
+        ),
+        ({"margin": 0}, "margin: expected a number > 0, got 0"),
+        ({"seeds": 3}, "seeds: expected a list of .* got 3"),
+        ({"titel": "x"}, "titel: unknown field, did you mean 'title'"),
+    ],
+)
+def test_what_a_study_may_not_say_is_told_in_one_line(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        read(tmp_path, **{"runs": {"a": {"config": CAT}}, **change})
+    assert "study.yaml: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_is_named_by_what_decides_its_weights(in_root: Path, tmp_path: Path) -> None:
+    runs = {
+        "base": {"config": CAT, "trained": False},
+        "cat": {"config": CAT, "seeds": [0, 1]},
+        "evaluated otherwise": {"config": CAT, "set": {"vars.adaptive_steps": 3}, "seeds": [2]},
+        "longer": {"config": CAT, "set": {"trainer.max_steps": 61}},
+    }
+    first = {job.title: job for job in jobs_of(read(tmp_path, runs), tmp_path)}
+    assert len({job.folder for job in first.values()}) == 5
+    assert first["cat, seed 1"].folder.name.startswith("cat_seed1-")
+    # The same run under another name, in another study, is where the first one put it.
+    first["cat, seed 0"].folder.mkdir()
+    other = {"again": {"config": CAT}, "wider": {"config": CAT, "set": {"vars.epsilon": 0.2}}}
+    second = {job.title: job for job in jobs_of(read(tmp_path, other), tmp_path)}
+    assert second["again, seed 0"].folder == first["cat, seed 0"].folder
+    assert second["wider, seed 0"].folder != first["cat, seed 0"].folder
+    with pytest.raises(ConfigError, match="'one, seed 0' and 'two, seed 0' are the same training"):
+        jobs_of(read(tmp_path, {"one": {"config": CAT}, "two": {"config": CAT}}), tmp_path)
+
+
+def test_an_impossible_run_fails_before_the_first(in_root: Path, tmp_path: Path) -> None:
+    runs = {"good": {"config": CAT}, "bad": {"config": CAT, "set": {"model.attack.epslion": 0.1}}}
+    with pytest.raises(ConfigError, match=r"runs\.bad: model\.attack\.epslion: unknown field"):
+        jobs_of(read(tmp_path, runs), tmp_path)
+    with pytest.raises(ConfigError, match=r"runs\.good: .*no file 'configs/data/none.yaml'"):
+        jobs_of(read(tmp_path, {"good": runs["good"]}, test=["configs/data/none.yaml"]), tmp_path)
+
+
+def test_a_run_that_is_needed_comes_first_and_its_folder_is_filled_in(in_root: Path, tmp_path: Path) -> None:
+    transfer = [*CAT, "configs/evaluation/transfer.yaml"]
+    runs = {
+        "moved": {"config": transfer, "set": {"vars.transfer_from": "${run.base}"}, "seeds": [0, 1]},
+        "base": {"config": CAT, "trained": False},
+    }
+    base, *moved = jobs_of(read(tmp_path, runs), tmp_path)
+    assert (base.title, base.fit) == ("base, seed 0", ())
+    assert "--ckpt_path=last" not in base.test
+    for job in moved:
+        assert f"--vars.transfer_from={base.folder}" in job.test
+        assert job.needs == (("base", 0),)
+        assert job.fit[-1] == "--ckpt_path=last" == job.test[-1]
+
+
+PROGRAM = """
+import pathlib, sys, time
+command, name, *words = sys.argv[1:]
+with open("calls.txt", "a") as stream:
+    stream.write(f"{command} {name}\\n")
+if "slow" in words:
+    time.sleep(60)
+if command in words:
+    sys.exit("thundercat: broken on purpose")
+"""
+
+
+def job(name: str, *words: str, needs: tuple[tuple[str, int], ...] = ()) -> Job:
+    return Job(name, 0, Path(name), ("fit", name, *words), ("test", name, *words), needs)
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return sys.executable, str(tmp_path / "program.py")
+
+
+def calls() -> list[str]:
+    return Path("calls.txt").read_text().splitlines()
+
+
+def test_a_failing_run_is_told_and_stops_no_other(program: tuple[str, ...]) -> None:
+    jobs = [
+        job("a", "fit"),
+        job("b", needs=(("a", 0),)),
+        job("c", "test"),
+        job("d", needs=(("e", 0),)),
+        job("e"),
+    ]
+    failed = Runner(jobs, 2, program).run()
+    assert failed == {
+        "a, seed 0": "fit ended with status 1: broken on purpose (a/log.txt)",
+        "b, seed 0": "it needs a, seed 0, which failed",
+        "c, seed 0": "test ended with status 1: broken on purpose (c/log.txt)",
+    }
+    assert sorted(calls()) == ["fit a", "fit c", "fit d", "fit e", "test c", "test d", "test e"]
+    assert calls().index("test e") < calls().index("fit d")
+    assert [own.state() for own in jobs] == ["begun", "not begun", "to be judged", "done", "done"]
+    # Again: what is done is not repeated, what failed is.
+    Path("calls.txt").unlink()
+    Runner([job("c"), job("d"), job("e", "other evaluation")], 1, program).run()
+    assert calls() == ["test c", "test e"]
+
+
+def test_a_damaged_note_is_none(program: tuple[str, ...]) -> None:
+    Runner([job("a")], 1, program).run()
+    (Path("a") / DONE).write_text("{")
+    assert job("a").state() == "begun"
+    (Path("a") / DONE).write_text("[]")
+    assert job("a").state() == "begun"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_runs_and_the_study(number: signal.Signals, program: tuple[str, ...]) -> None:
+    script = Path("call.py")
+    script.write_text(
+        "from pathlib import Path\nimport sys\n"
+        "from experiments.commands.study import Runner\n"
+        "from experiments.studies.scheduling import Job\n"
+        "from callbacks.run_folder.stopping import Stopped\n"
+        f"own = Job('a', 0, Path('a'), ('fit', 'a', 'slow'), ('test', 'a'), ())\n"
+        f"try:\n    Runner([own], 1, {program!r}).run()\n"
+        "except Stopped as stop:\n    print('stopped', stop)\n"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(root)}
+    )
+    until = time.monotonic() + 60
+    while not Path("calls.txt").is_file() and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[0].decode()
+    assert said.startswith("stopped") and calls() == ["fit a"]
+    assert job("a").state() == "begun"
+
+
+def test_a_study_trains_judges_and_reports(
+    in_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = {
+        "trainer": {
+            "callbacks": [
+                {
+                    "class_path": "callbacks.evaluations.utility.UtilityEvaluation",
+                    "init_args": {"schedule": {"test_limit": 4, "at_end": False}, "max_new_tokens": 4},
+                }
+            ]
+        }
+    }
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    short = {
+        "trainer.max_steps": 1,
+        "data.init_args.utility_per_step": 4,
+        "data.init_args.harmful_per_step": 4,
+    }
+    own = {"config": [*CAT, str(tmp_path / "suite.yaml")], "set": short}
+    runs = {"base": {**own, "trained": False}, "cat": own}
+    claims = [{"question": "Does a step matter?", "first": "base", "second": "cat", "columns": ["utility"]}]
+    path = given(
+        tmp_path / "one_step.yaml",
+        runs,
+        claims=claims,
+        test=["configs/data/tinychat_test.yaml"],
+        figures=[{"x": "utility", "y": "utility"}],
+    )
+    call = StudyCall(str(path), runs=str(tmp_path / "runs"))
+    assert study(call) == 0
+    out = tmp_path / "runs" / "one_step"
+    text = (out / "report.md").read_text()
+    assert "| base |" in text and "| cat |" in text
+    assert "| Does a step matter? | utility | base " in text and ", p = " in text
+    assert (out / "cells.csv").read_text().splitlines()[1].startswith("base,utility,rate,")
+    assert {own["setting"] for own in json.loads((out / "results.json").read_text())["runs"].values()} == {
+        None
+    }
+    assert "<title>A study</title>" in (out / "report.html").read_text()
+    capsys.readouterr()
+    study(StudyCall(str(path), runs=str(tmp_path / "runs"), dry_run=True))
+    assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["done", "done"]
+    with pytest.raises(ConfigError, match="--only: expected runs of the study"):
+        study(StudyCall(str(path), only=["dog"]))
+    with pytest.raises(ConfigError, match="--workers: expected at least 1, got 0"):
+        study(StudyCall(str(path), workers=0))
+    with pytest.raises(ConfigError, match="no file 'none.yaml'; those of the project are in configs/study"):
+        study(StudyCall("none.yaml"))
