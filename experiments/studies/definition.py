@@ -28,7 +28,7 @@ import yaml
 
 from callbacks.metrics.names import Metric
 from datamodules.fields import NonNegativeInt, Positive, checked, problem
-from experiments.config.errors import ConfigError, suggest
+from experiments.config.errors import PROJECT_ROOT, ConfigError, suggest
 
 REFERENCE = re.compile(r"\$\{run\.([^}]+)\}")
 """Another run's folder, in a value of `set`."""
@@ -120,7 +120,7 @@ class Study:
 def load_study(path: str | Path) -> Study:
     """Raises: ConfigError naming the file and the field that is wrong."""
     try:
-        node = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        node = yaml.safe_load(_found(Path(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"study: no file {str(path)!r}; those of the project are in configs/study"
@@ -133,6 +133,11 @@ def load_study(path: str | Path) -> Study:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return study
+
+
+def _found(path: Path) -> Path:
+    """In the working directory, else among the project's own, like every configuration."""
+    return path if path.is_file() else PROJECT_ROOT / path
 
 
 T = TypeVar("T")
