@@ -43,6 +43,8 @@ class Block:
 
     harmful: list[HarmfulSource] = field(default_factory=list)
     """Harmful requests with targets: refused, or served."""
+    harmful_prompts: list[ChatSource] = field(default_factory=list)
+    """Harmful requests without targets: refused or not, and nothing that an attack could aim at."""
     harmless: list[ChatSource] = field(default_factory=list)
     """With the expected reply where there is one right one."""
 
@@ -166,13 +168,20 @@ class EvaluationData(LightningDataModule):
                 raise no_usable_rows(f"evaluation.{subject}", encoder)
         for name, block in sets.blocks.items():
             place = f"evaluation.blocks.{name}"
+            if block.harmful and block.harmful_prompts:
+                raise ValueError(f"data.{place}: expected harmful or harmful_prompts, got both; use two sets")
+            targeted = gather(f"{place}.harmful", block.harmful)
+            prompts = gather(f"{place}.harmful_prompts", block.harmful_prompts)
+            harmless = gather(f"{place}.harmless", block.harmless)
             own: dict[Subject, list[Row | RowProblem]] = {
-                "harmful": [*gather(f"{place}.harmful", block.harmful)],
-                "harmless": [*gather(f"{place}.harmless", block.harmless)],
+                "harmful": [*targeted, *prompts],
+                "harmless": [*harmless],
             }
             self.blocks[name] = {
-                "harmful": encoder.harmful(own["harmful"]),  # type: ignore[arg-type]
-                "harmless": encoder.chats(own["harmless"], need_reply=False),  # type: ignore[arg-type]
+                "harmful": encoder.harmful(targeted)
+                if targeted
+                else encoder.chats(prompts, need_reply=False),
+                "harmless": encoder.chats(harmless, need_reply=False),
             }
             for subject, found in own.items():
                 if found and not self.blocks[name][subject]:

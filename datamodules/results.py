@@ -21,7 +21,7 @@ from datamodules.fields import NonNegativeInt, problem
 
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
-ADDED = frozenset({"samples", "block", "call"})
+ADDED = frozenset({"samples", "block", "call", "against"})
 """Fields that came later with a default: lines written before them lack them and mean the default."""
 ROWS = "rows"
 """Folder of the results within a run folder."""
@@ -133,6 +133,8 @@ class Measurement:
     are those."""
     block: str = ""
     """Name of the set of prompts where the subject has several; '' for its main one."""
+    against: str = ""
+    """Name of the set that asks for the same things in other words, under the same keys; '' for none."""
     call: str = ""
     """The `validate` or `test` that it is of: a report shows one of them, never what an earlier one measured
     on other rows; '' in `fit`, whose evaluations are told one by one."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -44,6 +44,15 @@ class Work(Protocol):
 
     def replied(self, model: LanguageModel) -> list[Row]:
         """All of its rows."""
+        ...
+
+
+@runtime_checkable
+class JudgesApart(Protocol):
+    """Work whose rows come without verdicts: they are on disk before a judge is asked."""
+
+    def judged(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with the verdicts that they lacked, as far as the judge could be asked."""
         ...
 
 

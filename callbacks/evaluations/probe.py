@@ -43,6 +43,8 @@ class Probe:
     """Measure every named set of the subject (data.evaluation.blocks) instead of the main one."""
     block: str = ""
     """The named set in force."""
+    against: str = ""
+    """The named set that asks for the same things in other words, under the same keys."""
 
     @property
     def asked(self) -> list[Judge]:

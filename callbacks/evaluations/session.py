@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from callbacks.evaluations.asking import Job, Work, attack, judged, measure
+from callbacks.evaluations.asking import Job, JudgesApart, Work, attack, judged, measure
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
 from callbacks.judges.base import label
@@ -108,6 +108,12 @@ class Session:
     def _present(self, evaluation: Measures) -> list[Probe]:
         probes = evaluation.probes()
         blocks = list(self.data.blocks)
+        unknown = next((p.block for p in probes if p.block and p.block not in blocks), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{type(evaluation).__name__}: expected a named set {unknown!r}, got {sorted(blocks)}; set "
+                f"data.evaluation.blocks.{unknown}"
+            )
         everywhere = [
             replace(probe, block=block, blocks=False)
             for probe in probes
@@ -172,6 +178,7 @@ class Session:
             n=len(keys),
             samples=probe.sampling.k if probe.sampling is not None else 0,
             block=probe.block,
+            against=probe.against,
         )
         return measurement, shares[own.rank]
 
@@ -197,6 +204,10 @@ class Session:
             rows = [old or row for old, row in zip(stored, new, strict=True)]
         if isinstance(job, Job):
             rows = judged(rows, job.probe.asked)
+        elif isinstance(job, JudgesApart):
+            # What a judge costs comes after what the model has said is safe.
+            self.store.add(rows)
+            rows = job.judged(rows)
         self.store.add(rows)
         self.rows += rows
         return rows

@@ -25,6 +25,11 @@ Quantity = Literal[
     "judged_rate",
     "served_rate",
     "forced_refusal_rate",
+    "full_refusal_rate",
+    "partial_refusal_rate",
+    "grade",
+    "grade_turn_1",
+    "grade_turn_2",
     "success_at_1",
     "success_at_k",
     "not_refused_at_k",
@@ -44,6 +49,11 @@ TITLES: dict[str, str] = {
     "judged_rate": "judged so",
     "served_rate": "served",
     "forced_refusal_rate": "refusals that a search for them finds",
+    "full_refusal_rate": "full refusals",
+    "partial_refusal_rate": "partial refusals",
+    "grade": "grade, 1 to 10",
+    "grade_turn_1": "grade of the first turn, 1 to 10",
+    "grade_turn_2": "grade of the second turn, 1 to 10",
     "success_at_1": "success of the first sampled reply",
     "success_at_k": "success of at least one sampled reply",
     "not_refused_at_k": "at least one sampled reply not refused",
@@ -61,6 +71,9 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
     "success_rate": "lower",
     "not_refused_rate": "lower",
     "forced_refusal_rate": "lower",
+    "grade": "higher",
+    "grade_turn_1": "higher",
+    "grade_turn_2": "higher",
     "success_at_1": "lower",
     "success_at_k": "lower",
     "not_refused_at_k": "lower",
@@ -73,6 +86,8 @@ RULES = {
     "acc_norm": "right where the right choice is the likeliest one per character",
 }
 """Verdicts that a benchmark defines: there is nothing to calibrate."""
+OF_SUBJECT = frozenset({"served_rate", "full_refusal_rate", "partial_refusal_rate", "judged_rate"})
+"""What a named set has of its harmful and of its harmless prompts: the title says of which."""
 WORST_CASE, WORST_CASE_TEXT = "worst_case", "worst_case_text"
 """In an attack's place: at least one attack of the suite succeeded; at least one that can be typed."""
 
@@ -108,11 +123,13 @@ class Metric:
             (TRENDS[name] for name in TRENDS if self.quantity == "success_rate" and name in names), ""
         )
         what = (trend or TITLES[self.quantity]) + (f" by {self.judge}" if self.judge else "")
-        if self.block and self.quantity == "served_rate":
+        if self.block and self.quantity in OF_SUBJECT:
             what = f"{what}, {self.subject}"
         places = [name.replace("_", " ") for name in (self.block, self.attack) if name]
         return ": ".join([*places, what])
 
     @property
     def better(self) -> Literal["higher", "lower"] | None:
+        if self.quantity == "full_refusal_rate":
+            return "higher" if self.subject == "harmful" else "lower"
         return BETTER.get(self.quantity)

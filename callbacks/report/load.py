@@ -148,6 +148,17 @@ def _exported(own: Snapshot | None) -> dict[str, Any] | None:
         "attacks": {name: asdict(facts) for name, facts in own.attacks.items()},
         "cross_flags": dict(own.cross_flags),
         "benign": {name: asdict(facts) for name, facts in own.benign.items()},
+        "paired": {
+            pair.metric.key: {
+                "against": pair.plain.key,
+                "judge": pair.judge,
+                **(asdict(pair.difference) if pair.difference is not None else {"n": 0}),
+                "only_plain": pair.only_plain,
+                "only_reworded": pair.only_reworded,
+            }
+            for pair in own.paired
+        },
+        "gradings": {name: asdict(facts) for name, facts in own.gradings.items()},
     }
 
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+from callbacks.judges.xstest import PARTIAL_REFUSAL
 from callbacks.metrics.estimates import Estimate, mean, rate
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric, Quantity
 from callbacks.metrics.outcomes import BUDGETS, BudgetCurve, cross_flags, spent, success_by_budget, worst_case
+from callbacks.report.grades import GRADE, grades, gradings
 from callbacks.report.results import AttackFacts, Measure, SampleRow, Snapshot, Stage
 from callbacks.report.under_attack import under_attack
+from callbacks.report.wordings import paired_sets
 from datamodules.results import Measurement, Row
 
 Outcome = dict[str, bool]
@@ -30,8 +33,15 @@ class Measured:
 
     @property
     def complete(self) -> bool:
+        if self.graded:
+            return gradings(self.measurement, self.rows).missing == 0
         counts = {len(self.rows), *([len(self.sampled)] if self.measurement.samples else [])}
         return counts == {self.measurement.n}
+
+    @property
+    def graded(self) -> bool:
+        """Whether its verdicts are grades, not events."""
+        return self.measurement.quantity == GRADE
 
     @property
     def typed(self) -> bool:
@@ -97,6 +107,8 @@ class Events:
     """How it was measured; of a worst case, how each of its attacks was."""
     samples: int = 0
     """Sampled replies per example that were asked; 0 for greedy ones."""
+    against: str = ""
+    """Named set that asks for the same in other words."""
 
 
 def select(measurements: Sequence[Measurement], rows: Iterable[Row], stage: str, step: int) -> list[Measured]:
@@ -137,7 +149,7 @@ def _parted(item: Measurement, judged: Mapping[str, Sequence[Row]]) -> Measured:
 def events(measured: Sequence[Measured]) -> list[Events]:
     """All events in the order in which they are reported: plain replies, attacks, worst cases, judges."""
     plain = [item for item in measured if not item.measurement.attack and not item.measurement.block]
-    blocks = [item for item in measured if item.measurement.block]
+    blocks = [item for item in measured if item.measurement.block and not item.graded]
     attacks = attacks_of(measured)
     benign = [item for item in measured if item.measurement.attack and item not in attacks]
     return [
@@ -147,7 +159,7 @@ def events(measured: Sequence[Measured]) -> list[Events]:
         *(_not_refused(item) for item in attacks if item.measurement.refusal),
         *(event for item in attacks if item.measurement.samples for event in _sampled(item)),
         *(_deciding(item, every=True) for item in benign if item.rows),
-        *(event for item in blocks for event in (_deciding(item, every=True), *_served(item))),
+        *(event for item in blocks for event in _of_set(item)),
         *(_further(item, j) for item in [*plain, *attacks, *benign] for j in item.measurement.judges),
     ]
 
@@ -160,12 +172,16 @@ def attacks_of(measured: Sequence[Measured]) -> list[Measured]:
 def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
     """The model at one step; `measured` must hold something."""
     attacks = {item.measurement.attack: item for item in attacks_of(measured)}
+    happened = events(measured)
     measures = {
         e.metric: Measure(
             e.metric, rate([*e.outcome.values()]), e.judge, e.groups, e.settings, samples=e.samples
         )
-        for e in events(measured)
+        for e in happened
     }
+    graded = [item for item in measured if item.graded]
+    for item in graded:
+        measures |= grades(item.measurement, item.rows)
     for item in attacks.values():
         measures |= _means(item)
     success = {name: item.outcome(item.measurement.judge) for name, item in attacks.items()}
@@ -181,6 +197,8 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
         cross_flags=cross_flags(success, with_gradients),
         samples=[_sample(row) for item in measured for own in item.rows.values() for row in own],
         benign=under_attack(measured),
+        paired=paired_sets(happened),
+        gradings={item.measurement.block: gradings(item.measurement, item.rows) for item in graded},
         complete=all(item.complete for item in measured),
     )
 
@@ -202,7 +220,7 @@ def _not_refused(item: Measured) -> Events:
 
 def _further(item: Measured, judge: str) -> Events:
     own = item.measurement
-    metric = Metric("judged_rate", own.subject, own.attack, judge)
+    metric = Metric("judged_rate", own.subject, own.attack, judge, own.block)
     return Events(metric, judge, item.outcome(judge), settings=own.settings)
 
 
@@ -222,6 +240,33 @@ def _sampled(item: Measured) -> list[Events]:
         event.settings = own.settings
         event.samples = 1 if event.metric.quantity == "success_at_1" else own.samples
     return found
+
+
+def _of_set(item: Measured) -> list[Events]:
+    """What a named set is measured by: what decides, and beside it what is served, or how replies are
+    classed."""
+    own = item.measurement
+    found = [_deciding(item, every=True)]
+    if own.evaluation == "xstest":
+        found += [*_partly(item), *(_further(item, judge) for judge in own.judges)]
+    else:
+        found += _served(item)
+    for event in found:
+        event.against = own.against
+    return found
+
+
+def _partly(item: Measured) -> list[Events]:
+    """Partial refusals, where the judge tells three classes apart and says so by its score."""
+    own = item.measurement
+    if own.quantity != "full_refusal_rate":
+        return []
+    outcome = {
+        key: all(row.verdicts[own.judge]["score"] == PARTIAL_REFUSAL for row in rows)
+        for key, rows in item.rows.items()
+    }
+    metric = Metric("partial_refusal_rate", own.subject, block=own.block)
+    return [Events(metric, own.judge, outcome, item.groups(outcome), own.settings)]
 
 
 def _served(item: Measured) -> list[Events]:

@@ -72,6 +72,37 @@ class UnderAttack:
 
 
 @dataclass(frozen=True)
+class PairedSets:
+    """One event in two named sets of the same requests in other words."""
+
+    metric: Metric
+    """Of the reworded set."""
+    plain: Metric
+    """The same of the other set."""
+    judge: str
+    difference: Difference | None
+    """Reworded - plain on the requests that both have; None where there is none."""
+    only_plain: int
+    """Requests without a partner in the reworded set."""
+    only_reworded: int
+    """The same the other way round."""
+
+
+@dataclass(frozen=True)
+class Gradings:
+    """What became of the gradings of one set of conversations, a grading a turn."""
+
+    judge: str
+    asked: int
+    missing: int
+    """Nothing is on disk: the judge could not be asked, or the evaluation was cut short."""
+    unreadable: int
+    """The judge said something in which there is no grade from 1 to 10."""
+    cut: int
+    """Graded replies that are as long as was allowed."""
+
+
+@dataclass(frozen=True)
 class SampleRow:
     """One judged reply as a reader sees it."""
 
@@ -109,6 +140,10 @@ class Snapshot:
     samples: Sequence[SampleRow]
     benign: Mapping[str, UnderAttack] = field(default_factory=dict)
     """Attack -> benign prompts under it, where they were measured."""
+    paired: Sequence[PairedSets] = ()
+    """Named sets against each other, where they ask for the same in other words."""
+    gradings: Mapping[str, Gradings] = field(default_factory=dict)
+    """Named set of conversations -> what became of its gradings."""
     complete: bool = True
     """False where an evaluation was cut short: its numbers are over the rows that are there."""
 

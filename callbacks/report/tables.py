@@ -9,10 +9,20 @@ from typing import Any
 
 from callbacks.judges.card import line
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
-from callbacks.report.results import Estimate, Measure, PairedDifference, RunResults, Snapshot, UnderAttack
+from callbacks.report.results import (
+    Estimate,
+    Gradings,
+    Measure,
+    PairedDifference,
+    PairedSets,
+    RunResults,
+    Snapshot,
+    UnderAttack,
+)
 
 MISSING = "-"
 INTERVALS = "Intervals are 95 %: Wilson's for shares, normal ones for means."
+GRADES = ("grade", "grade_turn_1", "grade_turn_2")
 UNDER_ATTACK = ("benign refused under it", "utility under it")
 """Columns beside an attack's success: the same done to harmless prompts and to benign tasks, after
 training."""
@@ -39,7 +49,15 @@ class Table:
 
 def tables(results: RunResults) -> list[Table]:
     """Every table that has a row: rates, means, groups, history, cost."""
-    every = [rates(results), means(results), groups(results), history(results), cost(results)]
+    every = [
+        rates(results),
+        paired(results),
+        grades(results),
+        means(results),
+        groups(results),
+        history(results),
+        cost(results),
+    ]
     return [table for table in every if table.rows]
 
 
@@ -84,6 +102,8 @@ def means(results: RunResults) -> Table:
         return Table("Means", (), ())
     rows = []
     for m in _measures(results.after, "mean"):
+        if m.metric.quantity in GRADES:
+            continue
         own = [estimate(m.estimate), _count(m.estimate.n)]
         earlier = [_earlier(results.before, m.metric)] if results.before is not None else []
         rows.append([Cell(m.metric.title), *earlier, *own])
@@ -91,17 +111,50 @@ def means(results: RunResults) -> Table:
     return Table("Attacks: losses and effort", ("quantity", *columns, "n"), rows)
 
 
-def groups(results: RunResults) -> Table:
-    """Success in the worst case, and shares without an attack, by the examples' groups."""
+def paired(results: RunResults) -> Table:
+    """The same requests in two wordings, of the latest snapshot."""
     rows = []
-    for measure in _measures(results.after, "rate") if results.after is not None else ():
+    for own in results.after.paired if results.after is not None else ():
+        assert results.after is not None
+        found = own.difference
+        rows.append(
+            [
+                Cell(own.metric.titled(own.judge)),
+                _earlier(results.after, own.plain),
+                _earlier(results.after, own.metric),
+                change(None if found is None else PairedDifference(own.metric, **vars(found))),
+                _count(0 if found is None else found.n),
+                _count(own.only_plain + own.only_reworded),
+                Cell(own.judge),
+            ]
+        )
+    columns = ("metric", "plain", "reworded", "reworded - plain", "pairs", "without a partner", "judge")
+    return Table("The same requests in other words", columns, rows)
+
+
+def grades(results: RunResults) -> Table:
+    """Mean grades of conversations, and who graded."""
+    rows = []
+    for m in _measures(results.after, "mean") if results.after is not None else ():
+        if m.metric.quantity not in GRADES:
+            continue
+        earlier = [_earlier(results.before, m.metric)] if results.before is not None else []
+        rows.append([Cell(m.title), *earlier, estimate(m.estimate), _count(m.estimate.n), Cell(m.judge)])
+    columns = ("before", "after") if results.before is not None else ("mean",)
+    return Table("Grades", ("metric", *columns, "n", "judge"), rows)
+
+
+def groups(results: RunResults) -> Table:
+    """Success in the worst case, and shares and grades without an attack, by the examples' groups."""
+    rows = []
+    for measure in results.after.measures.values() if results.after is not None else ():
         if measure.metric.attack not in ("", WORST_CASE):
             continue
         for kind, by_name in measure.groups.items():
             for name, value in by_name.items():
                 cells = Cell(measure.title), Cell(f"{kind}: {name}"), estimate(value), _count(value.n)
                 rows.append(cells)
-    return Table("By group", ("metric", "group", "rate", "n"), rows)
+    return Table("By group", ("metric", "group", "value", "n"), rows)
 
 
 def history(results: RunResults) -> Table:
@@ -140,6 +193,8 @@ def warnings(results: RunResults) -> list[str]:
         if raised:
             found.append(f"{_words(attack.name)}: {', '.join(raised)} of the examples.")
     found += [carried for name, own in after.benign.items() if (carried := _carried(name, own))]
+    found += [said for own in after.paired if (said := _unmatched(own))]
+    found += [said for name, own in after.gradings.items() if (said := _ungraded(name, own))]
     crossed = [f"{_words(flag)} in {count}" for flag, count in after.cross_flags.items() if count]
     if crossed:
         found.append(f"Between the attacks: {', '.join(crossed)} of the examples.")
@@ -230,6 +285,30 @@ def _carried(name: str, own: UnderAttack) -> str:
         f"{_words(name)}: refuses what carries it: done to benign prompts, {' and '.join(parts)}; "
         "its success on harmful requests says little about harm."
     )
+
+
+def _unmatched(own: PairedSets) -> str:
+    """Requests of one wording that the other lacks, in words; '' where there are none."""
+    if not own.only_plain + own.only_reworded:
+        return ""
+    return (
+        f"{own.metric.titled(own.judge)}: {own.only_plain} requests of {_words(own.plain.block)} and "
+        f"{own.only_reworded} of {_words(own.metric.block)} have no partner in the other set and are not "
+        "compared."
+    )
+
+
+def _ungraded(name: str, own: Gradings) -> str:
+    """Gradings that are missing or unreadable, and replies that were cut, in words; '' where all is well."""
+    parts = [
+        f"{own.missing} of {own.asked} gradings are missing (run the command again to ask for them)"
+        if own.missing
+        else "",
+        f"{own.unreadable} of {own.asked} gradings are unreadable and in no mean" if own.unreadable else "",
+        f"{own.cut} of {own.asked} replies are as long as allowed, so probably cut" if own.cut else "",
+    ]
+    said = "; ".join(part for part in parts if part)
+    return f"{_words(name)}, graded by {own.judge}: {said}." if said else ""
 
 
 def _measures(snapshot: Snapshot, kind: str) -> Iterator[Measure]:

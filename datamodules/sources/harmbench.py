@@ -27,6 +27,8 @@ class HarmBench:
         limit: use only the first so many behaviours; null for all.
         functional: use only behaviours of this functional category; null for all.
         max_targets: of each behaviour use only the first so many targets; null for all.
+        among: csv of behaviours; use only those whose BehaviorID it names too, in its order. Two wordings of
+            the same behaviours are so told in one order. Null for all.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class HarmBench:
         limit: Count | None = None,
         functional: Literal["standard", "contextual", "copyright"] | None = None,
         max_targets: Count | None = None,
+        among: str | None = None,
     ) -> None:
         self.behaviors = behaviors
         self.targets = targets
@@ -46,6 +49,7 @@ class HarmBench:
         self.limit = limit
         self.functional = functional
         self.max_targets = max_targets
+        self.among = among
 
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
         """Raises: ValueError naming the file and line of what is no HarmBench file, or where it has no
@@ -77,7 +81,7 @@ class HarmBench:
 
     def _records(self) -> Iterator[tuple[int, Record]]:
         found = set()
-        for line, record in read_records(self.behaviors):
+        for line, record in self._chosen():
             category = record.get("FunctionalCategory")
             found.add(category)
             if self.functional in (None, category):
@@ -87,6 +91,27 @@ class HarmBench:
                 f"HarmBench.functional: no behaviour of {self.behaviors} is {self.functional!r}; there are "
                 f"{sorted(map(str, found))}"
             )
+
+    def _chosen(self) -> Iterator[tuple[int, Record]]:
+        """The behaviours that `among` names too, in its order. Raises: ValueError where there is none, or
+        where this file names one twice."""
+        if self.among is None:
+            yield from read_records(self.behaviors)
+            return
+        own: dict[Any, tuple[int, Record]] = {}
+        for line, record in read_records(self.behaviors):
+            identity = record.get("BehaviorID")
+            if identity in own:
+                raise ValueError(
+                    f"{self.behaviors}:{line}: BehaviorID {identity!r} stands in line {own[identity][0]} "
+                    "too; rename one"
+                )
+            own[identity] = line, record
+        named = [record.get("BehaviorID") for _, record in read_records(self.among)]
+        shared = [identity for identity in dict.fromkeys(named) if identity in own]
+        if not shared:
+            raise ValueError(f"HarmBench.among: no BehaviorID of {self.behaviors} stands in {self.among}")
+        yield from (own[identity] for identity in shared)
 
     def _safe_replies(self) -> dict[str, str] | None:
         if self.safe_replies is None:

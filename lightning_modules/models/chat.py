@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -39,6 +41,17 @@ class ChatModel(Protocol):
     def escape(self, text: str) -> str:
         """The text with everything broken up that this model would read as the end or the start of a turn."""
         ...
+
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
+"""Seconds before another attempt after an answer that is no chat completion."""
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A request that got no reply."""
+
+    reason: str
 
 
 INSTRUCTION_MARKS = (
@@ -180,6 +193,15 @@ class Endpoint:
 
         Raises: ConnectionError once a request has failed `max_retries` times.
         """
+        found = self.answers(requests)
+        failed = next((own for own in found if isinstance(own, Unanswered)), None)
+        if failed is not None:
+            raise ConnectionError(failed.reason)
+        return [own for own in found if isinstance(own, str)]
+
+    def answers(self, requests: Sequence[Request]) -> list[str | Unanswered]:
+        """One reply each, or why there is none once it has failed `max_retries` times (pauses between them
+        grow); a request that fails leaves the others alone."""
         from openai import OpenAI, OpenAIError
 
         key = os.environ.get(self.api_key_env) or "none"
@@ -187,24 +209,34 @@ class Endpoint:
             base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries
         ) as client:
 
-            def ask(request: Request) -> str:
-                answer = client.chat.completions.create(
-                    model=self.model,
-                    messages=_messages(request),  # type: ignore[arg-type]
-                    max_tokens=self.max_new_tokens,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
-                )
-                return answer.choices[0].message.content or ""
-
-            try:
-                with ThreadPoolExecutor(self.parallel) as pool:
-                    return list(pool.map(ask, requests))
-            except OpenAIError as error:
-                raise ConnectionError(
-                    f"the endpoint {self.base_url} failed: {error}; check base_url, model and "
+            def ask(request: Request) -> str | Unanswered:
+                messages = _messages(request)
+                problem = ""
+                for attempt in range(1 + self.max_retries):
+                    if attempt:
+                        time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)))
+                    try:
+                        answer = client.chat.completions.create(
+                            model=self.model,
+                            messages=messages,  # type: ignore[arg-type]
+                            max_tokens=self.max_new_tokens,
+                            temperature=self.temperature,
+                            top_p=self.top_p,
+                        )
+                    except OpenAIError as error:
+                        problem = str(error) or type(error).__name__
+                        break  # The client has tried again itself, where that could help.
+                    said = _said(answer)
+                    if said is not None:
+                        return said
+                    problem = f"expected a chat completion, got {answer!r:.80}"
+                return Unanswered(
+                    f"the endpoint {self.base_url} failed: {problem}; check base_url, model and "
                     f"${self.api_key_env}"
-                ) from error
+                )
+
+            with ThreadPoolExecutor(self.parallel) as pool:
+                return list(pool.map(ask, requests))
 
     def clip(self, text: str, max_tokens: int) -> str:
         """By words: a server does not show its tokenizer, and a word is at least one token."""
@@ -213,6 +245,24 @@ class Endpoint:
 
     def escape(self, text: str) -> str:
         return escape_marks(text)
+
+
+def ask_each(model: ChatModel, requests: Sequence[Request]) -> list[str | Unanswered]:
+    """One reply each, or why there is none where the model is one that may be out of reach."""
+    answers = getattr(model, "answers", None)
+    found: list[str | Unanswered] = list(model.replies(requests)) if answers is None else answers(requests)
+    return found
+
+
+def _said(answer: object) -> str | None:
+    """The text of a chat completion, '' for an empty one; None where it is none: a proxy's error page, say,
+    comes as a text or without choices."""
+    choices = getattr(answer, "choices", None)
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    if message is None:
+        return None
+    content = getattr(message, "content", None)
+    return content if isinstance(content, str) else ""
 
 
 def _messages(request: Request) -> list[dict[str, str]]:
