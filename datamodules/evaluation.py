@@ -117,10 +117,16 @@ class EvaluationData(LightningDataModule):
         rank: int = 0,
         world_size: int = 1,
         block: str = "",
+        against: str = "",
     ) -> DataLoader[EvaluationBatch]:
         """Batches of one subject in file order; `limit` takes an evenly spaced subset, ranks take every n-th
-        row; `block` is the named set, '' the main one."""
-        rows = evenly(self.rows_of(subject, block), limit)[rank::world_size]
+        row; `block` is the named set, '' the main one, and `against` one under the same keys: a limit takes
+        the rows whose partners it takes there."""
+        rows = evenly(self.rows_of(subject, block), limit)
+        if against and limit is not None:
+            partners = {own.row.key for own in evenly(self.rows_of(subject, against), limit)}
+            rows = [own for own in self.rows_of(subject, block) if own.row.key in partners] or rows
+        rows = rows[rank::world_size]
         collate = partial(evaluation_batch, attackable=self.encoding.attackable)
         size = self.evaluation.batch_size
         return DataLoader(rows, batch_size=size, collate_fn=collate)  # type: ignore[arg-type]

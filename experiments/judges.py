@@ -17,8 +17,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from callbacks.judges.base import Judge, judge_all, label
-from callbacks.judges.card import CARDS, Agreement, Card, agreement, document, write_card
+from callbacks.judges.base import Judge, Judgement, judge_all, label
+from callbacks.judges.card import CARDS, HELD_OUT, Agreement, Card, agreement, document, write_card
+from callbacks.judges.classes import ClassAgreement, class_agreement
 from callbacks.metrics.estimates import rate
 from datamodules.fields import checked
 from datamodules.sources.files import read_records
@@ -60,6 +61,10 @@ class Trial:
     seen: str | None = None
     """Regular expression: rows whose id has a match were looked at when the judge was made. The others are
     reported apart, as held out."""
+    held_out: list[str] | None = None
+    """Models whose replies were not looked at; null where `seen` says all."""
+    classes: dict[str, float] | None = None
+    """Label -> the score by which a judge of several classes gives it; they are measured too."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +107,13 @@ def read(labelled: LabelledSet) -> list[LabelledReply]:
 
 def measure(trial: Trial, replies: Sequence[LabelledReply], labels: str, files: dict[str, str]) -> Card:
     """The card of one judge. Raises: ValueError where no reply has one of the trial's labels."""
-    verdicts = [
-        judgement.verdict
-        for judgement in judge_all(
-            trial.judge,
-            [reply.prompt for reply in replies],
-            [reply.completion for reply in replies],
-            [reply.expected for reply in replies],
-        )
-    ]
+    judgements = judge_all(
+        trial.judge,
+        [reply.prompt for reply in replies],
+        [reply.completion for reply in replies],
+        [reply.expected for reply in replies],
+    )
+    verdicts = [judgement.verdict for judgement in judgements]
     judged = list(zip(replies, verdicts, strict=True))
     counted = [pair for pair in judged if pair[0].label in (*trial.positive, *trial.negative)]
     if not counted:
@@ -122,7 +125,7 @@ def measure(trial: Trial, replies: Sequence[LabelledReply], labels: str, files: 
     def among(pairs: list[tuple[LabelledReply, bool]]) -> Agreement:
         return agreement([v for _, v in pairs], [reply.label in trial.positive for reply, _ in pairs])
 
-    unseen = [pair for pair in counted if trial.seen is not None and not re.search(trial.seen, pair[0].id)]
+    unseen = [pair for pair in counted if _unseen(trial, pair[0])]
     apart = sorted({reply.label for reply in replies} - {*trial.positive, *trial.negative})
     models = dict.fromkeys(reply.model for reply, _ in counted)
     return Card(
@@ -134,7 +137,51 @@ def measure(trial: Trial, replies: Sequence[LabelledReply], labels: str, files: 
         models={model: among([pair for pair in counted if pair[0].model == model]) for model in models},
         apart={name: rate([verdict for reply, verdict in judged if reply.label == name]) for name in apart},
         files=files,
+        classes=_classes(trial, replies, judgements) if trial.classes is not None else {},
     )
+
+
+def _unseen(trial: Trial, reply: LabelledReply) -> bool:
+    """Whether nobody looked at the reply, as far as the trial says."""
+    said = [not re.search(trial.seen, reply.id)] if trial.seen is not None else []
+    said += [reply.model in trial.held_out] if trial.held_out is not None else []
+    return bool(said) and all(said)
+
+
+def _classes(
+    trial: Trial, replies: Sequence[LabelledReply], judgements: Sequence[Judgement]
+) -> dict[str, ClassAgreement]:
+    """Agreement over all classes: of all replies, of those held out, and by model.
+
+    Raises: ValueError for a score that is no class's, or a label that the trial does not name.
+    """
+    assert trial.classes is not None
+    names = {score: name for name, score in trial.classes.items()}
+    odd = next((own.score for own in judgements if own.score is None or own.score not in names), 0.0)
+    unnamed = sorted({reply.label for reply in replies} - trial.classes.keys())
+    if odd not in names or unnamed:
+        got = f"the label {unnamed[0]!r}" if unnamed else f"the score {odd}"
+        raise ValueError(
+            f"{label(trial.judge)}: expected labels and scores among {trial.classes}, got {got}; set classes"
+        )
+    judged = [
+        (reply, names[own.score])
+        for reply, own in zip(replies, judgements, strict=True)
+        if own.score is not None
+    ]
+
+    def among(pairs: list[tuple[LabelledReply, str]]) -> ClassAgreement:
+        return class_agreement(
+            [own for _, own in pairs], [reply.label for reply, _ in pairs], list(names.values())
+        )
+
+    unseen = [pair for pair in judged if _unseen(trial, pair[0])]
+    models = dict.fromkeys(reply.model for reply in replies)
+    return {
+        "all": among(judged),
+        **({HELD_OUT: among(unseen)} if unseen else {}),
+        **{model: among([pair for pair in judged if pair[0].model == model]) for model in models},
+    }
 
 
 def calibrate(labels: str, sets: list[LabelledSet], trials: list[Trial], out: str = str(CARDS)) -> list[Card]:

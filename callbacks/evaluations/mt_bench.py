@@ -27,6 +27,7 @@ from datamodules.results import Identity, Measurement, Row
 from datamodules.settings import settings_digest
 from datamodules.sources.conversations import TURNS, Conversation, GradingPrompt, MTBenchFiles
 from lightning_modules.models.chat import ChatModel, Unanswered
+from lightning_modules.models.decoder import text_config
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Decoding, Request
 from lightning_modules.pretrained import CUT_WITHIN
@@ -208,12 +209,20 @@ class GradedChunk:
             category=conversation.category,
             history=[list(exchange) for exchange in history],
             reply=reply,
-            flags={"cut": _is_cut(model, reply, self.max_new_tokens)},
+            flags=_signs(
+                model,
+                Request(conversation.turns[turn], self.system, tuple(history)),
+                reply,
+                self.max_new_tokens,
+            ),
         )
         return replace(row, repetition=turn)
 
 
-def _is_cut(model: LanguageModel, reply: str, max_new_tokens: int) -> bool:
+def _signs(model: LanguageModel, asked: Request, reply: str, max_new_tokens: int) -> dict[str, bool]:
+    """Whether the reply is as long as allowed, and whether it goes beyond what the model was made to read."""
     # No tokenizer takes half a surrogate pair.
     (ids,) = model.chat.encode_batch([reply.encode(errors="replace").decode()])
-    return len(ids) > max_new_tokens - CUT_WITHIN
+    before = len(model.chat.prompt(asked.text, asked.system, asked.history).ids)
+    window = text_config(model.module).max_position_embeddings
+    return {"cut": len(ids) > max_new_tokens - CUT_WITHIN, "beyond_window": before + len(ids) > window}

@@ -139,7 +139,7 @@ class Session:
         limits = (evaluation.schedule.rows(stage), probe.limit if stage == "fit" else probe.test_limit)
         limit = min((rows for rows in limits if rows is not None), default=None)
         shares = [
-            list(self.data.loader(probe.subject, limit, rank, own.world_size, probe.block))
+            list(self.data.loader(probe.subject, limit, rank, own.world_size, probe.block, probe.against))
             for rank in range(own.world_size)
         ]
         keys = [key for share in shares for batch in share for key in batch.keys]

@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
+from callbacks.judges.classes import ClassAgreement
 from callbacks.metrics.estimates import Estimate, rate
 from callbacks.metrics.names import RULES, TRENDS
 
 CARDS = Path(__file__).parent / "cards"
 RESAMPLES, SEED = 4999, 0
 NOT_CALIBRATED = "not calibrated"
+HELD_OUT = "all, held out"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Card:
     """Label that is neither positive nor negative -> how often the judge says yes."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File of labels -> the beginning of its SHA-256."""
+    classes: Mapping[str, ClassAgreement] = field(default_factory=dict)
+    """Of a judge of several classes: `all`, HELD_OUT and every model -> agreement over all of them."""
 
 
 def agreement(verdicts: Sequence[bool], labels: Sequence[bool]) -> Agreement:
@@ -112,7 +116,8 @@ def write_card(card: Card, folder: Path = CARDS) -> Path:
     """Store the card as JSON (read by reports) and Markdown (for people)."""
     path = card_path(card.judge, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(asdict(card)), indent=1) + "\n", encoding="utf-8")
+    stored = {key: value for key, value in asdict(card).items() if value or key != "classes"}
+    path.write_text(json.dumps(_rounded(stored), indent=1) + "\n", encoding="utf-8")
     path.with_name(f"{path.stem}.md").write_text(document(card), encoding="utf-8")
     return path
 
@@ -128,6 +133,7 @@ def read_card(judge: str, folder: Path = CARDS) -> Card | None:
         found["unseen"] = _agreement(found["unseen"]) if found["unseen"] else None
         found["models"] = {model: _agreement(own) for model, own in found["models"].items()}
         found["apart"] = {label: _estimate(own) for label, own in found["apart"].items()}
+        found["classes"] = {name: _classes(own) for name, own in found.get("classes", {}).items()}
         return Card(**found)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); run `python -m experiments.judges` again") from error
@@ -142,16 +148,28 @@ def line(judge: str, folder: Path = CARDS) -> str:
     card = read_card(judge, folder)
     if card is None:
         return f"{judge}: {trend}{NOT_CALIBRATED}"
+    where = f"{card.labels}, cards/{card_path(judge, folder).name}"
+    if card.classes:
+        of, held_out = _judged_by(card)
+        said = [
+            f"{name}: recall {share(of.recall[name])}, precision {share(p)}"
+            for name, p in of.precision.items()
+        ]
+        doubt = f"; UNRELIABLE: {', '.join(of.unreliable)}" if of.unreliable else ""
+        return (
+            f"{judge}: {len(said)} classes, accuracy {share(of.accuracy)}, kappa {number(of.kappa)}; "
+            f"{'; '.join(said)}{doubt}; n = {of.n}{held_out}, {where}"
+        )
     own, held_out = (card.unseen, " held out") if card.unseen is not None else (card.overall, "")
     return (
         f"{judge}: {trend}recall {share(own.recall)}, precision {share(own.precision)}, kappa "
-        f"{number(own.kappa)}, n = {own.n}{held_out}, {card.labels}, cards/{card_path(judge, folder).name}"
+        f"{number(own.kappa)}, n = {own.n}{held_out}, {where}"
     )
 
 
 def document(card: Card) -> str:
     """The card as Markdown."""
-    held_out = [("all, held out", card.unseen)] if card.unseen is not None else []
+    held_out = [(HELD_OUT, card.unseen)] if card.unseen is not None else []
     rows = [("all", card.overall), *held_out, *card.models.items()]
     head = ["replies of", "n", "positive", "accuracy", "precision", "recall", "kappa"]
     lines = [f"# {card.judge}", "", f"Finds: {card.finds}. Labels: {card.labels}.", ""]
@@ -160,6 +178,7 @@ def document(card: Card) -> str:
         shares = [share(value) for value in (own.accuracy, own.precision, own.recall)]
         cells = [name, str(own.n), str(own.positives), *shares, number(own.kappa)]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += _class_lines(card)
     lines += [
         "",
         "95 % intervals: Wilson; of kappa, percentile bootstrap over replies. Two models' replies to one ",
@@ -168,6 +187,29 @@ def document(card: Card) -> str:
     lines += [f"- Left out: `{name}`, judged so {share(own)} of {own.n}" for name, own in card.apart.items()]
     lines += [f"- `{name}`, SHA-256 {digest}" for name, digest in card.files.items()]
     return "\n".join(lines) + "\n"
+
+
+def _judged_by(card: Card) -> tuple[ClassAgreement, str]:
+    """The agreement that counts: on held-out replies where there are any."""
+    held_out = card.classes.get(HELD_OUT)
+    return (held_out, " held out") if held_out is not None else (card.classes["all"], "")
+
+
+def _class_lines(card: Card) -> list[str]:
+    """The table of a judge of several classes, and which of them it does not see well."""
+    if not card.classes:
+        return []
+    labels = list(card.classes["all"].precision)
+    head = ["replies of", "n", "accuracy", "kappa", *(f"{c}: precision, recall" for c in labels)]
+    lines = ["", f"As {len(labels)} classes:", "", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for name, own in card.classes.items():
+        by_class = [f"{share(own.precision[c])}, {share(own.recall[c])}" for c in labels]
+        cells = [name, str(own.n), share(own.accuracy), number(own.kappa), *by_class]
+        lines.append(f"| {' | '.join(cells)} |")
+    unreliable = _judged_by(card)[0].unreliable
+    if unreliable:
+        lines += ["", f"**Unreliable: {', '.join(unreliable)}.** Ask a model for figures of these classes."]
+    return lines
 
 
 def share(value: Estimate) -> str:
@@ -185,6 +227,14 @@ def number(value: Estimate) -> str:
 def _agreement(found: dict[str, Any]) -> Agreement:
     values = ("accuracy", "precision", "recall", "kappa")
     return Agreement(**{**found, **{key: _estimate(found[key]) for key in values}})
+
+
+def _classes(found: dict[str, Any]) -> ClassAgreement:
+    single = {key: _estimate(found[key]) for key in ("accuracy", "kappa")}
+    by_class = {
+        key: {name: _estimate(own) for name, own in found[key].items()} for key in ("precision", "recall")
+    }
+    return ClassAgreement(**{**found, **single, **by_class})
 
 
 def _estimate(found: dict[str, Any]) -> Estimate:

@@ -3,8 +3,8 @@
 Roettger et al. 2024 (arXiv 2308.01263): a full refusal gives nothing, a partial refusal declines or doubts
 the request and helps with a part of it or with another reading. Whether the reply refuses at all is the
 keyword judge's business; that it helps besides was written on one model's replies alone (Llama-2's), and the
-other model's are the measure. The card (callbacks/judges/cards) says how few partial refusals such patterns
-see: for figures that are to be published ask a model, such as judgezoo's `xstest`.
+other model's are the measure: there they find one partial refusal in 41 (callbacks/judges/cards), so that
+the title of the rate says so. For figures of partial refusals that are to be published ask a model.
 """
 
 from __future__ import annotations

@@ -81,6 +81,8 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
 """The direction that one wishes for; quantities that only describe have none."""
 TRENDS = {"target_prefix": "target prefix (a trend, not success)"}
 """Judges whose yes is no success yet, and what their `success_rate` is called instead."""
+UNSEEN = {"xstest_refusal": "partial refusals (few are seen by patterns)"}
+"""Judges that miss most partial refusals (their cards say so), and what the rate is called by them."""
 RULES = {
     "acc": "right where the right choice is the likeliest one",
     "acc_norm": "right where the right choice is the likeliest one per character",
@@ -122,6 +124,8 @@ class Metric:
         trend = next(
             (TRENDS[name] for name in TRENDS if self.quantity == "success_rate" and name in names), ""
         )
+        if self.quantity == "partial_refusal_rate":
+            trend = next((UNSEEN[name] for name in UNSEEN if name in names), "")
         what = (trend or TITLES[self.quantity]) + (f" by {self.judge}" if self.judge else "")
         if self.block and self.quantity in OF_SUBJECT:
             what = f"{what}, {self.subject}"

@@ -55,6 +55,7 @@ def gradings(own: Measurement, rows: Mapping[str, Sequence[Row]]) -> Gradings:
         missing=asked - len(seen),
         unreadable=sum(row.verdicts[own.judge]["score"] is None for row in seen),
         cut=sum(row.flags.get("cut", False) for row in seen),
+        beyond_window=sum(row.flags.get("beyond_window", False) for row in seen),
     )
 
 

@@ -100,6 +100,8 @@ class Gradings:
     """The judge said something in which there is no grade from 1 to 10."""
     cut: int
     """Graded replies that are as long as was allowed."""
+    beyond_window: int
+    """Graded replies that end beyond the positions which the model was made for."""
 
 
 @dataclass(frozen=True)

@@ -306,6 +306,9 @@ def _ungraded(name: str, own: Gradings) -> str:
         else "",
         f"{own.unreadable} of {own.asked} gradings are unreadable and in no mean" if own.unreadable else "",
         f"{own.cut} of {own.asked} replies are as long as allowed, so probably cut" if own.cut else "",
+        f"{own.beyond_window} of {own.asked} replies end beyond the model's positions"
+        if own.beyond_window
+        else "",
     ]
     said = "; ".join(part for part in parts if part)
     return f"{_words(name)}, graded by {own.judge}: {said}." if said else ""

@@ -4,6 +4,7 @@ OpenAI chat protocol."""
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -235,6 +236,9 @@ class Endpoint:
                     f"${self.api_key_env}"
                 )
 
+            # A line a request is the client's habit, not what a user of an evaluation wants to read.
+            for name in ("httpx", "httpx2"):
+                logging.getLogger(name).setLevel(logging.WARNING)
             with ThreadPoolExecutor(self.parallel) as pool:
                 return list(pool.map(ask, requests))
 
