@@ -163,8 +163,8 @@ class GradedChunk:
     def judged(self, rows: Sequence[Row]) -> list[Row]:
         """The rows with grades, where the judge could be asked.
 
-        Raises: ConnectionError where it could be asked for none of several: the replies are on disk, and the
-            same command goes on there.
+        Raises: ConnectionError outside `fit` where it could be asked for none of them: the replies are on
+            disk, and the same command goes on there.
         """
         own = self.measurement
         found = list(rows)
@@ -177,7 +177,8 @@ class GradedChunk:
         ]
         answers = self.grader.answers(asked) if asked else []
         failed = [answer for answer in answers if isinstance(answer, Unanswered)]
-        if failed and len(failed) == len(answers):
+        # Training goes on without its grades; whoever tests wants them, and can ask again.
+        if failed and len(failed) == len(answers) and own.stage != "fit":
             raise ConnectionError(
                 f"{own.judge}: none of {len(answers)} gradings; {failed[0].reason}; the replies are on disk, "
                 "the same command grades them"

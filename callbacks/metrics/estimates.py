@@ -77,6 +77,12 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(centre, centre - half, centre + half, n, "mean")
 
 
+def mean_difference(before: Mapping[str, float], after: Mapping[str, float]) -> Estimate | None:
+    """Mean of after - before over the examples that both have, with its normal interval; None without any."""
+    shared = sorted(before.keys() & after.keys())
+    return mean([after[key] - before[key] for key in shared]) if shared else None
+
+
 def paired_difference(before: Mapping[str, bool], after: Mapping[str, bool]) -> Difference | None:
     """The difference over the examples that both have, None where there are none.
 

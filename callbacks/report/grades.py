@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from callbacks.metrics.estimates import mean
+from callbacks.metrics.estimates import mean, mean_difference
 from callbacks.metrics.names import Metric, Quantity
-from callbacks.report.results import Estimate, Gradings, Measure
+from callbacks.report.results import Estimate, Gradings, Measure, Snapshot
 from datamodules.results import Measurement, Row
 
 GRADE = "grade"
@@ -41,7 +41,23 @@ def grades(own: Measurement, rows: Mapping[str, Sequence[Row]]) -> dict[Metric, 
         if scores:
             metric = Metric(quantity, own.subject, block=own.block)  # type: ignore[arg-type]
             groups = _by_category(rows, scores)
-            found[metric] = Measure(metric, mean([*scores.values()]), own.judge, groups, own.settings)
+            found[metric] = Measure(
+                metric, mean([*scores.values()]), own.judge, groups, own.settings, values=scores
+            )
+    return found
+
+
+def grade_differences(before: Snapshot, after: Snapshot) -> dict[Metric, Estimate]:
+    """after - before of every mean grade, over the conversations that both have one of, by the same judge and
+    of replies that were asked for in the same way."""
+    found = {}
+    for metric, now in after.measures.items():
+        then = before.measures.get(metric)
+        if then is None or (then.judge, then.settings) != (now.judge, now.settings):
+            continue
+        difference = mean_difference(then.values, now.values)
+        if difference is not None:
+            found[metric] = difference
     return found
 
 

@@ -18,8 +18,18 @@ import yaml
 
 from callbacks.metrics.estimates import paired_difference
 from callbacks.metrics.names import Metric
+from callbacks.report.grades import grade_differences
 from callbacks.report.measured import Measured, events, select, snapshot
-from callbacks.report.results import Measure, PairedDifference, RunResults, Snapshot, Stage
+from callbacks.report.results import (
+    Difference,
+    Estimate,
+    Measure,
+    PairedDifference,
+    PairedSets,
+    RunResults,
+    Snapshot,
+    Stage,
+)
 from callbacks.report.training_log import read_training_log
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import ROWS, Measurement, last_step, read_measurements, read_rows
@@ -133,8 +143,16 @@ def export(results: RunResults) -> dict[str, Any]:
             own.metric.key: {key: value for key, value in asdict(own).items() if key != "metric"}
             for own in results.differences
         },
+        "grade_differences": {
+            metric.key: asdict(difference) for metric, difference in _grade_differences(results).items()
+        },
         "cost": dict(results.cost),
     }
+
+
+def _grade_differences(results: RunResults) -> dict[Metric, Estimate]:
+    before, after = results.before, results.after
+    return grade_differences(before, after) if before is not None and after is not None else {}
 
 
 def _exported(own: Snapshot | None) -> dict[str, Any] | None:
@@ -152,7 +170,7 @@ def _exported(own: Snapshot | None) -> dict[str, Any] | None:
             pair.metric.key: {
                 "against": pair.plain.key,
                 "judge": pair.judge,
-                **(asdict(pair.difference) if pair.difference is not None else {"n": 0}),
+                **(_compared(pair, pair.difference) if pair.difference is not None else {"n": 0}),
                 "only_plain": pair.only_plain,
                 "only_reworded": pair.only_reworded,
             }
@@ -160,6 +178,11 @@ def _exported(own: Snapshot | None) -> dict[str, Any] | None:
         },
         "gradings": {name: asdict(facts) for name, facts in own.gradings.items()},
     }
+
+
+def _compared(pair: PairedSets, difference: Difference) -> dict[str, Any]:
+    plain, reworded = (asdict(own) for own in pair.shares)
+    return {**asdict(difference), "plain": plain, "reworded": reworded}
 
 
 def _measure(measure: Measure) -> dict[str, Any]:

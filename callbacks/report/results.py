@@ -32,6 +32,8 @@ class Measure:
     """How it was measured (digest of attack, length, seed and rows); only equal ones can be compared."""
     samples: int = 0
     """Sampled replies per example behind it; 0 for greedy ones."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """By example, of a mean that is compared on the same examples; empty of others."""
 
     @property
     def title(self) -> str:
@@ -82,6 +84,8 @@ class PairedSets:
     judge: str
     difference: Difference | None
     """Reworded - plain on the requests that both have; None where there is none."""
+    shares: tuple[Estimate, Estimate]
+    """Of the event on these requests: plain, reworded."""
     only_plain: int
     """Requests without a partner in the reworded set."""
     only_reworded: int

@@ -9,16 +9,15 @@ from typing import Any
 
 from callbacks.judges.card import line
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
+from callbacks.report.grades import grade_differences
 from callbacks.report.results import (
     Estimate,
-    Gradings,
     Measure,
     PairedDifference,
-    PairedSets,
     RunResults,
     Snapshot,
-    UnderAttack,
 )
+from callbacks.report.signs import carried, ungraded, unmatched, words
 
 MISSING = "-"
 INTERVALS = "Intervals are 95 %: Wilson's for shares, normal ones for means."
@@ -115,13 +114,11 @@ def paired(results: RunResults) -> Table:
     """The same requests in two wordings, of the latest snapshot."""
     rows = []
     for own in results.after.paired if results.after is not None else ():
-        assert results.after is not None
         found = own.difference
         rows.append(
             [
                 Cell(own.metric.titled(own.judge)),
-                _earlier(results.after, own.plain),
-                _earlier(results.after, own.metric),
+                *map(estimate, own.shares),
                 change(None if found is None else PairedDifference(own.metric, **vars(found))),
                 _count(0 if found is None else found.n),
                 _count(own.only_plain + own.only_reworded),
@@ -133,14 +130,18 @@ def paired(results: RunResults) -> Table:
 
 
 def grades(results: RunResults) -> Table:
-    """Mean grades of conversations, and who graded."""
+    """Mean grades of conversations, their change on the same ones, and who graded."""
     rows = []
+    before, after = results.before, results.after
+    changes = grade_differences(before, after) if before is not None and after is not None else {}
     for m in _measures(results.after, "mean") if results.after is not None else ():
         if m.metric.quantity not in GRADES:
             continue
-        earlier = [_earlier(results.before, m.metric)] if results.before is not None else []
-        rows.append([Cell(m.title), *earlier, estimate(m.estimate), _count(m.estimate.n), Cell(m.judge)])
-    columns = ("before", "after") if results.before is not None else ("mean",)
+        own = [estimate(m.estimate)]
+        if results.before is not None:
+            own = [_earlier(results.before, m.metric), *own, _shift(changes.get(m.metric))]
+        rows.append([Cell(m.title), *own, _count(m.estimate.n), Cell(m.judge)])
+    columns = ("before", "after", "difference") if results.before is not None else ("mean",)
     return Table("Grades", ("metric", *columns, "n", "judge"), rows)
 
 
@@ -189,13 +190,13 @@ def warnings(results: RunResults) -> list[str]:
     if not after.complete:
         found.append("An evaluation was cut short: its numbers are over the rows that are there.")
     for attack in after.attacks.values():
-        raised = [f"{_words(flag)} in {count}" for flag, count in attack.flags.items() if count]
+        raised = [f"{words(flag)} in {count}" for flag, count in attack.flags.items() if count]
         if raised:
-            found.append(f"{_words(attack.name)}: {', '.join(raised)} of the examples.")
-    found += [carried for name, own in after.benign.items() if (carried := _carried(name, own))]
-    found += [said for own in after.paired if (said := _unmatched(own))]
-    found += [said for name, own in after.gradings.items() if (said := _ungraded(name, own))]
-    crossed = [f"{_words(flag)} in {count}" for flag, count in after.cross_flags.items() if count]
+            found.append(f"{words(attack.name)}: {', '.join(raised)} of the examples.")
+    found += [said for name, own in after.benign.items() if (said := carried(name, own))]
+    found += [said for own in after.paired if (said := unmatched(own))]
+    found += [said for name, own in after.gradings.items() if (said := ungraded(name, own, results.stage))]
+    crossed = [f"{words(flag)} in {count}" for flag, count in after.cross_flags.items() if count]
     if crossed:
         found.append(f"Between the attacks: {', '.join(crossed)} of the examples.")
     if results.set_aside:
@@ -261,6 +262,13 @@ def change(value: PairedDifference | None) -> Cell:
     )
 
 
+def _shift(value: Estimate | None) -> Cell:
+    """`+0.45 [+0.12, +0.78]`, of a difference of means."""
+    if value is None:
+        return Cell(MISSING, math.nan)
+    return Cell(f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]", value.value)
+
+
 def _beside(snapshot: Snapshot, metric: Metric) -> list[Cell]:
     """What an attack makes of benign prompts, in the row of its success; blank in others."""
     if not snapshot.benign:
@@ -268,50 +276,6 @@ def _beside(snapshot: Snapshot, metric: Metric) -> list[Cell]:
     own = snapshot.benign.get(metric.attack) if metric.quantity == "success_rate" else None
     shares = (own.refused, own.utility) if own is not None else (None, None)
     return [estimate(share) if share is not None else Cell(MISSING, math.nan) for share in shares]
-
-
-def _carried(name: str, own: UnderAttack) -> str:
-    """The sign that a model refuses whatever carries an attack, in words; '' where it is not raised."""
-    if not own.refuses_what_carries_it:
-        return ""
-    parts = []
-    if own.refused is not None:
-        parts.append(f"{100 * own.refused.value:.0f} % of {own.refused.n} harmless prompts are refused")
-    if own.fall is not None:
-        parts.append(
-            f"utility is {100 * own.fall.difference:+.0f} points against no attack (n = {own.fall.n})"
-        )
-    return (
-        f"{_words(name)}: refuses what carries it: done to benign prompts, {' and '.join(parts)}; "
-        "its success on harmful requests says little about harm."
-    )
-
-
-def _unmatched(own: PairedSets) -> str:
-    """Requests of one wording that the other lacks, in words; '' where there are none."""
-    if not own.only_plain + own.only_reworded:
-        return ""
-    return (
-        f"{own.metric.titled(own.judge)}: {own.only_plain} requests of {_words(own.plain.block)} and "
-        f"{own.only_reworded} of {_words(own.metric.block)} have no partner in the other set and are not "
-        "compared."
-    )
-
-
-def _ungraded(name: str, own: Gradings) -> str:
-    """Gradings that are missing or unreadable, and replies that were cut, in words; '' where all is well."""
-    parts = [
-        f"{own.missing} of {own.asked} gradings are missing (run the command again to ask for them)"
-        if own.missing
-        else "",
-        f"{own.unreadable} of {own.asked} gradings are unreadable and in no mean" if own.unreadable else "",
-        f"{own.cut} of {own.asked} replies are as long as allowed, so probably cut" if own.cut else "",
-        f"{own.beyond_window} of {own.asked} replies end beyond the model's positions"
-        if own.beyond_window
-        else "",
-    ]
-    said = "; ".join(part for part in parts if part)
-    return f"{_words(name)}, graded by {own.judge}: {said}." if said else ""
 
 
 def _measures(snapshot: Snapshot, kind: str) -> Iterator[Measure]:
@@ -325,10 +289,6 @@ def _earlier(snapshot: Snapshot | None, metric: Metric) -> Cell:
 
 def _count(n: int) -> Cell:
     return Cell(str(n), n)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _settings(block: Any) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from callbacks.metrics.estimates import paired_difference
+from callbacks.metrics.estimates import paired_difference, rate
 from callbacks.metrics.names import Metric
 from callbacks.report.results import PairedSets
 
@@ -40,12 +40,14 @@ def paired_sets(events: Sequence[Happened]) -> list[PairedSets]:
         there = Metric(own.quantity, own.subject, own.attack, own.judge, event.against)
         partner = next((e for e in events if (e.metric, e.judge) == (there, event.judge)), None)
         plain = partner.outcome if partner is not None else {}
+        shared = sorted(plain.keys() & event.outcome.keys())
         found.append(
             PairedSets(
                 metric=own,
                 plain=there,
                 judge=event.judge,
                 difference=paired_difference(plain, event.outcome),
+                shares=(rate([plain[k] for k in shared]), rate([event.outcome[k] for k in shared])),
                 only_plain=len(plain.keys() - event.outcome.keys()),
                 only_reworded=len(event.outcome.keys() - plain.keys()),
             )

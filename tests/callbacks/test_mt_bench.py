@@ -20,7 +20,7 @@ from callbacks.metrics.estimates import mean
 from callbacks.report.load import export, load
 from callbacks.report.results import Snapshot
 from callbacks.report.tables import grades, groups, judges, means, rates, warnings
-from datamodules.results import Row, read_rows
+from datamodules.results import Measurement, ResultsStore, Row, read_rows
 from datamodules.sources.conversations import MTBenchFiles, prompt_name
 from experiments.commands.run import instantiate
 from experiments.config.check import check
@@ -32,6 +32,7 @@ from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import GREEDY, Decoding, Request
 from tests.conftest import chat_model
 from tests.support.judge_server import Answer, JudgeServer, serving
+from tests.support.rows import measurement, row
 from tests.support.suspicious import corpus, measured
 
 CATEGORIES = {"81": "writing", "101": "math", "111": "coding"}
@@ -341,6 +342,78 @@ def test_another_judge_grades_the_same_replies(tmp_path: Path) -> None:
     assert {m.judge.partition("+")[0] for m in found.measures.values()} == {f"grader:some-judge@{two.url}"}
     assert all(len(row.verdicts) == 2 for row in read_rows(tmp_path / "run"))
     assert found.measures.keys() and all(m.estimate.value == 3 for m in found.measures.values())
+
+
+def graded(step: int, settings: str, pairs: dict[str, tuple[float, float]]) -> tuple[Measurement, list[Row]]:
+    """What a judge gave to both turns of some conversations, in `fit`."""
+    own = measurement(
+        "grade",
+        subject="utility",
+        block="mt_bench",
+        judge="grader:j@1",
+        step=step,
+        settings=settings,
+        n=len(pairs),
+    )
+    return own, [
+        row(key, own, repetition=turn, verdicts={own.judge: {"verdict": True, "score": score}})
+        for key, both in pairs.items()
+        for turn, score in enumerate(both)
+    ]
+
+
+@pytest.mark.parametrize(("later", "text"), [("s", "+1.50 [+0.52, +2.48]"), ("other", "-")])
+def test_the_change_of_a_mean_grade_by_hand(tmp_path: Path, later: str, text: str) -> None:
+    """a goes from 4 to 5, b from 6 to 8; c is not graded again: mean of 1 and 2 is 1.5, s / sqrt(n) 0.5."""
+    store = ResultsStore(tmp_path)
+    for plan, own in (
+        graded(0, "s", {"a": (5, 3), "b": (6, 6), "c": (1, 1)}),
+        graded(9, later, {"a": (5, 5), "b": (9, 7)}),
+    ):
+        store.announce([plan])
+        store.add(own)
+    results = load(tmp_path)
+    line = dict(zip(grades(results).columns, (cell.text for cell in grades(results).rows[0]), strict=True))
+    assert line["after"].startswith("6.5 [") and line["difference"] == text and line["n"] == "2"
+    # Measured in another way, the earlier grade is not shown at all.
+    assert line["before"].startswith("3.67 [") is (later == "s")
+    exported = export(results)["grade_differences"]
+    assert ("utility/mt_bench/grade" in exported) is (later == "s")
+    if later == "s":
+        own_turn = exported["utility/mt_bench/grade_turn_2"]
+        assert (own_turn["value"], own_turn["n"], own_turn["kind"]) == (1.5, 2, "mean")
+
+
+def test_training_goes_on_without_its_grades(tmp_path: Path) -> None:
+    with serving(lambda messages: 500) as server:
+        evaluation = MTBenchEvaluation(
+            files(tmp_path / "files"), endpoint(server, max_retries=0), max_new_tokens=64
+        )
+        session = Session(Place(Echo(), tmp_path / "run", "fit", 0), corpus(), [evaluation])
+        for job in session.jobs:
+            session.do(job)
+        assert not session.finish().complete
+    (said,) = [text for text in warnings(load(tmp_path / "run")) if "mt bench" in text]
+    assert "6 of 6 gradings are missing." in said  # no command asks for them again
+
+
+def test_a_model_in_this_process_grades(tmp_path: Path) -> None:
+    class Local:
+        name, revision = "local", "r1"
+
+        def replies(self, requests: Sequence[Request], seed: int = 0) -> list[str]:
+            return ["[[4]]" if own.system == "system 0" else "[[2]]" for own in requests]
+
+        def clip(self, text: str, max_tokens: int) -> str:
+            return text
+
+        def escape(self, text: str) -> str:
+            return text.replace("<|end|>", "")
+
+    evaluation = MTBenchEvaluation(files(tmp_path / "files"), Local(), max_new_tokens=64)
+    found = measured(tmp_path / "run", Echo(), corpus(), evaluation)
+    assert [own.estimate.value for own in found.measures.values()] == [3, 4, 2]
+    assert {own.judge.partition("+")[0] for own in found.measures.values()} == {"grader:local@r1"}
 
 
 # --- the work
