@@ -21,8 +21,10 @@ from datamodules.fields import NonNegativeInt, problem
 
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
-ADDED = frozenset({"samples", "block", "call", "against"})
+ADDED = frozenset({"samples", "block", "call", "against", "base_reply", "counts"})
 """Fields that came later with a default: lines written before them lack them and mean the default."""
+BASE = "base:"
+"""In front of a judge's label: what it said of `base_reply`."""
 ROWS = "rows"
 """Folder of the results within a run folder."""
 MEASUREMENTS = "measurements.jsonl"
@@ -75,6 +77,10 @@ class Row:
     """Warning sign -> whether the attack on this example shows it."""
     verdicts: dict[str, dict[str, bool | float | None]] = field(default_factory=dict)
     """`name@revision` of a judge -> {"verdict": bool, "score": float or null}."""
+    base_reply: str | None = None
+    """What the model before training replied to the same; null where it was not asked."""
+    counts: dict[str, NonNegativeInt] = field(default_factory=dict)
+    """Of a scored text: its `tokens`, `words` and `bytes`."""
     schema: int = SCHEMA
     where: str = field(default="", compare=False)
     """file:line it was read from; not stored."""

@@ -35,6 +35,7 @@ RUNS = {
 OTHERS = {
     "study": "train and judge every run of a study, and compare them",
     "chat": "talk to a run's model in the terminal",
+    "export": "write a run's model: PEFT adapters or merged weights, with a model card",
     "report": "write the reports of a finished run again, from its rows",
     "list": "what there is to choose from, one line each",
     "schema": "a JSON schema of configurations, for editors",
@@ -67,13 +68,18 @@ def build_parser() -> Parser:
     report.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
     _add_study(commands.add_parser("study", help=OTHERS["study"], description=OTHERS["study"]))
     _add_chat(commands.add_parser("chat", help=OTHERS["chat"], description=OTHERS["chat"]))
+    _add_export(commands.add_parser("export", help=OTHERS["export"], description=OTHERS["export"]))
     listing = commands.add_parser("list", help=OTHERS["list"], description=OTHERS["list"])
     kind = listing.add_argument(
         "kind", nargs="?", default="all", help="attacks, methods, recipes, ...; all by default"
     )
     kind.completer = _kinds  # type: ignore[attr-defined]
     commands.add_parser("schema", help=OTHERS["schema"], description=OTHERS["schema"])
-    for other in (report, listing, *(commands.choices[name] for name in ("schema", "chat", "study"))):
+    for other in (
+        report,
+        listing,
+        *(commands.choices[name] for name in ("schema", "chat", "export", "study")),
+    ):
         other.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
     return parser
 
@@ -108,6 +114,17 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     add("--temperature", metavar="T", type=float, default=0.0, help="0 replies greedily [0]")
     add("--top_p", metavar="P", type=float, default=1.0, help="nucleus of sampled replies [1]")
     add("--seed", metavar="N", type=int, default=0, help="of sampled replies [0]")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    place = add(
+        "--ckpt_path", metavar="PATH|last|none", default="last", help="whose weights; none: before training"
+    )
+    place.completer = lambda **_: ["last", "none"]  # type: ignore[attr-defined]
+    add("--merged", action="store_true", help="merge adapters into the weights: a model that needs no PEFT")
+    add("--folder", metavar="FOLDER", help="where to [RUN/model, merged RUN/model_merged]; it is replaced")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -277,6 +294,12 @@ def _other(call: argparse.Namespace) -> int:
         return study(
             StudyCall(**{own.name: getattr(call, own.name) for own in dataclasses.fields(StudyCall)})
         )
+    elif call.command == "export":
+        from experiments.commands.export import ExportSettings, export
+
+        own = {field.name: getattr(call, field.name) for field in dataclasses.fields(ExportSettings)}
+        own["ckpt_path"] = None if call.ckpt_path == "none" else call.ckpt_path
+        return export(ExportSettings(**own), call.traceback)
     elif call.command == "schema":
         from experiments.commands.schema import schema_text
 

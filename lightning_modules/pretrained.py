@@ -13,6 +13,7 @@ from torch import nn
 from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.text.chat_format import ChatFormat
+from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
 from lightning_modules.models.requests import Decoding
@@ -89,6 +90,10 @@ class PretrainedModel(LightningModule):
         if not hasattr(self, "model"):
             self.model = load_seeded(self.base, self.load_seed)
             self.language_model = LanguageModel(self.model, chat=self._chat)
+
+    def before_training(self) -> Reference:
+        """The model that `base` names, as it was before this run's training; nothing is loaded yet."""
+        return Reference(self.language_model, self.base, self.load_seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drop frozen weights from the checkpoint where only adapters learn."""

@@ -55,7 +55,7 @@ class Evaluation(Callback, ABC):
         self._data: EvaluationData | None = None
 
     def attach(self, data: EvaluationData) -> None:
-        """Hand over the rows that are measured inside `fit`."""
+        """Hand over the rows that are measured."""
         self._data = data
 
     @abstractmethod
@@ -111,6 +111,7 @@ class Evaluation(Callback, ABC):
             trainer.global_rank,
             trainer.world_size,
             str(trainer.precision),
+            pl_module.before_training(),
         )
         with undisturbed(pl_module):
             session = Session(place, self._data, [self])

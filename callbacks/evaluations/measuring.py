@@ -56,6 +56,8 @@ class Measuring(LightningModule):
         # As Lightning does for a datamodule: it writes what it left out to the run folder.
         self.data.trainer = self.trainer
         self.data.setup(stage)
+        for evaluation in self.evaluations:
+            evaluation.attach(self.data)
 
     def configure_model(self) -> None:
         self.module.attach(self.data.chat)
@@ -95,6 +97,7 @@ class Measuring(LightningModule):
                 trainer.global_rank,
                 trainer.world_size,
                 str(trainer.precision),
+                self.module.before_training(),
             )
             self._session = Session(place, self.data, self.evaluations)
         return self._session

@@ -18,16 +18,18 @@ from callbacks.evaluations.asking import Job, JudgesApart, Work, attack, judged,
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
 from callbacks.judges.base import label
-from callbacks.report.measured import select, snapshot
+from callbacks.report.measured import select
 from callbacks.report.results import Snapshot
+from callbacks.report.snapshots import snapshot
 from datamodules.batch import AdversarialBatch, EvaluationBatch
-from datamodules.evaluation import EvaluationData
+from datamodules.evaluation import EvaluationData, Subject
 from datamodules.results import Measurement, ResultsStore, Row, Stage
 from datamodules.settings import contents, settings_digest
 from datamodules.text.encoding import EncodedHarmful
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.transfer import Found, FreeSuffix, NothingCarried
 from lightning_modules.models.fingerprint import fingerprint
+from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -55,6 +57,8 @@ class Place:
     world_size: int = 1
     precision: str = "32-true"
     """The trainer's: autocast changes replies, and not the weights."""
+    base: Reference | None = None
+    """The model before training, for what compares with it."""
 
 
 @runtime_checkable
@@ -138,17 +142,8 @@ class Session:
         own, stage = self.place, self.place.stage
         limits = (evaluation.schedule.rows(stage), probe.limit if stage == "fit" else probe.test_limit)
         limit = min((rows for rows in limits if rows is not None), default=None)
-        shares = [
-            list(self.data.loader(probe.subject, limit, rank, own.world_size, probe.block, probe.against))
-            for rank in range(own.world_size)
-        ]
-        keys = [key for share in shares for batch in share for key in batch.keys]
-        repeated = next((key for key, count in Counter(keys).items() if count > 1), None)
-        if repeated is not None:
-            # Their rows would collapse into one, and n would silently be smaller.
-            raise ValueError(
-                f"data.evaluation.{probe.subject}: several rows have the key {repeated!r}; rename them"
-            )
+        shares = dealt_out(self.data, probe.subject, limit, own.world_size, probe.block, probe.against)
+        n = sum(len(batch) for share in shares for batch in share)
         further: list[object] = [] if probe.sampling is None else [probe.sampling]
         further += [probe.block] if probe.block else []
         if probe.transfer is not None:
@@ -175,7 +170,7 @@ class Session:
             judge=label(probe.judge),
             refusal=label(probe.refusal) if probe.refusal is not None else "",
             judges=[label(judge) for judge in probe.judges],
-            n=len(keys),
+            n=n,
             samples=probe.sampling.k if probe.sampling is not None else 0,
             block=probe.block,
             against=probe.against,
@@ -270,6 +265,26 @@ class Session:
         own = self.place
         assert own.stage != "attack", "one attack is no measurement"
         return snapshot(select(self.store.measurements, self.store, own.stage, own.step), own.stage, own.step)
+
+
+def dealt_out(
+    data: EvaluationData,
+    subject: Subject,
+    limit: int | None,
+    world_size: int,
+    block: str = "",
+    against: str = "",
+) -> list[list[EvaluationBatch]]:
+    """The batches of a subject by process. Raises: ValueError for a key that several rows have."""
+    shares = [
+        list(data.loader(subject, limit, rank, world_size, block, against)) for rank in range(world_size)
+    ]
+    keys = Counter(key for share in shares for batch in share for key in batch.keys)
+    repeated = next((key for key, count in keys.items() if count > 1), None)
+    if repeated is not None:
+        # Their rows would collapse into one, and n would silently be smaller.
+        raise ValueError(f"data.evaluation.{subject}: several rows have the key {repeated!r}; rename them")
+    return shares
 
 
 def _gathered(rows: list[Row]) -> list[list[Row]]:

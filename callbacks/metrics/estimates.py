@@ -18,13 +18,14 @@ Z_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share (Wilson interval) or a mean (normal interval) over n examples, with its 95 % interval."""
+    """A share (Wilson interval), a mean (normal interval) or a perplexity (block bootstrap,
+    metrics/perplexity.py) over n examples, with its 95 % interval."""
 
     value: float
     low: float
     high: float
     n: int
-    kind: Literal["rate", "mean"] = "rate"
+    kind: Literal["rate", "mean", "perplexity"] = "rate"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,15 @@ Quantity = Literal[
     "grade",
     "grade_turn_1",
     "grade_turn_2",
+    "change_rate",
+    "newly_refused_rate",
+    "newly_answered_rate",
+    "spoiled_rate",
+    "mended_rate",
+    "similarity",
+    "token_perplexity",
+    "word_perplexity",
+    "byte_perplexity",
     "success_at_1",
     "success_at_k",
     "not_refused_at_k",
@@ -54,6 +63,15 @@ TITLES: dict[str, str] = {
     "grade": "grade, 1 to 10",
     "grade_turn_1": "grade of the first turn, 1 to 10",
     "grade_turn_2": "grade of the second turn, 1 to 10",
+    "change_rate": "replies changed",
+    "newly_refused_rate": "refused, the base model answers",
+    "newly_answered_rate": "answered, the base model refuses",
+    "spoiled_rate": "wrong, the base model is right",
+    "mended_rate": "right, the base model is wrong",
+    "similarity": "chrF to the base model's reply",
+    "token_perplexity": "perplexity per token",
+    "word_perplexity": "perplexity per word",
+    "byte_perplexity": "perplexity per byte",
     "success_at_1": "success of the first sampled reply",
     "success_at_k": "success of at least one sampled reply",
     "not_refused_at_k": "at least one sampled reply not refused",
@@ -74,6 +92,14 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
     "grade": "higher",
     "grade_turn_1": "higher",
     "grade_turn_2": "higher",
+    "change_rate": "lower",
+    "newly_refused_rate": "lower",
+    "spoiled_rate": "lower",
+    "mended_rate": "higher",
+    "similarity": "higher",
+    "token_perplexity": "lower",
+    "word_perplexity": "lower",
+    "byte_perplexity": "lower",
     "success_at_1": "lower",
     "success_at_k": "lower",
     "not_refused_at_k": "lower",
@@ -86,10 +112,15 @@ UNSEEN = {"xstest_refusal": "partial refusals (few are seen by patterns)"}
 RULES = {
     "acc": "right where the right choice is the likeliest one",
     "acc_norm": "right where the right choice is the likeliest one per character",
+    "changed": "the two greedy replies differ in at least one character; chrF in [0, 1], 1 for equal ones",
+    "sliding_window": "every token scored once, with context - stride earlier ones in sight or more, but for "
+    "the text's beginning",
 }
-"""Verdicts that a benchmark defines: there is nothing to calibrate."""
-OF_SUBJECT = frozenset({"served_rate", "full_refusal_rate", "partial_refusal_rate", "judged_rate"})
-"""What a named set has of its harmful and of its harmless prompts: the title says of which."""
+"""What is defined rather than judged: there is nothing to calibrate."""
+OF_SUBJECT = {"served_rate", "full_refusal_rate", "partial_refusal_rate", "judged_rate"}
+OF_SUBJECT |= {"change_rate", "newly_refused_rate", "newly_answered_rate"}
+OF_SUBJECT |= {"spoiled_rate", "mended_rate", "similarity"}
+"""Quantities that one named set has of several subjects, which their titles therefore tell."""
 WORST_CASE, WORST_CASE_TEXT = "worst_case", "worst_case_text"
 """In an attack's place: at least one attack of the suite succeeded; at least one that can be typed."""
 

@@ -18,18 +18,22 @@ import yaml
 
 from callbacks.metrics.estimates import paired_difference
 from callbacks.metrics.names import Metric
+from callbacks.report import perplexities
+from callbacks.report.events import events
 from callbacks.report.grades import grade_differences
-from callbacks.report.measured import Measured, events, select, snapshot
+from callbacks.report.measured import Measured, select
 from callbacks.report.results import (
     Difference,
     Estimate,
     Measure,
     PairedDifference,
     PairedSets,
+    PerplexityDifference,
     RunResults,
     Snapshot,
     Stage,
 )
+from callbacks.report.snapshots import snapshot
 from callbacks.report.training_log import read_training_log
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import ROWS, Measurement, last_step, read_measurements, read_rows
@@ -65,6 +69,7 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
         set_aside=set_aside,
         compared=compared,
         differences=_differences(measured[0], measured[steps[-1]]) if compared else [],
+        perplexity_differences=_of_texts(measured[0], measured[steps[-1]]) if compared else [],
         cost=_read(RunFolder.of(folder).cost) if training else {},
         training=[
             {name: float(value) for name, value in row.items() if value} for row in read_training_log(folder)
@@ -114,7 +119,7 @@ def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]
                 samples=[s for s in own.samples if (s.subject, s.attack) not in pairs],
             )
         )
-    titles = [own.title for m, own in last.measures.items() if m in away and own.estimate.kind == "rate"]
+    titles = [own.title for m, own in last.measures.items() if m in away and own.estimate.kind != "mean"]
     return [*found, last], titles
 
 
@@ -130,8 +135,26 @@ def _differences(before: Sequence[Measured], after: Sequence[Measured]) -> list[
     return found
 
 
+def _of_texts(before: Sequence[Measured], after: Sequence[Measured]) -> list[PerplexityDifference]:
+    """The same of the texts whose windows were scored in both, in the same way."""
+    earlier = {
+        (item.measurement.block, item.measurement.judge, item.measurement.settings): item
+        for item in before
+        if item.measurement.quantity in perplexities.UNITS
+    }
+    found = []
+    for item in after:
+        own = item.measurement
+        then = earlier.get((own.block, own.judge, own.settings))
+        if then is not None:
+            found += perplexities.differences(own, then.rows, item.rows)
+    return found
+
+
 def export(results: RunResults) -> dict[str, Any]:
     """What results.json holds."""
+    differences: list[PairedDifference | PerplexityDifference] = [*results.differences]
+    differences += results.perplexity_differences
     return {
         "schema": EXPORT_SCHEMA,
         "stage": results.stage,
@@ -141,7 +164,7 @@ def export(results: RunResults) -> dict[str, Any]:
         "history": [_exported(own) for own in results.snapshots],
         "differences": {
             own.metric.key: {key: value for key, value in asdict(own).items() if key != "metric"}
-            for own in results.differences
+            for own in differences
         },
         "grade_differences": {
             metric.key: asdict(difference) for metric, difference in _grade_differences(results).items()
@@ -190,6 +213,7 @@ def _measure(measure: Measure) -> dict[str, Any]:
         **asdict(measure.estimate),
         "judge": measure.judge,
         "samples": measure.samples,
+        "units": measure.units,
         "groups": {
             kind: {name: asdict(estimate) for name, estimate in groups.items()}
             for kind, groups in measure.groups.items()

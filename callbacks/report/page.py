@@ -14,10 +14,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from callbacks.report.cells import Table
 from callbacks.report.drawing import Drawing, svg
 from callbacks.report.escape import printable
 from callbacks.report.results import RunResults, SampleRow
-from callbacks.report.tables import DIFFERENCES, INTERVALS, Table, facts, judges, tables, warnings
+from callbacks.report.tables import DIFFERENCES, INTERVALS, facts, judges, tables, warnings
 
 EACH = 4
 """Sample rows shown per subject and attack: so many with a true verdict, and so many without."""
@@ -98,31 +99,38 @@ def samples(results: RunResults) -> list[Samples]:
     """Samples of the latest snapshot by subject and attack, successes and failures alike, in their order."""
     if results.after is None:
         return []
-    earlier: dict[tuple[str, str, str], SampleRow] = {}
+    earlier: dict[tuple[str, str, str, bool], SampleRow] = {}
     if results.before is not None and results.before is not results.after:
         earlier = {_identity(row): row for row in results.before.samples}
-    kinds: dict[tuple[str, str], list[SampleRow]] = {}
+    kinds: dict[tuple[str, str, bool], list[SampleRow]] = {}
     for row in results.after.samples:
-        kinds.setdefault((row.subject, row.attack), []).append(row)
+        kinds.setdefault((row.subject, row.attack, row.base_reply is not None), []).append(row)
     return [
         Samples(
-            TITLES.get(subject, subject) + (f": {attack.replace('_', ' ')}" if attack else ""),
+            TITLES.get(subject, subject)
+            + (f": {attack.replace('_', ' ')}" if attack else "")
+            + (": against the base model" if against_base else ""),
             subject == "harmful",
             [Sample(row, earlier.get(_identity(row))) for row in _chosen(rows)],
             len(rows),
         )
-        for (subject, attack), rows in kinds.items()
+        for (subject, attack, against_base), rows in kinds.items()
     ]
 
 
 def _chosen(rows: Sequence[SampleRow]) -> list[SampleRow]:
-    true = [row for row in rows if any(row.verdicts.values())][:EACH]
-    false = [row for row in rows if not any(row.verdicts.values())][:EACH]
+    true = [row for row in rows if _stands_out(row)][:EACH]
+    false = [row for row in rows if not _stands_out(row)][:EACH]
     return [*true, *false]
 
 
-def _identity(row: SampleRow) -> tuple[str, str, str]:
-    return row.subject, row.attack, row.key
+def _stands_out(row: SampleRow) -> bool:
+    """A judge said yes; of a reply beside the base model's: it is another one."""
+    return any(row.verdicts.values()) if row.base_reply is None else row.reply != row.base_reply
+
+
+def _identity(row: SampleRow) -> tuple[str, str, str, bool]:
+    return row.subject, row.attack, row.key, row.base_reply is not None
 
 
 def _shown(value: Any) -> str:

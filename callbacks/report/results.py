@@ -34,6 +34,8 @@ class Measure:
     """Sampled replies per example behind it; 0 for greedy ones."""
     values: Mapping[str, float] = field(default_factory=dict)
     """By example, of a mean that is compared on the same examples; empty of others."""
+    units: int = 0
+    """Tokens, words or bytes behind a perplexity, whose n counts windows; 0 elsewhere."""
 
     @property
     def title(self) -> str:
@@ -128,6 +130,8 @@ class SampleRow:
     reply: str
     verdicts: Mapping[str, bool]
     """`name@revision` of a judge -> what it said."""
+    base_reply: str | None = None
+    """The reply before training to the same, where both were asked at once; None elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,17 @@ class PairedDifference:
 
 
 @dataclass(frozen=True)
+class PerplexityDifference:
+    """after - before of a perplexity on the same windows, which are resampled in pairs."""
+
+    metric: Metric
+    difference: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
 class RunResults:
     """One stage of one run folder."""
 
@@ -189,6 +204,8 @@ class RunResults:
     environment: Mapping[str, Any]
     set_aside: Sequence[str] = ()
     """Titles of what an earlier snapshot does not show, because the last one measured it in another way."""
+    perplexity_differences: Sequence[PerplexityDifference] = ()
+    """The same of perplexities."""
     compared: bool = False
     """Whether the first snapshot is of the model that this run's training began from, and the last is not."""
 

@@ -14,6 +14,7 @@ MARKS = (
     "rows/*.jsonl",
     "cost.json",
     "model",
+    "model_merged",
     # Written by earlier versions.
     "evaluations.jsonl",
     "attacks/*",
@@ -50,6 +51,11 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def merged(self) -> Path:
+        """The model with its adapters merged into the weights."""
+        return self.path / "model_merged"
 
     @property
     def rows(self) -> Path:

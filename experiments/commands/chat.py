@@ -10,15 +10,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from callbacks.report.escape import printable
 from callbacks.run_folder.folder import RunFolder
 from datamodules.fields import Count, NonNegative, NonNegativeInt, Share, checked
 from datamodules.text.chat_format import Turn
-from experiments.commands.loaded import build, loaded, node_of
+from experiments.commands.loaded import build, loaded, node_of, run_configuration
 from experiments.commands.run import guarded
-from experiments.config.compose import ConfigError, compose
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Decoding, Request
 from lightning_modules.pretrained import PretrainedModel
@@ -46,15 +44,9 @@ class ChatSettings:
 
 def chat(settings: ChatSettings, show_traceback: bool = False) -> int:
     """Load the model and talk. Returns the exit status. Raises: ConfigError where there is no run."""
-    folder = Path(settings.run)
-    path = RunFolder.of(folder).config()
-    if not path.is_file():
-        raise ConfigError(f"chat: no run in {settings.run!r} (it has no config.yaml); name a run folder")
-    config = {**compose([str(path)], []), "ckpt_path": settings.ckpt_path}
-    if "data" not in config:
-        raise ConfigError(f"{path}: expected model and data, got no data; name a run folder")
+    config = {**run_configuration(settings.run, "chat"), "ckpt_path": settings.ckpt_path}
     config["model"] = node_of(config, PretrainedModel, ("base", "seed"))
-    own = RunFolder.of(folder)
+    own = RunFolder.of(settings.run)
     return guarded(lambda: _chat(config, own, settings), own, show_traceback)
 
 

@@ -1,4 +1,5 @@
-"""A run's model as it would compute in that run, for the commands that use no loop: `attack` and `chat`."""
+"""A run's model as it would compute in that run, for the commands that use no loop: `attack`, `chat`
+and `export`."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from callbacks.run_folder.checkpoints import find_checkpoint
 from callbacks.run_folder.folder import RunFolder
 from datamodules.evaluation import EvaluationData
 from experiments.commands.run import innermost
+from experiments.config.compose import compose
 from experiments.config.errors import ConfigError
 from lightning_modules.pretrained import PretrainedModel
 
@@ -36,6 +38,17 @@ def node_of(config: Mapping[str, Any], cls: type, fields: tuple[str, ...]) -> di
         )
     own = {key: arguments[key] for key in fields if key in arguments}
     return {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": own}
+
+
+def run_configuration(run: str, command: str) -> dict[str, Any]:
+    """The resolved configuration of a run folder's training. Raises: ConfigError where there is none."""
+    path = RunFolder.of(run).config()
+    if not path.is_file():
+        raise ConfigError(f"{command}: no run in {run!r} (it has no config.yaml); name a run folder")
+    config = compose([str(path)], [])
+    if "data" not in config:
+        raise ConfigError(f"{path}: expected model and data, got no data; name a run folder")
+    return config
 
 
 def build(config: Mapping[str, Any], cls: type[M]) -> tuple[M, EvaluationData]:

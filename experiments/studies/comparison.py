@@ -11,8 +11,9 @@ from statistics import fmean
 from callbacks.metrics.estimates import Estimate, paired_difference
 from callbacks.metrics.hierarchical import SeedDifference, SeedRate, seed_difference, seed_rate, stacked
 from callbacks.metrics.names import Metric
+from callbacks.report.events import events
 from callbacks.report.load import load
-from callbacks.report.measured import events, select
+from callbacks.report.measured import select
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import last_step, read_measurements, read_rows
 from experiments.studies.definition import Claim, Column

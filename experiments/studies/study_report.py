@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.metrics.hierarchical import SeedRate
+from callbacks.report.cells import MISSING, Cell, Table, p_value
 from callbacks.report.drawing import Drawing, Point, save, scatter
 from callbacks.report.escape import markdown
-from callbacks.report.markdown import table_lines
+from callbacks.report.markdown import table_text
 from callbacks.report.page import study_page
-from callbacks.report.tables import MISSING, Cell, Table, p_value
 from callbacks.run_folder.provenance import environment_facts
 from experiments.studies.archive import archive, revisions
 from experiments.studies.comparison import Answer, Compared, answers, read
@@ -72,7 +72,7 @@ def document(study: Study, tables: list[Table], figures: Mapping[str, str]) -> s
     """The Markdown report."""
     parts = [f"# {markdown(study.title)}", study.about.strip(), INTERVALS]
     for table in tables:
-        parts += [f"## {table.title}", table_lines(table)]
+        parts += [f"## {table.title}", table_text(table)]
     parts.append(verdicts_line(study))
     parts += [f"![{markdown(title)}]({path})" for title, path in figures.items()]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -19,7 +19,8 @@ from callbacks.judges.grader import grade
 from callbacks.metrics.estimates import mean
 from callbacks.report.load import export, load
 from callbacks.report.results import Snapshot
-from callbacks.report.tables import grades, groups, judges, means, rates, warnings
+from callbacks.report.tables import groups, judges, means, rates, warnings
+from callbacks.report.tables_beside import grades
 from datamodules.results import Measurement, ResultsStore, Row, read_rows
 from datamodules.sources.conversations import MTBenchFiles, prompt_name
 from experiments.commands.run import instantiate

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from callbacks.metrics.names import Metric
+from callbacks.report.cells import Table, change, estimate
 from callbacks.report.escape import markdown, printable
 from callbacks.report.markdown import document, terminal
 from callbacks.report.page import EACH, LONGEST, page, samples
 from callbacks.report.report import write
 from callbacks.report.results import Estimate, Measure, RunResults
-from callbacks.report.tables import Table, change, estimate, facts, tables, warnings
+from callbacks.report.tables import facts, tables, warnings
 from tests.support.results import REFUSAL, UTILITY, run_results, sample, snapshot, success
 
 

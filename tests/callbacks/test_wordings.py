@@ -13,7 +13,8 @@ from callbacks.metrics.estimates import newcombe_interval
 from callbacks.metrics.names import Metric
 from callbacks.report.load import export, load
 from callbacks.report.markdown import document
-from callbacks.report.tables import paired, warnings
+from callbacks.report.tables import warnings
+from callbacks.report.tables_beside import paired
 from datamodules.evaluation import Block, EvaluationData, EvaluationSets
 from datamodules.results import ResultsStore, read_measurements
 from datamodules.rows import HarmfulRow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from callbacks.metrics.names import Metric
-from callbacks.report.markdown import table_lines
+from callbacks.report.markdown import table_text
 from datamodules.results import ResultsStore
 from experiments.config.compose import compose
 from experiments.studies import methods
@@ -73,12 +73,12 @@ def read(folders: Mapping[str, Mapping[int, Path]]) -> dict[str, Compared]:
 
 
 def table(rows: Mapping[str, Compared]) -> str:
-    return table_lines(cells(comparison([*rows], [0, 1], {}), rows))
+    return table_text(cells(comparison([*rows], [0, 1], {}), rows))
 
 
 def claims(rows: Mapping[str, Compared]) -> str:
     study = comparison([*rows], [0, 1], {})
-    return table_lines(replies(study, answers(rows, CLAIMS, RATES)))
+    return table_text(replies(study, answers(rows, CLAIMS, RATES)))
 
 
 def test_seeds_become_one_rate_with_its_interval_and_both_seeds_are_shown(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from callbacks.report.load import export, load
-from callbacks.report.markdown import document, table_lines
+from callbacks.report.markdown import document, table_text
 from callbacks.report.results import Stage
 from experiments.studies.archive import archived
 from experiments.studies.comparison import answers, read
@@ -50,7 +50,7 @@ def test_the_comparison_of_methods_can_be_computed_again_from_its_rows() -> None
     report = (METHODS / "report.md").read_text(encoding="utf-8")
     for table in (cells(study, rows), replies(study, answers(rows, study.claims, study.columns))):
         assert len(table.rows) > 5
-        assert table_lines(table) in report
+        assert table_text(table) in report
 
 
 def test_the_readme_s_first_table_is_the_recorded_one() -> None:
