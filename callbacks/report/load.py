@@ -166,9 +166,10 @@ def export(results: RunResults) -> dict[str, Any]:
             own.metric.key: {key: value for key, value in asdict(own).items() if key != "metric"}
             for own in differences
         },
-        "grade_differences": {
-            metric.key: asdict(difference) for metric, difference in _grade_differences(results).items()
-        },
+        **_present(
+            "grade_differences",
+            {metric.key: asdict(own) for metric, own in _grade_differences(results).items()},
+        ),
         "cost": dict(results.cost),
     }
 
@@ -189,17 +190,23 @@ def _exported(own: Snapshot | None) -> dict[str, Any] | None:
         "attacks": {name: asdict(facts) for name, facts in own.attacks.items()},
         "cross_flags": dict(own.cross_flags),
         "benign": {name: asdict(facts) for name, facts in own.benign.items()},
-        "paired": {
-            pair.metric.key: {
-                "against": pair.plain.key,
-                "judge": pair.judge,
-                **(_compared(pair, pair.difference) if pair.difference is not None else {"n": 0}),
-                "only_plain": pair.only_plain,
-                "only_reworded": pair.only_reworded,
-            }
-            for pair in own.paired
-        },
-        "gradings": {name: asdict(facts) for name, facts in own.gradings.items()},
+        **_present("paired", {pair.metric.key: _paired(pair) for pair in own.paired}),
+        **_present("gradings", {name: asdict(facts) for name, facts in own.gradings.items()}),
+    }
+
+
+def _present(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A field of what not every run measures: none where there is nothing."""
+    return {name: found} if found else {}
+
+
+def _paired(pair: PairedSets) -> dict[str, Any]:
+    return {
+        "against": pair.plain.key,
+        "judge": pair.judge,
+        **(_compared(pair, pair.difference) if pair.difference is not None else {"n": 0}),
+        "only_plain": pair.only_plain,
+        "only_reworded": pair.only_reworded,
     }
 
 

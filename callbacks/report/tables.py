@@ -33,7 +33,7 @@ def tables(results: RunResults) -> list[Table]:
     """Every table that has a row: rates, pairs, grades, replies, perplexities, means, groups, history,
     cost."""
     every = [rates(results), paired(results), grades(results), replies(results), perplexities(results)]
-    every += [means(results), groups(results), history(results), cost(results)]
+    every += [means(results), groups(results), grade_groups(results), history(results), cost(results)]
     return [table for table in every if table.rows]
 
 
@@ -88,16 +88,25 @@ def means(results: RunResults) -> Table:
 
 
 def groups(results: RunResults) -> Table:
-    """Success in the worst case, and shares and grades without an attack, by the examples' groups."""
-    rows = []
-    for measure in results.after.measures.values() if results.after is not None else ():
+    """Success in the worst case, and shares without an attack, by the examples' groups."""
+    return Table("By group", ("metric", "group", "rate", "n"), _by_group(results, "rate"))
+
+
+def grade_groups(results: RunResults) -> Table:
+    """Mean grades by category."""
+    return Table("Grades by group", ("metric", "group", "mean", "n"), _by_group(results, "mean"))
+
+
+def _by_group(results: RunResults, kind: str) -> list[Sequence[Cell]]:
+    rows: list[Sequence[Cell]] = []
+    for measure in measures(results.after, kind) if results.after is not None else ():
         if measure.metric.attack not in ("", WORST_CASE):
             continue
-        for kind, by_name in measure.groups.items():
+        for group, by_name in measure.groups.items():
             for name, value in by_name.items():
-                cells = Cell(measure.title), Cell(f"{kind}: {name}"), estimate(value), count(value.n)
+                cells = Cell(measure.title), Cell(f"{group}: {name}"), estimate(value), count(value.n)
                 rows.append(cells)
-    return Table("By group", ("metric", "group", "value", "n"), rows)
+    return rows
 
 
 def history(results: RunResults) -> Table:

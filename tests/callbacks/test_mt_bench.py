@@ -19,7 +19,7 @@ from callbacks.judges.grader import grade
 from callbacks.metrics.estimates import mean
 from callbacks.report.load import export, load
 from callbacks.report.results import Snapshot
-from callbacks.report.tables import groups, judges, means, rates, warnings
+from callbacks.report.tables import grade_groups, judges, means, rates, warnings
 from callbacks.report.tables_beside import grades
 from datamodules.results import Measurement, ResultsStore, Row, read_rows
 from datamodules.sources.conversations import MTBenchFiles, prompt_name
@@ -184,7 +184,7 @@ def test_means_by_turn_and_category(tmp_path: Path) -> None:
     assert all(row[3].startswith(judge) for row in rows)
     assert any(said.startswith(judge) for said in judges(results))
     assert ["mt bench: grade, 1 to 10", "category: writing", "5 [5, 5]", "1"] in [
-        [cell.text for cell in row] for row in groups(results).rows
+        [cell.text for cell in row] for row in grade_groups(results).rows
     ]
     assert not rates(results).rows and not means(results).rows  # a grade is no share and no effort
     assert not [said for said in warnings(results) if "mt bench" in said]
@@ -378,7 +378,7 @@ def test_the_change_of_a_mean_grade_by_hand(tmp_path: Path, later: str, text: st
     assert line["after"].startswith("6.5 [") and line["difference"] == text and line["n"] == "2"
     # Measured in another way, the earlier grade is not shown at all.
     assert line["before"].startswith("3.67 [") is (later == "s")
-    exported = export(results)["grade_differences"]
+    exported = export(results).get("grade_differences", {})
     assert ("utility/mt_bench/grade" in exported) is (later == "s")
     if later == "s":
         own_turn = exported["utility/mt_bench/grade_turn_2"]
