@@ -199,7 +199,9 @@ def _stage(results: RunResults, title: str) -> Iterator[str]:
 def _block(block: Any) -> str:
     """`EmbeddingPGD (epsilon 0.1, num_steps 10)`, with what its class sets by default; local files by their
     names alone."""
-    name, inside = class_name(block), inline(_public_values({**_defaults(block), **arguments(block)}))
+    own = arguments(block)
+    further = {key: value for key, value in _defaults(block).items() if key not in own}
+    name, inside = class_name(block), inline(_public_values({**own, **further}))
     return f"{name} ({inside})" if name and inside else name or inside
 
 
