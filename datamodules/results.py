@@ -87,16 +87,8 @@ class Row:
 
     @property
     def identity(self) -> Identity:
-        return (
-            self.settings,
-            self.model,
-            self.stage,
-            self.step,
-            self.subject,
-            self.attack,
-            self.example,
-            self.repetition,
-        )
+        model = self.settings, self.model, self.stage, self.step
+        return (*model, self.subject, self.attack, self.example, self.repetition)
 
     def verdict(self, judge: str) -> bool:
         """What a judge (`name@revision`) said. Raises: KeyError where it was not asked."""

@@ -220,7 +220,7 @@ def _measure(measure: Measure) -> dict[str, Any]:
         **asdict(measure.estimate),
         "judge": measure.judge,
         "samples": measure.samples,
-        "units": measure.units,
+        **({"units": measure.units} if measure.units else {}),
         "groups": {
             kind: {name: asdict(estimate) for name, estimate in groups.items()}
             for kind, groups in measure.groups.items()

@@ -1,0 +1,162 @@
+"""The commands of `thundercat` and their own options, without what they run: imported at once."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+from experiments.config.errors import ConfigError
+
+DESCRIPTION = "Console script `thundercat`: train, evaluate and attack from YAML."
+RUNS = {
+    "fit": "train, with the evaluations that the configuration names",
+    "validate": "evaluate on the evaluation sets (all rows)",
+    "test": "the same under the name `test`",
+    "predict": "write the model's replies to the evaluation prompts to RUN/predictions.jsonl",
+    "attack": 'one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..."',
+}
+OTHERS = {
+    "study": "train and judge every run of a study, and compare them",
+    "chat": "talk to a run's model in the terminal",
+    "export": "write a run's model: PEFT adapters or merged weights, with a model card",
+    "report": "write the reports of a finished run again, from its rows",
+    "list": "what there is to choose from, one line each",
+    "schema": "a JSON schema of configurations, for editors",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error of a call."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        settings.setdefault("formatter_class", _formatter)
+        super().__init__(prog=prog, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=28, width=110)
+
+
+def build_parser() -> Parser:
+    """The commands and their own options; every other `--KEY=VALUE` is a field of the configuration."""
+    parser = Parser("thundercat", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"thundercat {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, text in RUNS.items():
+        _add_run(commands.add_parser(name, help=text, description=text, add_help=False, allow_abbrev=False))
+    report = commands.add_parser("report", help=OTHERS["report"], description=OTHERS["report"])
+    report.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    _add_study(commands.add_parser("study", help=OTHERS["study"], description=OTHERS["study"]))
+    _add_chat(commands.add_parser("chat", help=OTHERS["chat"], description=OTHERS["chat"]))
+    _add_export(commands.add_parser("export", help=OTHERS["export"], description=OTHERS["export"]))
+    listing = commands.add_parser("list", help=OTHERS["list"], description=OTHERS["list"])
+    kind = listing.add_argument(
+        "kind", nargs="?", default="all", help="attacks, methods, recipes, ...; all by default"
+    )
+    kind.completer = _kinds  # type: ignore[attr-defined]
+    commands.add_parser("schema", help=OTHERS["schema"], description=OTHERS["schema"])
+    for other in (
+        report,
+        listing,
+        *(commands.choices[name] for name in ("schema", "chat", "export", "study")),
+    ):
+        other.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
+    return parser
+
+
+def _kinds(**_: Any) -> list[str]:
+    """For the shell."""
+    from experiments.commands.list import CLASSES, FILES
+
+    return ["all", *FILES, *CLASSES]
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("study", metavar="FILE", help="the study's YAML, e.g. configs/study/tinychat.yaml")
+    add("--out", metavar="FOLDER", help="tables, figures, raw rows [RUNS/NAME of the file]")
+    add("--runs", metavar="FOLDER", default="runs/studies", help="the run folders [runs/studies]")
+    add("--only", metavar="RUN", nargs="+", default=[], help="these runs, and those they need [all]")
+    add("--workers", metavar="N", type=int, default=1, help="runs at a time; they share the cores [1]")
+    add("--dry_run", action="store_true", help="list the runs and what of them is done")
+    add("--report_only", action="store_true", help="run nothing: the report of what is done")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    place = add(
+        "--ckpt_path", metavar="PATH|last|none", default="last", help="whose weights; none: before training"
+    )
+    place.completer = lambda **_: ["last", "none"]  # type: ignore[attr-defined]
+    add("--system", metavar="TEXT", help="system message [the run's]")
+    add("--max_new_tokens", metavar="N", type=int, default=256, help="longest reply [256]")
+    add("--temperature", metavar="T", type=float, default=0.0, help="0 replies greedily [0]")
+    add("--top_p", metavar="P", type=float, default=1.0, help="nucleus of sampled replies [1]")
+    add("--seed", metavar="N", type=int, default=0, help="of sampled replies [0]")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    place = add(
+        "--ckpt_path", metavar="PATH|last|none", default="last", help="whose weights; none: before training"
+    )
+    place.completer = lambda **_: ["last", "none"]  # type: ignore[attr-defined]
+    add("--merged", action="store_true", help="merge adapters into the weights: a model that needs no PEFT")
+    add("--folder", metavar="FOLDER", help="where to [RUN/model, merged RUN/model_merged]; it is replaced")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    name = parser.prog.split()[-1]
+    parser.usage = f"thundercat {name} --config FILE [--config FILE ...] [--KEY=VALUE ...] [options]"
+    add = parser.add_argument
+    add(
+        "-c",
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="YAML file; several are merged in order",
+    )
+    add("--ckpt_path", metavar="PATH|last", help="checkpoint to continue from (fit) or to evaluate")
+    add("--print_config", action="store_true", help="print the resolved configuration and stop")
+    if name == "fit":
+        add(
+            "--overwrite",
+            action="store_true",
+            help="move an earlier run in this folder aside, to NAME.1, ...",
+        )
+    if name == "attack":
+        add("--prompt", metavar="TEXT", help="the harmful request")
+        add("--target", metavar="TEXT", help="the affirmative beginning that the attack aims at")
+    add(
+        "-h",
+        "--help",
+        action="store_true",
+        help="this text and every field (of --config, else the quickstart)",
+    )
+    add(
+        "--help.CLASS",
+        action="store_true",
+        dest="help_class",
+        help="fields of one class: --help.EmbeddingPGD",
+    )
+    add("--traceback", action="store_true", help="show Python's traceback of an error")
+    add(
+        "--KEY",
+        metavar="VALUE",
+        dest="_",
+        help="one field: --model.attack.epsilon=0.1, --model.attack=NoAttack",
+    )
+
+
+def _version() -> str:
+    try:
+        return version("thundercat")
+    except PackageNotFoundError:
+        return "(not installed)"
