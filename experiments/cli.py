@@ -26,6 +26,17 @@ from experiments.options import OTHERS, RUNS, Parser, build_parser
 from experiments.process import Ended, end_if_asked, listen
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--devices", metavar="N", type=int, default=1, help="how many devices train together [1]")
+    add("--device-memory", metavar="SIZE", default="80GiB", help="memory of one device [80GiB]")
+    add("--tflops", metavar="N", type=float, default=700.0, help="10^12 operations a second of one [700]")
+    add("--utilisation", metavar="SHARE", type=float, default=0.3, help="share of them that is reached [0.3]")
+    add("--prompt-tokens", metavar="N", type=int, help="length of prompts, where no tokenizer is at hand")
+    add("--reply-tokens", metavar="N", type=int, help="length of replies, likewise")
+    add("--json", dest="as_json", action="store_true", help="all figures as JSON")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a failed run, 2 for a wrong call or configuration, 130
     for Ctrl-C, 143 for SIGTERM."""
@@ -96,6 +107,12 @@ def _configured(
     own = [(name, getattr(call, name, None)) for name in ("ckpt_path", "prompt", "target")]
     overrides = [*overrides, *((name, value) for name, value in own if value is not None)]
     flags = [f"--{name}" for name in ("print_config", "overwrite", "traceback") if getattr(call, name, False)]
+    if call.command == "plan":
+        from experiments.commands.plan import PlanSettings, plan
+
+        settings = {field.name: getattr(call, field.name) for field in dataclasses.fields(PlanSettings)}
+        end_if_asked()
+        return plan(call.config, overrides, PlanSettings(**settings))
     if call.command == "attack":
         from experiments.commands.attack import attack
 

@@ -15,6 +15,7 @@ RUNS = {
     "test": "the same under the name `test`",
     "predict": "write the model's replies to the evaluation prompts to RUN/predictions.jsonl",
     "attack": 'one attack, live: thundercat attack --config FILE --prompt "..." --target "Sure, ..."',
+    "plan": "what a training would cost in memory, arithmetic and hours, before it runs; needs no weights",
 }
 OTHERS = {
     "study": "train and judge every run of a study, and compare them",
@@ -134,6 +135,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     if name == "attack":
         add("--prompt", metavar="TEXT", help="the harmful request")
         add("--target", metavar="TEXT", help="the affirmative beginning that the attack aims at")
+    if name == "plan":
+        _add_plan(parser)
     add(
         "-h",
         "--help",
@@ -153,6 +156,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         dest="_",
         help="one field: --model.attack.epsilon=0.1, --model.attack=NoAttack",
     )
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--devices", metavar="N", type=int, default=1, help="how many devices train together [1]")
+    add("--device-memory", metavar="SIZE", default="80GiB", help="memory of one device [80GiB]")
+    add("--tflops", metavar="N", type=float, default=700.0, help="10^12 operations a second of one [700]")
+    add("--utilisation", metavar="SHARE", type=float, default=0.3, help="share of them that is reached [0.3]")
+    add("--prompt-tokens", metavar="N", type=int, help="length of prompts, where no tokenizer is at hand")
+    add("--reply-tokens", metavar="N", type=int, help="length of replies, likewise")
+    add("--json", dest="as_json", action="store_true", help="all figures as JSON")
 
 
 def _version() -> str:

@@ -1,0 +1,212 @@
+"""`thundercat plan`: what a training would cost, before it runs: memory, arithmetic, hours, checkpoints.
+
+The run's own training step, attack included, is built and executed on tensors that hold nothing
+(experiments/planning): neither weights nor a GPU are needed. What is assumed is said in the plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from tqdm.auto import tqdm
+
+from callbacks.run_folder.checkpoints import RunCheckpoints
+from datamodules.adversarial import AdversarialData
+from datamodules.text.model_files import resolve_path
+from experiments.commands.run import callbacks_of, instantiate
+from experiments.config.check import check
+from experiments.config.compose import PROJECT_ROOT, ConfigError, compose
+from experiments.config.defaults import with_defaults
+from experiments.config.seeds import with_seeds
+from experiments.planning.memory import ATTACK, PARTS
+from experiments.planning.rows import full_rows, per_micro_batch
+from experiments.planning.shapes_only import ShapesOnly, built_without_weights
+from experiments.planning.step import StepCost, count_step
+from lightning_modules.adversarial import AdversarialFineTuning
+from lightning_modules.models.decoder import text_config
+
+ARCHITECTURES = "experiments/planning/architectures.yaml"
+UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass
+class PlanSettings:
+    """The machine that a run is planned for, and how long rows are where no tokenizer is at hand."""
+
+    devices: int = 1
+    device_memory: str = "80GiB"
+    tflops: float = 700.0
+    """Peak arithmetic of one device in the run's precision, 10^12 operations a second."""
+    utilisation: float = 0.3
+    """Share of it that the run reaches."""
+    prompt_tokens: int | None = None
+    reply_tokens: int | None = None
+    as_json: bool = False
+
+
+def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: PlanSettings) -> int:
+    """Compose, execute a step without weights, print. Returns the exit status. Raises: ConfigError."""
+    memory = in_bytes(settings.device_memory)
+    for name in ("devices", "tflops", "utilisation"):
+        if not getattr(settings, name) > 0:
+            raise ConfigError(f"--{name}: expected a number above 0, got {getattr(settings, name)}")
+    if not files:
+        raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
+    config = compose(files, overrides)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=3, desc="plan", leave=False) as bar:
+        runnable = without_machine(config, folder)
+        check(runnable, "fit")
+        cli = instantiate(with_seeds(with_defaults(runnable)))
+        module, data = cli.model, cli.datamodule
+        if not isinstance(module, AdversarialFineTuning) or not isinstance(data, AdversarialData):
+            raise ConfigError(
+                "model: a plan expects lightning_modules.adversarial.AdversarialFineTuning with "
+                f"AdversarialData, got {type(module).__name__}; give a training recipe"
+            )
+        bar.set_description("plan: the model without weights")
+        module._chat = object()  # type: ignore[assignment]
+        with built_without_weights():
+            module.configure_model()
+        bar.update()
+        counts = per_micro_batch(data, settings.devices)
+        longest = data.encoding.max_length
+        prompt = settings.prompt_tokens or longest // 2
+        reply = settings.reply_tokens or longest - prompt
+        batch = full_rows(counts, prompt, reply, text_config(module.model).vocab_size)
+        bar.set_description("plan: one step without weights")
+        cost = count_step(module, [batch], config.get("trainer") or {}, 2, ShapesOnly())
+        bar.update()
+    saving = next((c for c in callbacks_of(cli.trainer) if isinstance(c, RunCheckpoints)), None)
+    found = summary(config, settings, memory, cost, data.micro_batches, saving)
+    print(json.dumps(found, indent=2) if settings.as_json else table(found))
+    return 0
+
+
+def summary(
+    config: Mapping[str, Any],
+    settings: PlanSettings,
+    memory: int,
+    cost: StepCost,
+    micro_batches: int,
+    saving: RunCheckpoints | None,
+) -> dict[str, Any]:
+    """All figures of a plan, from a step's counts."""
+    steps = (config.get("trainer") or {}).get("max_steps")
+    flops = {"attack": cost.flops[ATTACK], "outer": cost.flops.total() - cost.flops[ATTACK]}
+    per_step = {name: number * micro_batches for name, number in flops.items()}
+    seconds = sum(per_step.values()) / (settings.tflops * 1e12 * settings.utilisation)
+    checkpoint = 3 * 4 * cost.trained
+    found: dict[str, Any] = {
+        "parameters": {"all": cost.parameters, "trained": cost.trained},
+        "memory": {part: cost.at_peak[part] for part in PARTS},
+        "peak": cost.peak,
+        "device_memory": memory,
+        "flops_per_step_and_device": per_step,
+        "seconds_per_step": seconds,
+        "checkpoint": checkpoint,
+        "warnings": [],
+    }
+    if isinstance(steps, int) and steps > 0:
+        found |= {"steps": steps, "hours": seconds * steps / 3600}
+        if saving is not None:
+            found["checkpoints"] = number_of_checkpoints(saving, steps, seconds)
+            found["checkpoint_bytes_written"] = found["checkpoints"] * checkpoint
+    if cost.peak > memory:
+        found["warnings"].append(
+            f"does not fit: the peak of {gib(cost.peak)} is above the device's {gib(memory)}; raise "
+            "data.micro_batches, or set model.base.gradient_checkpointing: true"
+        )
+    return found
+
+
+def number_of_checkpoints(saving: RunCheckpoints, steps: int, seconds: float) -> int:
+    """How many checkpoints a run of so many steps writes, the last one included."""
+    by_steps = 0 if saving.every_n_steps is None else steps // saving.every_n_steps
+    by_time = 0 if saving.every_minutes is None else int(steps * seconds // (60 * saving.every_minutes))
+    return max(1, by_steps + by_time)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The figures as text."""
+    rows = [
+        ("parameters", f"{found['parameters']['all']:,}, of which {found['parameters']['trained']:,} learn"),
+        *((f"memory: {part}", gib(size)) for part, size in found["memory"].items()),
+        ("memory: peak", f"{gib(found['peak'])} of {gib(found['device_memory'])}"),
+        *(
+            (f"operations a step: {name}", f"{number / 1e12:,.1f} TFLOP")
+            for name, number in found["flops_per_step_and_device"].items()
+        ),
+        ("seconds a step", f"{found['seconds_per_step']:,.2f}"),
+    ]
+    if "steps" in found:
+        rows += [("steps", f"{found['steps']:,}"), ("hours", f"{found['hours']:,.2f}")]
+    rows.append(("checkpoint", gib(found["checkpoint"])))
+    if "checkpoints" in found:
+        written = f"{found['checkpoints']:,}, {gib(found['checkpoint_bytes_written'])} in all"
+        rows.append(("checkpoints written", written))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([*lines, *(f"warning: {text}" for text in found["warnings"])])
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def in_bytes(text: str) -> int:
+    """`80GiB` as a number. Raises: ConfigError."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    try:
+        size = float(match[1]) * UNITS[unit] if match else 0.0
+    except (KeyError, ValueError):
+        size = 0.0
+    if size <= 0:
+        raise ConfigError(f"--device-memory: expected a size like 80GiB or 40GB, got {text!r}")
+    return int(size)
+
+
+def without_machine(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The configuration on no device at all, its model from scratch. Raises: ConfigError where nobody knows
+    the model's architecture."""
+    own: dict[str, Any] = copy.deepcopy(dict(config))
+    trainer = own.get("trainer") or {}
+    own["trainer"] = {**trainer, "accelerator": "cpu", "devices": 1, "strategy": "auto"}
+    base = ((own.get("model") or {}).get("init_args") or {}).get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("name_or_path"), str):
+        raise ConfigError(
+            "model.base.name_or_path: expected a model, got none; add a model file with --config"
+        )
+    path = architecture(base["name_or_path"], base.get("revision"), folder)
+    base |= {"name_or_path": path, "from_scratch": True, "quantization": None, "revision": None}
+    if base.get("dtype", "auto") == "auto":
+        settings = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        base["dtype"] = settings.get("dtype") or settings.get("torch_dtype") or "float32"
+    return own
+
+
+def architecture(name: str, revision: str | None, folder: str) -> str:
+    """A folder with the model's config.json. Raises: ConfigError where it is not at hand."""
+    path = Path(resolve_path(name))
+    if (path / "config.json").is_file():
+        return str(path)
+    cached = try_to_load_from_cache(name, "config.json", revision=revision) if not path.is_dir() else None
+    if isinstance(cached, str):
+        return str(Path(cached).parent)
+    known = yaml.safe_load((PROJECT_ROOT / ARCHITECTURES).read_text(encoding="utf-8"))
+    if name not in known:
+        raise ConfigError(
+            f"model.base.name_or_path: the configuration of {name!r} is not at hand; put its config.json "
+            f"into a folder and name that, or add its values to {ARCHITECTURES}"
+        )
+    (Path(folder) / "config.json").write_text(json.dumps(known[name]), encoding="utf-8")
+    return folder

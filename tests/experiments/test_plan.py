@@ -1,0 +1,196 @@
+"""A planned training step against the same step on real tensors: memory by torch's profiler, operations by
+torch's counter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import LlamaConfig
+
+from datamodules.batch import TrainingBatch
+from experiments.commands.plan import in_bytes
+from experiments.config.errors import ConfigError
+from experiments.planning.memory import ADAPTERS, ATTACK, GRADIENTS, MERGED, OPTIMISER, WEIGHTS
+from experiments.planning.rows import full_rows, positions
+from experiments.planning.shapes_only import ShapesOnly, UnknownValue, built_without_weights, without_weights
+from experiments.planning.step import calm, count_step, fit
+from lightning_modules.adversarial import AdversarialFineTuning
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.losses.toward_away import TowardAwayUtility
+from lightning_modules.models.loading import LoraSettings, ModelConfig
+from tests.conftest import VOCABULARY, ragged_batch, utility
+
+Run = Callable[..., tuple[int, str, str]]
+SHAPES: dict[str, dict[str, Any]] = {
+    "all weights, fp32, wide": {"base": {"dtype": "float32"}, "trainer": {}, "rows": (6, 12), "layers": 2},
+    "adapters on bf16, mixed": {
+        "base": {"dtype": "bfloat16", "lora": LoraSettings(r=8)},
+        "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 0.3},
+        "rows": (2, 6),
+        "layers": 3,
+    },
+    "adapters on fp32, merged, recomputed": {
+        "base": {"dtype": "float32", "lora": LoraSettings(r=8), "gradient_checkpointing": True},
+        "trainer": {"gradient_clip_val": 0.3},
+        "rows": (3, 4),
+        "layers": 4,
+    },
+}
+
+
+def folder_of(path: Path, layers: int) -> str:
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    ).save_pretrained(path)  # fmt: skip
+    return str(path)
+
+
+def module(folder: str, base: dict[str, Any], **attack: Any) -> AdversarialFineTuning:
+    settings = {"epsilon": 0.1, "num_steps": 5, "step_size": 0.3, "keep": "last"} | attack
+    return AdversarialFineTuning(
+        ModelConfig(folder, from_scratch=True, **base), EmbeddingPGD(**settings), TowardAwayUtility(), seed=0
+    )
+
+
+def planned(shape: dict[str, Any], folder: str, batches: list[TrainingBatch], steps: int = 2) -> Any:
+    own = module(folder, shape["base"])
+    own.attach(object())  # type: ignore[arg-type]
+    with built_without_weights():
+        own.configure_model()
+    return count_step(own, batches, shape["trainer"], steps, ShapesOnly())
+
+
+def measured(shape: dict[str, Any], folder: str, batches: list[TrainingBatch], steps: int = 2) -> int:
+    """Peak of what the CPU allocator had handed out, weights included, by torch's profiler."""
+    own = module(folder, shape["base"])
+    own.attach(object())  # type: ignore[arg-type]
+    own.configure_model()
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own.model.state_dict().values()
+    }
+    with calm(), profile(profile_memory=True) as profiler:
+        fit(own, batches, shape["trainer"], steps)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now, peak = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak + sum(held.values())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_peak_is_the_allocator_s(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    folder = folder_of(tmp_path, shape["layers"])
+    harmful, chats = shape["rows"]
+    ragged = TrainingBatch(
+        ragged_batch(size=harmful, prompt=30, harmful=20, safe=24), utility(size=chats, length=60)
+    )
+    full = full_rows({"harmful": harmful, "utility": chats}, 40, 20, VOCABULARY)
+    plan = planned(shape, folder, [ragged, full])
+    assert plan.peak == pytest.approx(measured(shape, folder, [ragged, full]), rel=0.1)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_operations_are_those_of_torch_s_counter(name: str, tmp_path: Path) -> None:
+    """The attack's iterations that a plan leaves out are counted all the same."""
+    shape = SHAPES[name]
+    folder = folder_of(tmp_path, shape["layers"])
+    batch = TrainingBatch(ragged_batch(size=3, prompt=30), utility(size=4))
+    plan = planned(shape, folder, [batch], steps=1)
+    own = module(folder, shape["base"])
+    own.attach(object())  # type: ignore[arg-type]
+    own.configure_model()
+    # torch's counter leaves out attention on a CPU, which a GPU's kernels would count.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda up, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(up, q, k, v)
+        ),
+    }
+    with calm(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        fit(own, [batch], shape["trainer"], 1)
+    assert plan.flops[ATTACK] > 0
+    assert plan.flops.total() == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_parts_are_told_apart(tmp_path: Path) -> None:
+    shape = SHAPES["adapters on fp32, merged, recomputed"]
+    batch = TrainingBatch(ragged_batch(), utility())
+    plan = planned(shape, folder_of(tmp_path, 4), [batch])
+    learning = 4 * plan.trained
+    persistent = plan.persistent
+    assert persistent[ADAPTERS] == persistent[GRADIENTS] == learning
+    # Two moments, and a step count of four bytes for each of the tensors.
+    assert 2 * learning <= persistent[OPTIMISER] <= 2 * learning + 4 * 4 * 7 * 2
+    assert persistent[WEIGHTS] >= 4 * (plan.parameters - plan.trained)
+    assert persistent[MERGED] == 0
+    assert plan.at_peak[MERGED] > 0
+
+
+def test_what_decides_by_a_value_cannot_be_planned() -> None:
+    with ShapesOnly(), pytest.raises(UnknownValue, match="floating-point value"):
+        torch.zeros(3).sum().item()
+
+
+def test_masks_and_ids_are_computed() -> None:
+    with ShapesOnly():
+        mask = torch.tensor([[True, False], [True, True]])
+        assert torch.zeros(2, 2, 5)[mask].shape == (3, 5)
+        assert mask.sum().item() == 3
+
+
+def test_tied_weights_stay_tied() -> None:
+    with built_without_weights():
+        pair = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    pair[1].weight = pair[0].weight
+    without_weights(pair, ShapesOnly())
+    assert pair[0].weight is pair[1].weight
+    assert pair[0].bias is not pair[1].bias
+
+
+def test_a_plan_of_the_packaged_model(thundercat: Run) -> None:
+    status, out, err = thundercat(
+        *("plan", "--config", "configs/quickstart.yaml", "--json", "--device-memory", "1MiB"),
+        *("--data.harmful_per_step=4", "--data.utility_per_step=4", "--data.micro_batches=2"),
+        *("--trainer.max_steps=10", "--trainer.precision=32-true"),
+    )
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["parameters"]["all"] == found["parameters"]["trained"] == 1_236_352
+    assert found["peak"] == sum(found["memory"].values())
+    assert found["steps"] == found["checkpoints"] == 10
+    assert "does not fit" in found["warnings"][0]
+
+
+def test_an_unknown_model_is_named(thundercat: Run) -> None:
+    status, _, err = thundercat(
+        *("plan", "--config", "configs/experiment/cat_zephyr_7b.yaml", "--model.base.name_or_path=some/model")
+    )
+    assert status == 2
+    assert "model.base.name_or_path: the configuration of 'some/model' is not at hand; put its" in err
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("1.5 GB", 1_500_000_000), ("7", 7)])
+def test_sizes(text: str, size: int) -> None:
+    assert in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-1GiB", "1.2.3GiB", "0"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="--device-memory: expected a size like"):
+        in_bytes(text)
+
+
+def test_positions_count_padding() -> None:
+    batch = TrainingBatch(ragged_batch(size=2, prompt=9, harmful=5, safe=7), utility(size=3, length=10))
+    assert positions(batch) == 2 * (9 + 5 + 7) + 3 * 10
