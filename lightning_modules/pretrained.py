@@ -89,7 +89,8 @@ class PretrainedModel(LightningModule):
         """Load the model once, on first use."""
         if not hasattr(self, "model"):
             self.model = load_seeded(self.base, self.load_seed)
-            self.language_model = LanguageModel(self.model, chat=self._chat)
+            rounded = self.base.lora is not None and self.base.lora.merge == "rounded"
+            self.language_model = LanguageModel(self.model, chat=self._chat, merge_rounded=rounded)
 
     def before_training(self) -> Reference:
         """The model that `base` names, as it was before this run's training; nothing is loaded yet."""

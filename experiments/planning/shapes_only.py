@@ -120,7 +120,8 @@ def without_weights(module: nn.Module, mode: ShapesOnly) -> nn.Module:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = shape_of(parameter, parameter.requires_grad)  # type: ignore[assignment]
+                made = shape_of(parameter, parameter.requires_grad)
+                part._parameters[name] = made  # type: ignore[assignment]
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = shape_of(buffer, False)

@@ -12,23 +12,28 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def merged_adapters(model: nn.Module, enabled: bool = True) -> Iterator[int]:
+def merged_adapters(model: nn.Module, enabled: bool = True, rounded: bool = False) -> Iterator[int]:
     """Swap each fp32 LoRA layer's base weight for the merged one; yields how many were merged.
 
-    The original tensors are put back, not recomputed, so nothing drifts. Layers below fp32 stay unmerged:
-    rounding the sum to bf16 loses a large part of the adapter's delta.
+    The original tensors are put back, not recomputed, so nothing drifts. Layers below fp32 stay unmerged,
+    since rounding the sum to bf16 loses a part of the adapter's delta, unless `rounded` takes that for half
+    the operations: the sum is then formed in fp32 and rounded once.
     """
     swapped: list[tuple[LoraLinear, Tensor]] = []
     try:
         if enabled:
             for layer in model.modules():
-                if isinstance(layer, LoraLinear) and _can_merge(layer):
+                if isinstance(layer, LoraLinear) and _can_merge(layer, rounded):
                     weight = layer.get_base_layer().weight
                     original = weight.data
                     with torch.no_grad():
                         merged = original.clone()
-                        for name in layer.active_adapters:
-                            merged += layer.get_delta_weight(name)
+                        if original.dtype == torch.float32:
+                            for name in layer.active_adapters:
+                                merged += layer.get_delta_weight(name)
+                        else:
+                            deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]
+                            merged.copy_(torch.stack([original.float(), *deltas]).sum(0))
                     swapped.append((layer, original))
                     weight.data = merged
                     # The layer's own switch; PEFT's model-wide one would also touch requires_grad.
@@ -56,12 +61,12 @@ def disabled_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _can_merge(layer: LoraLinear) -> bool:
+def _can_merge(layer: LoraLinear, rounded: bool) -> bool:
     weight = layer.get_base_layer().weight
     plain = not any(layer.use_dora.get(name, False) for name in layer.active_adapters)
     biased = any(layer.lora_bias.get(name, False) for name in layer.active_adapters)
     return (
-        weight.dtype == torch.float32
+        (weight.dtype == torch.float32 or (rounded and weight.dtype.is_floating_point))
         and plain
         and not biased
         and not layer.merged

@@ -58,7 +58,8 @@ def continued_log_probs(
     Returns: fp32, 0 where the reply's mask is False.
     """
     hidden = _continued_by(model, prefix, rows, embeds, mask, reply)
-    return score(model.module, hidden, reply, mask.shape[1], mask.shape[1])
+    scored = reply.mask.flatten().nonzero().squeeze(1)
+    return score(model.module, hidden, reply, mask.shape[1], mask.shape[1], scored)
 
 
 @torch.no_grad()

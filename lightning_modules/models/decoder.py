@@ -76,20 +76,31 @@ def logits_of(module: nn.Module, hidden: Float[Tensor, "row dim"]) -> Float[Tens
     return logits
 
 
-def log_probs_where(
+def log_probs_at(
     module: nn.Module,
-    hidden: Float[Tensor, "row dim"],
-    targets: Int[Tensor, " row"],
-    mask: Bool[Tensor, "batch token"],
+    hidden: Float[Tensor, "batch token dim"],
+    targets: Int[Tensor, "batch token"],
+    where: Int[Tensor, " row"],
 ) -> Float[Tensor, "batch token"]:
-    """Log-probabilities of the targets at the True positions of a mask, 0 elsewhere."""
+    """Log-probabilities of the targets at the positions of these numbers in the flattened batch, 0 elsewhere.
+
+    Numbers and no mask: at every use of a mask, in the backward pass too, the host would wait for the GPU to
+    learn how many positions there are.
+    """
+    scores = _log_probs(module, hidden.flatten(0, 1)[where], targets.flatten()[where])
+    whole = torch.zeros(targets.numel(), dtype=scores.dtype, device=scores.device)
+    return whole.index_copy(0, where, scores).view(targets.shape)
+
+
+def _log_probs(
+    module: nn.Module, hidden: Float[Tensor, "row dim"], targets: Int[Tensor, " row"]
+) -> Float[Tensor, " row"]:
     head = causal_lm(module).get_output_embeddings()
     if type(head) is nn.Linear:
-        scores = token_log_probs(hidden, head.weight, head.bias, targets, _logit_transform(module))
-    else:  # a LoRA-wrapped or quantised head: its own forward, full logits of the scored positions only
-        logits = logits_of(module, hidden)
-        scores = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
-    return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
+        return token_log_probs(hidden, head.weight, head.bias, targets, _logit_transform(module))
+    # A LoRA-wrapped or quantised head: its own forward, full logits of the scored positions only.
+    logits = logits_of(module, hidden)
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
 @torch.no_grad()
@@ -99,8 +110,8 @@ def scores_where(
     targets: Int[Tensor, " row"],
     mask: Bool[Tensor, "batch token"],
 ) -> tuple[Float[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
-    """As `log_probs_where`, and whether each target is what greedy decoding would say; True outside the
-    mask."""
+    """Log-probabilities of the targets at the True positions of a mask, 0 elsewhere, and whether
+    each target is what greedy decoding would say; True outside the mask."""
     head = causal_lm(module).get_output_embeddings()
     if type(head) is nn.Linear:
         scores, said = token_scores(hidden, head.weight, head.bias, targets, _logit_transform(module))

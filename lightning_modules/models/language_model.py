@@ -16,13 +16,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from datamodules.batch import pad
+from datamodules.batch import pad as padded
 from datamodules.text.chat_format import ChatFormat, PromptTokens
 from lightning_modules.models.adapters import merged_adapters
-from lightning_modules.models.decoder import causal_lm, decode, log_probs_where, text_config, weight_dtype
-from lightning_modules.models.masks import branching_attention, positions_of, restarting_positions
+from lightning_modules.models.decoder import causal_lm, decode, log_probs_at, weight_dtype
+from lightning_modules.models.layout import Layout
+from lightning_modules.models.masks import positions_of
 from lightning_modules.models.requests import GREEDY, Decoding, Request
 
 
@@ -83,8 +85,9 @@ class LanguageModel:
     Args:
         module: the Hugging Face model or PeftModel; it is not copied.
         chat: the model's chat format; attacks that write text need it, those on embeddings do not.
-        merge_adapters: merge fp32 LoRA weights while the model is frozen for an attack (exact in fp32, never
-            done below).
+        merge_adapters: merge fp32 LoRA weights while the model is frozen for an attack (exact in fp32; below
+            only with `merge_rounded`).
+        merge_rounded: merge below fp32 too, where the sum is rounded.
         share_prompt: score several replies to one prompt in a single forward pass that computes the prompt
             once.
     """
@@ -95,10 +98,12 @@ class LanguageModel:
         chat: ChatFormat | None = None,
         merge_adapters: bool = True,
         share_prompt: bool = True,
+        merge_rounded: bool = False,
     ) -> None:
         self.module = module
         self._chat = chat
         self._merge_adapters = merge_adapters
+        self._merge_rounded = merge_rounded
         self._share_prompt = share_prompt
 
     @property
@@ -129,7 +134,7 @@ class LanguageModel:
             for parameter in learning:
                 parameter.requires_grad_(False)
             try:
-                with merged_adapters(self.module, enabled=self._merge_adapters):
+                with merged_adapters(self.module, self._merge_adapters, self._merge_rounded):
                     yield
             finally:
                 for parameter in learning:
@@ -140,6 +145,7 @@ class LanguageModel:
         prompt_embeds: Float[Tensor, "batch prompt dim"],
         prompt_mask: Bool[Tensor, "batch prompt"],
         *replies: Reply,
+        layout: Layout | None = None,
     ) -> tuple[Float[Tensor, "batch reply"], ...]:
         """Log-probability of every reply token given the prompt and the reply's earlier tokens.
 
@@ -147,27 +153,25 @@ class LanguageModel:
             prompt_embeds: left-padded, possibly perturbed; any float dtype.
             prompt_mask: False on padding.
             replies: one or more continuations of the same prompts.
+            layout: `Layout.known` of the same masks, where they are scored many times.
 
         Returns: one fp32 tensor per reply, 0 where the reply's mask is False.
         """
         if len(replies) > 1 and not self._share_prompt:
             return tuple(self.reply_log_probs(prompt_embeds, prompt_mask, reply)[0] for reply in replies)
+        layout = layout or Layout.of(self.module, prompt_mask, [reply.mask for reply in replies])
         prompt_length = prompt_embeds.shape[1]
         fed = [reply.fed for reply in replies]
         prompt = prompt_embeds.to(weight_dtype(self.module))
         embeds = torch.cat([prompt, *(self.embed(part.ids) for part in fed)], dim=1)
-        mask = torch.cat([prompt_mask, *(part.mask for part in fed)], dim=1)
         lengths = [part.ids.shape[1] for part in fed]
-        positions = restarting_positions(prompt_mask, lengths)
-        attention: Any = mask
-        if len(replies) > 1:
-            config = text_config(self.module)
-            attention = branching_attention(config, mask, positions, prompt_length, lengths, embeds.dtype)
-        hidden = decode(self.module, embeds, attention, positions, replies=len(replies))
+        hidden = decode(
+            self.module, embeds, layout.attention, layout.positions, layout.cache, replies=len(replies)
+        )
         starts = [prompt_length + sum(lengths[:i]) for i in range(len(replies))]
         return tuple(
-            score(self.module, hidden, reply, prompt_length, start)
-            for reply, start in zip(replies, starts, strict=True)
+            score(self.module, hidden, reply, prompt_length, start, scored)
+            for reply, start, scored in zip(replies, starts, layout.scored, strict=True)
         )
 
     def labelled_log_probs(
@@ -187,7 +191,10 @@ class LanguageModel:
         """
         hidden = decode(self.module, self.embed(input_ids), attention_mask, positions_of(attention_mask))
         targets, scored = labels[:, 1:], labels[:, 1:] != -100
-        return log_probs_where(self.module, hidden[:, :-1][scored], targets[scored], scored), scored
+        # The last position predicts nothing: as wide as the states, which are then not copied to be cut.
+        positions = pad(scored, (0, 1)).flatten().nonzero().squeeze(1)
+        log_probs = log_probs_at(self.module, hidden, pad(targets, (0, 1)), positions)
+        return log_probs[:, :-1], scored
 
     @torch.no_grad()
     def generate(
@@ -244,7 +251,7 @@ class LanguageModel:
             for prompt, request in zip(prompts, requests, strict=True)
         ]
         rows = [prompt.ids + start for prompt, start in zip(prompts, forced, strict=True)]
-        ids, mask = (tensor.to(self.device) for tensor in pad(rows, "left"))
+        ids, mask = (tensor.to(self.device) for tensor in padded(rows, "left"))
         return Encoded(ids, mask, tuple(map(tuple, forced)))
 
     def _reply(self, prompts: Attacked, decoding: Decoding, seed: int) -> list[str]:
@@ -271,11 +278,16 @@ def predictors(
 
 
 def score(
-    module: nn.Module, hidden: Float[Tensor, "batch token dim"], reply: Reply, prompt_length: int, start: int
+    module: nn.Module,
+    hidden: Float[Tensor, "batch token dim"],
+    reply: Reply,
+    prompt_length: int,
+    start: int,
+    scored: Int[Tensor, " scored"],
 ) -> Float[Tensor, "batch reply"]:
-    """Log-probabilities of one reply's tokens, 0 on its padding; arguments as in `predictors`."""
-    states = predictors(hidden, reply, prompt_length, start)
-    return log_probs_where(module, states[reply.mask], reply.ids[reply.mask], reply.mask)
+    """Log-probabilities of one reply's tokens, 0 on its padding; arguments as in `predictors`, and the
+    numbers of the tokens in the flattened mask."""
+    return log_probs_at(module, predictors(hidden, reply, prompt_length, start), reply.ids, scored)
 
 
 def _prefill(chat: ChatFormat, prompt: PromptTokens, text: str) -> list[int]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from datamodules.batch import AdversarialBatch
 from lightning_modules.models.adapters import merged_adapters
 from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.layout import Layout
+from lightning_modules.models.loading import LoraSettings, ModelConfig
+from lightning_modules.pretrained import PretrainedModel
 from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model, utility
 
 
@@ -148,7 +153,58 @@ def test_merged_adapters_compute_the_same_and_leave_no_trace() -> None:
     assert torch.equal(model(input_ids=ids).logits, expected)
 
 
-def test_bf16_base_is_never_merged() -> None:
+@pytest.mark.parametrize("size", [1, 3], ids=["no padding", "padding"])
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        (family, kind)
+        for family in FAMILIES
+        for kind in ("sdpa", "eager")
+        if (family, kind) != ("gemma2", "sdpa")
+    ],
+)
+def test_a_layout_that_is_read_once_gives_the_same_bits(family: str, size: int, implementation: str) -> None:
+    module, batch = tiny_model(family), ragged_batch(size=size)
+    module.set_attn_implementation(implementation)
+    model, reply = LanguageModel(module), Reply(batch.harmful_ids, batch.harmful_mask)
+    layout = Layout.known(module, batch.prompt_mask, [reply.mask])
+    found = []
+    for given in (None, layout, layout):
+        embeds = model.embed(batch.prompt_ids).detach().requires_grad_()
+        (scores,) = model.reply_log_probs(embeds, batch.prompt_mask, reply, layout=given)
+        (gradient,) = torch.autograd.grad(scores.sum(), embeds)
+        found.append((scores, gradient))
+    for scores, gradient in found[1:]:
+        assert torch.equal(scores, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+
+
+def test_a_rounded_merge_is_the_fp32_sum_rounded_once() -> None:
+    model = lora(tiny_model(dtype=torch.bfloat16))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    before = layer.get_base_layer().weight.data.clone()
+    expected = (before.float() + layer.get_delta_weight("default").float()).to(torch.bfloat16)
+    with merged_adapters(model, rounded=True) as count:
+        assert count == 14
+        assert torch.equal(layer.get_base_layer().weight, expected)
+        assert not torch.equal(expected, before)
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+@pytest.mark.parametrize(("merge", "merged"), [("exact", 0), ("rounded", 14)])
+def test_merging_below_fp32_is_a_setting(merge: str, merged: int, tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    settings = ModelConfig(
+        str(tmp_path), dtype="bfloat16", from_scratch=True, lora=LoraSettings(r=2, merge=merge)
+    )
+    own = PretrainedModel(settings)
+    own.configure_model()
+    with own.language_model.frozen():
+        off = [part for part in own.model.modules() if isinstance(part, LoraLinear) and part.disable_adapters]
+        assert len(off) == merged
+
+
+def test_bf16_base_is_never_merged_unasked() -> None:
     with merged_adapters(lora(tiny_model(dtype=torch.bfloat16))) as count:
         assert count == 0
 

@@ -23,6 +23,7 @@ from lightning_modules.attacks.embedding.balls import BALLS, Ball
 from lightning_modules.attacks.ledger import Ledger, PointLedger
 from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.layout import Layout
 from lightning_modules.models.likelihood import mean_cross_entropy
 
 StepRule = Literal["sign", "l2", "adam"]
@@ -108,10 +109,14 @@ class EmbeddingPGD:
         with model.frozen():
             clean = model.embed(batch.prompt_ids).detach()
             delta = self._start(clean, batch, radius, rng)
+            # Read once: at every iteration it would make the host wait for the GPU.
+            layout = Layout.known(model.module, batch.prompt_mask, [batch.harmful_mask])
 
             def loss(
                 point: Float[Tensor, "active prompt dim"], active: Int[Tensor, " active"]
             ) -> Float[Tensor, " active"]:
+                if len(active) == len(batch):  # nobody has left: the rows in their order
+                    return target_loss(model, batch, clean + point, None, layout)
                 return target_loss(model, batch, clean[active] + point, active)
 
             found = self.descend(loss, delta, batch.attackable_mask[..., None], radius, step)
@@ -235,9 +240,13 @@ def target_loss(
     model: LanguageModel,
     batch: AdversarialBatch,
     embeds: Float[Tensor, "active prompt dim"],
-    active: Int[Tensor, " active"],
+    active: Int[Tensor, " active"] | None,
+    layout: Layout | None = None,
 ) -> Float[Tensor, " active"]:
-    """CE of the harmful target for the active examples, whose prompts are given as embeddings."""
-    reply = Reply(batch.harmful_ids[active], batch.harmful_mask[active])
-    (log_probs,) = model.reply_log_probs(embeds, batch.prompt_mask[active], reply)
+    """CE of the harmful target for the active examples (None: all, with their layout), whose prompts are
+    given as embeddings."""
+    reply, prompts = Reply(batch.harmful_ids, batch.harmful_mask), batch.prompt_mask
+    if active is not None:
+        reply, prompts = Reply(reply.ids[active], reply.mask[active]), prompts[active]
+    (log_probs,) = model.reply_log_probs(embeds, prompts, reply, layout=layout)
     return mean_cross_entropy(log_probs, reply.mask)

@@ -1,0 +1,110 @@
+"""How many operations the host launches, and which of them would make it wait for a GPU.
+
+Counted on a CPU, where the same calls are dispatched: an operation is one call of torch's dispatcher (aten);
+views and allocations among them launch nothing on a GPU and are counted apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
+READS = {
+    "_local_scalar_dense": "scalar read",
+    "nonzero": "nonzero",
+    "masked_select": "nonzero",
+    "masked_scatter_backward": "nonzero",
+}
+"""Operations whose result the host needs before it can go on, by what they are called here."""
+INDEXES = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+COPIES = {"tolist", "cpu", "numpy"}
+
+
+class Launches:
+    """Counts while it is open.
+
+    with Launches() as launches:
+        step()
+    launches.operations, launches.kernels, launches.syncs
+    """
+
+    def __init__(self) -> None:
+        self.by_name: Counter[str] = Counter()
+        self.operations = 0
+        """All calls of the dispatcher."""
+        self.kernels = 0
+        """Those that compute something: neither views nor allocations."""
+        self.syncs: Counter[str] = Counter()
+        """What would wait for a GPU, by kind."""
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(_Dispatched(self))
+        self._stack.enter_context(_Called(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func.namespace == "aten":
+            name = func._opname
+            own = self.launches
+            own.operations += 1
+            own.by_name[name] += 1
+            own.kernels += not (func.is_view or name in ALLOCATES)
+            if name in READS:
+                own.syncs[READS[name]] += 1
+            elif func in INDEXES and any(i is not None and i.dtype == torch.bool for i in args[1]):
+                own.syncs["boolean index"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Called(TorchFunctionMode):
+    """Copies to the host, which are no copies on a CPU and are therefore not dispatched there. A copy to
+    another tensor's device cannot be told from one that stays where it is."""
+
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        to_host = name == "to" and any(_is_host(value) for value in (*args[1:], *(kwargs or {}).values()))
+        if (name in COPIES or to_host) and args and isinstance(args[0], Tensor):
+            self.launches.syncs["copy to the host"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _is_host(value: object) -> bool:
+    return isinstance(value, str) and value == "cpu"

@@ -1,0 +1,90 @@
+"""The counters of operations and waits on calls whose numbers are known, and the attack's waits: none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from experiments.benchmarks import launches as benchmark
+from experiments.benchmarks.counters import Launches
+from lightning_modules.models.language_model import LanguageModel
+from tests.conftest import ragged_batch
+
+
+def test_operations_views_and_allocations_are_told_apart() -> None:
+    x = torch.ones(2, 3)
+    with Launches() as launches:
+        (x + 1.0).view(6).t()
+        torch.empty(2)
+    assert launches.by_name == {"t": 1, "add": 1, "view": 1, "empty": 1}
+    assert launches.operations == 4
+    assert launches.kernels == 1
+    assert not launches.syncs
+
+
+@pytest.mark.parametrize(
+    ("call", "kinds"),
+    [
+        (lambda x, mask: x.sum().item(), {"scalar read": 1}),
+        (lambda x, mask: bool(mask.any()), {"scalar read": 1}),
+        (lambda x, mask: mask.nonzero(), {"nonzero": 1}),
+        (lambda x, mask: x[mask], {"boolean index": 1}),
+        (lambda x, mask: x.masked_select(mask), {"nonzero": 1}),
+        (lambda x, mask: x.tolist(), {"copy to the host": 1}),
+        (lambda x, mask: x.cpu(), {"copy to the host": 1}),
+        (lambda x, mask: x.to("cpu"), {"copy to the host": 1}),
+        (lambda x, mask: x.to(mask.device), {}),
+        (lambda x, mask: x.to(torch.float64), {}),
+        (lambda x, mask: x[torch.tensor([0, 1])], {}),
+        (lambda x, mask: torch.where(mask, x, 0.0), {}),
+    ],
+)
+def test_what_waits(call: Callable[[torch.Tensor, torch.Tensor], object], kinds: dict[str, int]) -> None:
+    x, mask = torch.arange(4.0), torch.tensor([True, False, True, True])
+    with Launches() as launches:
+        call(x, mask)
+    assert launches.syncs == kinds
+
+
+def test_a_mask_waits_again_in_the_backward_pass() -> None:
+    x, mask = torch.ones(4, requires_grad=True), torch.tensor([True, False, True, True])
+    with Launches() as launches:
+        torch.zeros(4).masked_scatter(mask, x[mask] * 2.0).sum().backward()
+    assert launches.syncs == {"boolean index": 2, "nonzero": 1}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("size", [1, 3], ids=["no padding", "padding"])
+def test_an_attack_s_iterations_wait_for_nothing(size: int, merged: bool) -> None:
+    model = LanguageModel(benchmark.build_model(2), merge_rounded=merged)
+    batch = ragged_batch(size=size)
+    benchmark.pgd(1)(model, batch)
+    one, many = (benchmark.counted(lambda n: benchmark.pgd(n)(model, batch), n) for n in (1, 6))
+    assert one.syncs == many.syncs
+    # The scored positions, and whether there is padding: where there is, transformers asks twice.
+    assert one.syncs == {"nonzero": 1, "scalar read": 1 if size == 1 else 2}
+
+
+def test_merging_halves_an_iteration() -> None:
+    figures = benchmark.measure("attack", benchmark.attack_iteration(2), 2, repeats=0)["figures"]
+    assert figures["ours, merged"]["kernels"] < 0.65 * figures["ours"]["kernels"]
+    assert figures["ours"]["syncs"] == {}
+    assert figures["yardstick"]["syncs"] == {"scalar read": 1}
+
+
+def test_the_gcg_step_and_its_yardstick_are_counted() -> None:
+    figures = benchmark.measure("GCG", benchmark.gcg_step(1), 1, repeats=1)["figures"]
+    assert all(side["kernels"] > 0 and side["host_milliseconds"] > 0 for side in figures.values())
+
+
+def test_half_the_rows_a_micro_batch_are_the_same_rows() -> None:
+    """Two micro-batches compute twice an attack's and a loss's operations, and the same utility rows."""
+    whole, halves = (
+        benchmark.measure_whole("step", {"ours": benchmark.optimiser_step(1, n)["ours"]}, 1, 0)["figures"][
+            "ours"
+        ]
+        for n in (1, 2)
+    )
+    assert whole["operations"] < halves["operations"] < 2 * whole["operations"]
