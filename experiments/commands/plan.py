@@ -27,7 +27,7 @@ from experiments.config.check import check
 from experiments.config.compose import PROJECT_ROOT, ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import with_seeds
-from experiments.planning.memory import ATTACK, PARTS
+from experiments.planning.memory import ATTACK, MERGED, PARTS
 from experiments.planning.rows import full_rows, per_micro_batch
 from experiments.planning.shapes_only import ShapesOnly, built_without_weights
 from experiments.planning.step import StepCost, count_step
@@ -49,8 +49,11 @@ class PlanSettings:
     utilisation: float = 0.3
     """Share of it that the run reaches."""
     prompt_tokens: int | None = None
+    """Null: half of data.encoding.max_length."""
     reply_tokens: int | None = None
+    """Null: the rest of it."""
     as_json: bool = False
+    print_config: bool = False
 
 
 def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: PlanSettings) -> int:
@@ -62,11 +65,16 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
     if not files:
         raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
     config = compose(files, overrides)
+    if settings.print_config:
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return 0
     with tempfile.TemporaryDirectory() as folder, tqdm(total=3, desc="plan", leave=False) as bar:
         runnable = without_machine(config, folder)
         check(runnable, "fit")
         cli = instantiate(with_seeds(with_defaults(runnable)))
         module, data = cli.model, cli.datamodule
+        if isinstance(module, AdversarialFineTuning):
+            check_plannable(module)
         if not isinstance(module, AdversarialFineTuning) or not isinstance(data, AdversarialData):
             raise ConfigError(
                 "model: a plan expects lightning_modules.adversarial.AdversarialFineTuning with "
@@ -81,12 +89,20 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
         longest = data.encoding.max_length
         prompt = settings.prompt_tokens or longest // 2
         reply = settings.reply_tokens or longest - prompt
+        if prompt < 1 or reply < 1 or prompt + reply > longest:
+            raise ConfigError(
+                f"--prompt-tokens and --reply-tokens: expected two lengths of together at most "
+                f"data.encoding.max_length {longest}, got {prompt} and {reply}"
+            )
         batch = full_rows(counts, prompt, reply, text_config(module.model).vocab_size)
         bar.set_description("plan: one step without weights")
         cost = count_step(module, [batch], config.get("trainer") or {}, 2, ShapesOnly())
         bar.update()
     saving = next((c for c in callbacks_of(cli.trainer) if isinstance(c, RunCheckpoints)), None)
     found = summary(config, settings, memory, cost, data.micro_batches, saving)
+    found["rows"] = {**counts, "prompt_tokens": prompt, "reply_tokens": reply}
+    found["largest_rows"] = largest_rows(cost, memory, sum(counts.values()))
+    found["assumptions"] = assumptions(config, settings, counts, prompt, reply)
     print(json.dumps(found, indent=2) if settings.as_json else table(found))
     return 0
 
@@ -128,6 +144,48 @@ def summary(
     return found
 
 
+def check_plannable(module: AdversarialFineTuning) -> None:
+    """Raises: ConfigError for what would read weights while a plan has none."""
+    if module.base.lora is None and (module.terms or getattr(module.objective, "needs_reference", False)):
+        raise ConfigError(
+            "model.base.lora: a plan cannot hold the copy of the model that this recipe compares with where "
+            "all weights learn; set model.base.lora, or model.terms=[] for the rest of the plan"
+        )
+    if module.objective is not None and module.objective.needs_reference:
+        raise ConfigError(
+            "model.objective: reference scores are computed from weights before training, which a plan has "
+            "not; plan the recipe with --model.objective=TowardAwayUtility, whose step costs the same"
+        )
+
+
+def largest_rows(cost: StepCost, memory: int, rows: int) -> int:
+    """Rows of a micro-batch that fit: what a step holds beyond its weights, merged ones among them, gradients
+    and optimiser's state grows at most in proportion to its rows."""
+    fixed = cost.persistent.total() + cost.at_peak[MERGED]
+    return max(0, int((memory - fixed) * rows // max(1, cost.peak - fixed)))
+
+
+def assumptions(
+    config: Mapping[str, Any], settings: PlanSettings, counts: Mapping[str, int], prompt: int, reply: int
+) -> list[str]:
+    """What stands in for what a plan does not know."""
+    said = [
+        f"every micro-batch holds {counts['harmful']} + {counts['utility']} rows without padding: prompts of "
+        f"{prompt} and replies of {reply} tokens; the run's own are shorter",
+        f"a device reaches {settings.utilisation:.0%} of {settings.tflops:g} TFLOP a second; evaluations, "
+        "loading and launches are not in the hours",
+        "tensors alone: no allocator's fragments, no kernels' workspace, no buffers of several devices; "
+        "attention by a kernel that keeps no scores",
+        "no example reaches the attack's stop_loss, and all losses are finite",
+    ]
+    if config["model"]["init_args"]["base"].get("quantization"):
+        said.append(
+            "4-bit weights are planned in base.dtype, and without a 4-bit layer's own work: their memory is "
+            "about a quarter of what stands here"
+        )
+    return said
+
+
 def number_of_checkpoints(saving: RunCheckpoints, steps: int, seconds: float) -> int:
     """How many checkpoints a run of so many steps writes, the last one included."""
     by_steps = 0 if saving.every_n_steps is None else steps // saving.every_n_steps
@@ -153,9 +211,11 @@ def table(found: Mapping[str, Any]) -> str:
     if "checkpoints" in found:
         written = f"{found['checkpoints']:,}, {gib(found['checkpoint_bytes_written'])} in all"
         rows.append(("checkpoints written", written))
+    rows.append(("rows of a micro-batch that fit", f"{found['largest_rows']:,}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    return "\n".join([*lines, *(f"warning: {text}" for text in found["warnings"])])
+    notes = [f"assumed: {text}" for text in found["assumptions"]]
+    return "\n".join([*lines, *notes, *(f"warning: {text}" for text in found["warnings"])])
 
 
 def gib(size: int) -> str:

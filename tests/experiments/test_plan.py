@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import LlamaConfig
 
 from datamodules.batch import TrainingBatch
-from experiments.commands.plan import in_bytes
+from experiments.commands.plan import in_bytes, largest_rows
 from experiments.config.errors import ConfigError
 from experiments.planning.memory import ADAPTERS, ATTACK, GRADIENTS, MERGED, OPTIMISER, WEIGHTS
 from experiments.planning.rows import full_rows, positions
@@ -170,6 +170,37 @@ def test_a_plan_of_the_packaged_model(thundercat: Run) -> None:
     assert found["peak"] == sum(found["memory"].values())
     assert found["steps"] == found["checkpoints"] == 10
     assert "does not fit" in found["warnings"][0]
+    assert found["largest_rows"] == 0
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_rows_that_are_said_to_fit_do(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    folder = folder_of(tmp_path, shape["layers"])
+
+    def peak(rows: int) -> Any:
+        batch = full_rows({"harmful": rows, "utility": rows}, 40, 20, VOCABULARY)
+        return planned(shape, folder, [batch])
+
+    few, memory = peak(2), 30_000_000
+    rows = largest_rows(few, memory, 4) // 2
+    assert rows > 2
+    assert 0.8 * memory < peak(rows).peak <= memory
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--devices=3"], "data.harmful_per_step: expected a multiple of micro_batches x devices = 1 x 3"),
+        (["--devices=0"], "--devices: expected a number above 0, got 0"),
+        (["--prompt-tokens=500"], "expected two lengths of together at most data.encoding.max_length"),
+        (["--device-memory=much"], "--device-memory: expected a size like 80GiB or 40GB, got 'much'"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(words: list[str], message: str, thundercat: Run) -> None:
+    status, _, err = thundercat("plan", "--config", "configs/quickstart.yaml", *words)
+    assert status == 2
+    assert message in err
 
 
 def test_an_unknown_model_is_named(thundercat: Run) -> None:

@@ -67,7 +67,7 @@ def test_commands_are_accepted(
     # A run folder's own configuration exists only after the run; it has the same fields as the file it was
     # made from.
     rest = [re.sub(r"^((?:--config=)?)runs/.*\.yaml$", r"\1configs/quickstart.yaml", word) for word in rest]
-    if command in ("fit", "validate", "test", "predict", "attack") and "--help" not in rest:
+    if command in ("fit", "validate", "test", "predict", "attack", "plan") and "--help" not in rest:
         rest.append("--print_config")
     status, out, err = thundercat(command, *rest)
     wanted_error = next(
