@@ -233,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--layers", type=int, default=32, help="decoder layers")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; 0 counts only")
+    parser.add_argument("--only", nargs="*", default=[""], help="figures whose names begin so")
     parser.add_argument("--out", type=Path, default=None, help="folder to write the figures to")
     options = parser.parse_args(arguments)
     whats: dict[str, Callable[[], dict[str, Run]]] = {
@@ -242,13 +243,17 @@ def main(arguments: list[str] | None = None) -> None:
         "optimiser step, 8 + 56 rows, 8 micro-batches": lambda: optimiser_step(options.layers, 8),
     }
     rows = []
+    wanted = tuple(options.only)
     for what, runs in whats.items():
+        if not what.startswith(wanted):
+            continue
         # A step of training is long, and nothing is remembered from one to the next.
         taken = measure_whole if what.startswith("optimiser") else measure
         rows.append(taken(what, runs(), options.layers, options.repeats))
         print(json.dumps(rows[-1]), flush=True)
-    rows.append(agreement(options.layers))
-    print(json.dumps(rows[-1]), flush=True)
+    if "agreement".startswith(wanted):
+        rows.append(agreement(options.layers))
+        print(json.dumps(rows[-1]), flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         report = {"environment": environment_facts(), "rows": rows}
