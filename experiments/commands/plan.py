@@ -171,7 +171,7 @@ def assumptions(
     """What stands in for what a plan does not know."""
     said = [
         f"every micro-batch holds {counts['harmful']} + {counts['utility']} rows without padding: prompts of "
-        f"{prompt} and replies of {reply} tokens; the run's own are shorter",
+        f"{prompt} and replies of {reply} tokens, as long as rows may be; the run's own are not read",
         f"a device reaches {settings.utilisation:.0%} of {settings.tflops:g} TFLOP a second; evaluations, "
         "loading and launches are not in the hours",
         "tensors alone: no allocator's fragments, no kernels' workspace, no buffers of several devices; "
@@ -180,8 +180,8 @@ def assumptions(
     ]
     if config["model"]["init_args"]["base"].get("quantization"):
         said.append(
-            "4-bit weights are planned in base.dtype, and without a 4-bit layer's own work: their memory is "
-            "about a quarter of what stands here"
+            "4-bit weights are planned in base.dtype, and without a 4-bit layer's own work: the quantised "
+            "layers' memory is about a quarter of what stands here, embedding and head are as planned"
         )
     return said
 
