@@ -39,9 +39,10 @@ class LoraSettings:
     """Names of the layers to adapt, or `all-linear` for every linear layer but the output head."""
     layers: list[NonNegativeInt] | None = None
     """Adapt these decoder layers only, counted from 0; null adapts all."""
-    merge: Literal["exact", "rounded"] = "exact"
-    """Where attacks run on merged weights: `exact` on an fp32 base only; `rounded` below too, which halves an
-    attack's operations, rounds the sum and needs memory for a copy of the adapted weights (4-bit: none)."""
+    merge: Literal["rounded"] | None = None
+    """Where attacks run on merged weights: null on an fp32 base only, where merging is exact; `rounded` below
+    too, which halves an attack's operations, rounds the sum and needs memory for a copy of the adapted
+    weights (4-bit: none)."""
 
 
 @checked

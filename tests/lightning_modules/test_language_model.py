@@ -191,8 +191,8 @@ def test_a_rounded_merge_is_the_fp32_sum_rounded_once() -> None:
     assert torch.equal(layer.get_base_layer().weight, before)
 
 
-@pytest.mark.parametrize(("merge", "merged"), [("exact", 0), ("rounded", 14)])
-def test_merging_below_fp32_is_a_setting(merge: str, merged: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("merge", "merged"), [(None, 0), ("rounded", 14)])
+def test_merging_below_fp32_is_a_setting(merge: str | None, merged: int, tmp_path: Path) -> None:
     tiny_model().config.save_pretrained(tmp_path)
     settings = ModelConfig(
         str(tmp_path), dtype="bfloat16", from_scratch=True, lora=LoraSettings(r=2, merge=merge)
