@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: quickstart test check bench tinychat smollm2 test-real clean
+.PHONY: quickstart test check bench tinychat smollm2 smollm2-study test-real clean
 
 # A model this small is 1.5 times faster on one thread (experiments/LOG.md). An earlier run is moved aside to
 # runs/quickstart.1, never deleted.
@@ -33,10 +33,16 @@ tinychat: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
 # CAT on SmolLM2-135M-Instruct. Both halves go on where they were stopped: replies that are there are kept, training resumes.
-smollm2: $(VENV)/.installed-smollm2
-	test -f runs/smollm2_replies/predictions.jsonl || \
-	  $(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
+smollm2: runs/smollm2_replies/predictions.jsonl
 	$(BIN)/thundercat fit --config configs/experiment/cat_smollm2.yaml --ckpt_path last
+
+# Every defence of the study, judged: hours on 2 cores. What is done is kept.
+smollm2-study: runs/smollm2_replies/predictions.jsonl
+	$(PIP) -e '.[benchmarks]'
+	$(BIN)/thundercat study configs/study/smollm2.yaml --out experiments/results/smollm2_cpu_202611
+
+runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
+	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
 
 test-real: $(VENV)/.installed-smollm2 $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/real

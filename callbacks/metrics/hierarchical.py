@@ -67,10 +67,11 @@ def seed_rate(outcomes: Outcomes, rng: int = 0) -> SeedRate:
     """
     seeds, examples = outcomes.shape
     generator = np.random.default_rng(rng)
-    means: Float[NDArray[np.float64], " draw"] = np.empty(DRAWS)
-    for i in range(DRAWS):
-        rows = outcomes[generator.integers(seeds, size=seeds)]
-        means[i] = rows[:, generator.integers(examples, size=examples)].mean()
+    chosen = generator.integers(seeds, size=(DRAWS, seeds))
+    # How often each example is drawn: the mean over a draw is a product, not a copy of its outcomes.
+    weights = generator.multinomial(examples, np.full(examples, 1 / examples), size=DRAWS)
+    rates: Float[NDArray[np.float64], "draw seed"] = weights @ outcomes.T.astype(float) / examples
+    means = np.take_along_axis(rates, chosen, axis=1).mean(axis=1)
     value = float(outcomes.mean())
     low, high = (float(bound) for bound in np.quantile(means, [0.025, 0.975]))
     least, most = wilson_interval(value * examples, examples)

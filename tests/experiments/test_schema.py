@@ -11,8 +11,9 @@ from experiments.commands.schema import schema
 from experiments.config.files import read
 from tests.conftest import ROOT
 
-# What judges are measured on is no configuration of a run.
-FILES = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "judges"]
+# What judges are measured on, and a study of several runs, are no configuration of a run.
+OTHERS = ("judges", "study")
+FILES = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name not in OTHERS]
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,9 @@ class Data:
     def rows_of(self, subject: str, block: str) -> list[Any]:
         return [None]
 
-    def loader(self, subject: str, limit: int | None, rank: int, world_size: int, block: str) -> list[Any]:
+    def loader(
+        self, subject: str, limit: int | None, rank: int, world_size: int, block: str, against: str
+    ) -> list[Any]:
         encoder = Encoder(tinychat_format(), EncodingConfig(max_length=160))
         return [evaluation_batch(encoder.harmful(TinyChatHarmful("validation", limit=1).rows()), "user")]
 

@@ -45,7 +45,9 @@ class Data:
     def rows_of(self, subject: str, block: str) -> list[Any]:
         return self.rows
 
-    def loader(self, subject: str, limit: int | None, rank: int, world_size: int, block: str) -> list[Any]:
+    def loader(
+        self, subject: str, limit: int | None, rank: int, world_size: int, block: str, against: str
+    ) -> list[Any]:
         own = self.rows[:limit][rank::world_size]
         return [evaluation_batch(own[i : i + 2], "user") for i in range(0, len(own), 2)]
 
