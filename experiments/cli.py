@@ -26,17 +26,6 @@ from experiments.options import OTHERS, RUNS, Parser, build_parser
 from experiments.process import Ended, end_if_asked, listen
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--devices", metavar="N", type=int, default=1, help="how many devices train together [1]")
-    add("--device-memory", metavar="SIZE", default="80GiB", help="memory of one device [80GiB]")
-    add("--tflops", metavar="N", type=float, default=700.0, help="10^12 operations a second of one [700]")
-    add("--utilisation", metavar="SHARE", type=float, default=0.3, help="share of them that is reached [0.3]")
-    add("--prompt-tokens", metavar="N", type=int, help="length of prompts, where no tokenizer is at hand")
-    add("--reply-tokens", metavar="N", type=int, help="length of replies, likewise")
-    add("--json", dest="as_json", action="store_true", help="all figures as JSON")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a failed run, 2 for a wrong call or configuration, 130
     for Ctrl-C, 143 for SIGTERM."""

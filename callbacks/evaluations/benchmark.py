@@ -148,11 +148,9 @@ class BenchmarkEvaluation(Evaluation):
                 scorer.harness.max_length,
             )
         judge = f"{benchmark.metric}@lm_eval-{harness_version()}"
-        measurement = Measurement(
-            evaluation=self.name,
-            stage=place.stage,
-            step=place.step,
-            model=weights,
+        measurement = place.measurement(
+            self.name,
+            weights,
             settings=settings_digest(
                 judge,
                 place.precision,
@@ -160,17 +158,12 @@ class BenchmarkEvaluation(Evaluation):
                 _digest([[*item.sent, ids] for item, ids in zip(items, encoded, strict=True)]),
             ),
             subject="utility",
-            attack="",
             quantity="accuracy",
             judge=judge,
-            refusal="",
-            judges=[],
             n=len(items),
             block=benchmark.name,
         )
-        # Lightning's loop needs a part for every process; one without would leave the others waiting.
-        size = min(CHUNK, max(1, len(items) // place.world_size))
-        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+        chunks = place.parts(items, CHUNK)
         return measurement, [BenchmarkChunk(measurement, benchmark.metric, own, scorer) for own in chunks]
 
 

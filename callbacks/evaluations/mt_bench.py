@@ -80,14 +80,11 @@ class MTBenchEvaluation(Evaluation):
         asked = evenly(self.files.conversations(), self.schedule.rows(place.stage))
         prompts = self.files.grading_prompts()
         system = self._data.encoding.system if self._data is not None else None
-        size = min(self.batch_size, max(1, len(asked) // place.world_size))
-        chunks = [asked[start : start + size] for start in range(0, len(asked), size)]
+        chunks = place.parts(asked, self.batch_size)
         judge = self.grader.label(prompts)
-        measurement = Measurement(
-            evaluation=self.name,
-            stage=place.stage,
-            step=place.step,
-            model=weights,
+        measurement = place.measurement(
+            self.name,
+            weights,
             settings=settings_digest(
                 self.max_new_tokens,
                 place.precision,
@@ -97,11 +94,8 @@ class MTBenchEvaluation(Evaluation):
                 [[own.turns[1] for own in chunk] for chunk in chunks],
             ),
             subject="utility",
-            attack="",
             quantity=GRADE,
             judge=judge,
-            refusal="",
-            judges=[],
             n=len(asked),
             block=self.block,
         )

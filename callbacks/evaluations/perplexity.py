@@ -120,26 +120,19 @@ class PerplexityEvaluation(Evaluation):
         every = self._windows[name]
         windows = evenly(every, self.schedule.rows(place.stage))
         judge = f"sliding_window@context={self.context},stride={self.stride}"
-        measurement = Measurement(
-            evaluation=self.name,
-            stage=place.stage,
-            step=place.step,
-            model=weights,
+        measurement = place.measurement(
+            self.name,
+            weights,
             settings=settings_digest(
                 judge, place.precision, [[window.ids, window.scored] for window in windows]
             ),
             subject="utility",
-            attack="",
             quantity="token_perplexity",
             judge=judge,
-            refusal="",
-            judges=[],
             n=len(windows),
             block=name,
         )
-        # Lightning's loop needs a part for every process; one without would leave the others waiting.
-        size = min(self.batch_size, max(1, len(windows) // place.world_size))
-        batches = [windows[start : start + size] for start in range(0, len(windows), size)]
+        batches = place.parts(windows, self.batch_size)
         return measurement, [WindowBatch(measurement, own) for own in batches]
 
     def _read(self, name: str, tokenizer: Any) -> list[Window]:

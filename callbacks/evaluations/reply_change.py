@@ -95,11 +95,9 @@ class ReplyChangeEvaluation(Evaluation):
     ) -> tuple[Measurement, list[Work]]:
         shares = dealt_out(data, subject, self.schedule.rows(place.stage), place.world_size)
         refusal, correct = label(self.refusal), label(self.correct)
-        measurement = Measurement(
-            evaluation=self.name,
-            stage=place.stage,
-            step=place.step,
-            model=weights,
+        measurement = place.measurement(
+            self.name,
+            weights,
             settings=settings_digest(
                 BLOCK,
                 key,
@@ -109,7 +107,6 @@ class ReplyChangeEvaluation(Evaluation):
                 [contents(batch) for share in shares for batch in share],
             ),
             subject=subject,
-            attack="",
             quantity="change_rate",
             judge=CHANGED,
             refusal=refusal,

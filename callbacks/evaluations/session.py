@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -44,6 +44,9 @@ class Measures(Protocol):
     def probes(self) -> list[Probe]: ...
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Place:
     """Which model is measured, where its rows go, and this process's share of the work."""
@@ -59,6 +62,54 @@ class Place:
     """The trainer's: autocast changes replies, and not the weights."""
     base: Reference | None = None
     """The model before training, for what compares with it."""
+
+    def measurement(
+        self,
+        evaluation: str,
+        weights: str,
+        *,
+        settings: str,
+        subject: Subject,
+        quantity: str,
+        judge: str,
+        n: int,
+        attack: str = "",
+        refusal: str = "",
+        judges: Sequence[str] = (),
+        samples: int = 0,
+        block: str = "",
+        against: str = "",
+    ) -> Measurement:
+        """What an evaluation sets out to measure of this model; the fields are Measurement's.
+
+        Args:
+            weights: fingerprint of the model.
+        """
+        return Measurement(
+            evaluation=evaluation,
+            stage=self.stage,
+            step=self.step,
+            model=weights,
+            settings=settings,
+            subject=subject,
+            attack=attack,
+            quantity=quantity,
+            judge=judge,
+            refusal=refusal,
+            judges=list(judges),
+            n=n,
+            samples=samples,
+            block=block,
+            against=against,
+        )
+
+    def parts(self, items: Sequence[T], size: int) -> list[Sequence[T]]:
+        """Items in their order, at most `size` together, in no fewer parts than there are processes.
+
+        Lightning's loop needs one for each of them; one without would leave the others waiting.
+        """
+        size = min(size, max(1, len(items) // self.world_size))
+        return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 @runtime_checkable
@@ -148,11 +199,9 @@ class Session:
         further += [probe.block] if probe.block else []
         if probe.transfer is not None:
             further += [probe.transfer, self._donors(probe)[0].measurement.settings, self._refusals()]
-        measurement = Measurement(
-            evaluation=evaluation.name,
-            stage=stage,
-            step=own.step,
-            model=self.weights,
+        measurement = own.measurement(
+            evaluation.name,
+            self.weights,
             # A row is another one if its prompt is put differently (template, system message, attackable
             # span), if its target or its batch-mates change, or the seed: all that decides a reply besides
             # the weights. It covers every process's share, so that all agree on it.
