@@ -47,6 +47,12 @@ class SeedDifference:
     """The smallest true difference that this n and these seeds would have shown in four of five repetitions
     (80 % power at 5 %, two-sided)."""
 
+    @classmethod
+    def of(cls, value: float, low: float, high: float) -> SeedDifference:
+        """With the smallest difference that an interval of this width could have shown."""
+        half = max(high - value, value - low)
+        return cls(value, low, high, half * (Z_95 + POWER) / Z_95)
+
     def verdict(self, margin: float) -> str:
         """lower, higher, equivalent (all of the interval within the margin), or not distinguishable."""
         if self.high < 0:
@@ -85,8 +91,7 @@ def seed_difference(first: SeedRate, second: SeedRate) -> SeedDifference:
     difference = second.value - first.value
     low = difference - math.hypot(second.value - second.low, first.high - first.value)
     high = difference + math.hypot(second.high - second.value, first.value - first.low)
-    half = max(high - difference, difference - low)
-    return SeedDifference(difference, low, high, half * (Z_95 + POWER) / Z_95)
+    return SeedDifference.of(difference, low, high)
 
 
 def stacked(by_seed: Sequence[dict[str, bool]]) -> Outcomes:

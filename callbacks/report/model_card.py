@@ -25,6 +25,8 @@ from datamodules.fields import constructor
 from datamodules.results import read_measurements
 from datamodules.text.model_files import PACKAGED, resolve_path
 
+TAG = "thundercat"
+"""Metadata of every card: by it a later export knows an earlier one."""
 NOT_RECORDED, NOT_EVALUATED = "not recorded", "not evaluated"
 STAGES: Mapping[Stage, str] = {
     "fit": "During training (on the rows that the recipe names for it)",
@@ -42,11 +44,10 @@ ASKED: Mapping[Quantity, str] = {
 }
 """What a reader of a robust model's card looks for; each is named where it was not measured."""
 USE = (
-    "For research on adversarial robustness: to study, attack and compare. The training makes the model "
-    "refuse harmful requests under the attack that is named above; it promises nothing against other "
-    "attacks, radii, wordings, languages or more effort, and no number here is a statement about safety in "
-    "use. What the base model lacks, this one lacks too. Look at over-refusals and utility before success "
-    "rates: a model that refuses everything is robust."
+    "For research on adversarial robustness: to study, attack and compare. Whatever robustness the numbers "
+    "show, they promise nothing against other attacks, radii, wordings, languages or more effort, and none "
+    "is a statement about safety in use. What the base model lacks, this one lacks too. Look at "
+    "over-refusals and utility before success rates: a model that refuses everything is robust."
 )
 LOADING = {
     "adapters": """from peft import AutoPeftModelForCausalLM
@@ -61,7 +62,9 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)""",
 }
 
 
-def model_card(run: str | Path, step: int, kind: str, merged: bool = False) -> str:
+def model_card(
+    run: str | Path, step: int, kind: str, merged: bool = False, weights: str | None = None
+) -> str:
     """The card as Markdown with the hub's metadata in front.
 
     Args:
@@ -69,6 +72,8 @@ def model_card(run: str | Path, step: int, kind: str, merged: bool = False) -> s
         step: optimiser step of the exported weights; only what was measured at this step is told.
         kind: `adapters` (PEFT) or `whole`.
         merged: whether the whole model is one whose adapters were merged.
+        weights: fingerprint of the exported weights: what was measured on others, as on another base model in
+            the same folder, is left out. None trusts the step.
     """
     own = RunFolder.of(run)
     config = _read(own.config())
@@ -79,12 +84,12 @@ def model_card(run: str | Path, step: int, kind: str, merged: bool = False) -> s
         library_name="peft" if kind == "adapters" else "transformers",
         pipeline_tag="text-generation",
         license=licence(name, base.get("revision")),
-        tags=["adversarial-training", "thundercat"],
+        tags=["adversarial-training", TAG],
     )
     title = own.path.resolve().name
     parts = [f"# {markdown(title)}", _summary(config, step, kind, merged), "## Training"]
     parts.append("\n".join(f"- {what}: {markdown(text)}" for what, text in _training(config, own, step)))
-    parts += ["## Data", _data(config), "## Evaluation", *_evaluation(own, step)]
+    parts += ["## Data", _data(config), "## Evaluation", *_evaluation(own, step, weights)]
     parts += ["## Intended use and limits", USE, "## Loading", f"```python\n{LOADING[kind]}\n```"]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
@@ -113,13 +118,13 @@ def _on_hub(name: str) -> bool:
 
 def _summary(config: Mapping[str, Any], step: int, kind: str, merged: bool) -> str:
     base = _base(config)
-    what = {"adapters": f"LoRA adapters for {base}", "whole": f"{base}, all weights trained"}[kind]
+    what = {"adapters": f"LoRA adapters for {base}", "whole": f"{base}, all its weights"}[kind]
     if merged:
-        what = f"{base} with its trained LoRA adapters merged into the weights"
-    trained = "as it was before training" if not step else f"after {step} optimiser steps"
+        what = f"{base} with its LoRA adapters merged into the weights"
+    trained = f"after {step} optimiser steps" if step else "as it was before training"
     return (
-        f"{what[0].upper()}{what[1:]}, {trained} of continuous adversarial training with Thundercat "
-        "([arXiv 2405.15589](https://arxiv.org/abs/2405.15589))."
+        f"{what[0].upper()}{what[1:]}, {trained}; by Thundercat, a framework for continuous adversarial "
+        "training ([arXiv 2405.15589](https://arxiv.org/abs/2405.15589))."
     )
 
 
@@ -167,9 +172,13 @@ def _data(config: Mapping[str, Any]) -> str:
     return "\n".join(lines) if lines else f"Training data: {NOT_RECORDED}."
 
 
-def _evaluation(own: RunFolder, step: int) -> Iterator[str]:
+def _evaluation(own: RunFolder, step: int, weights: str | None) -> Iterator[str]:
     """A table a stage that has measured these weights, and what none has."""
-    measured = {item.stage for item in read_measurements(own.path) if item.step == step}
+    measured = {
+        item.stage
+        for item in read_measurements(own.path)
+        if item.step == step and weights in (None, item.model)
+    }
     seen: set[str] = set()
     for stage, title in STAGES.items():
         if stage not in measured:

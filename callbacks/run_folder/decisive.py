@@ -82,13 +82,13 @@ def decisive(config: Mapping[str, Any]) -> Flat:
         if value not in without or (name == "limit_train_batches" and type(value) is int):
             fields[f"trainer.{name}"] = value
     for i, node in enumerate(given.get("plugins") or []):
-        fields |= _flat(f"trainer.plugins.{i}", filled(node))
+        fields |= flat(f"trainer.plugins.{i}", filled(node))
     for node in given.get("callbacks") or []:
         name = str(node.get("class_path", "")).rpartition(".")[2]
         if name in DECIDING_CALLBACKS:
-            fields |= _flat(f"trainer.callbacks.{name}", filled(node))
+            fields |= flat(f"trainer.callbacks.{name}", filled(node))
     for name in ("model", "data"):
-        fields |= _flat(name, filled(config.get(name)))
+        fields |= flat(name, filled(config.get(name)))
     kept = {key: value for key, value in fields.items() if not _below(key, FREE)}
     # As the checkpoint gives it back: no tuples, no enums.
     plain = typing.cast(Flat, json.loads(json.dumps(kept, default=str)))
@@ -180,7 +180,8 @@ def _items_hint(hint: Any) -> Any:
     return None
 
 
-def _flat(path: str, node: Any) -> Flat:
+def flat(path: str, node: Any) -> Flat:
+    """Every value below a node by its dotted place, `init_args` kept where `filled` has not dropped it."""
     return dict(_leaves(path, node))
 
 

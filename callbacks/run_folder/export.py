@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import ModelCard
 from lightning import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
-from callbacks.report.model_card import model_card
+from callbacks.report.model_card import TAG, model_card
 from callbacks.run_folder.folder import RunError, RunFolder
 from callbacks.run_folder.provenance import write_whole
 from datamodules.fields import Count, checked
@@ -88,7 +89,8 @@ class ExportModel(Callback):
 def save_model(
     module: PretrainedModel, folder: Path, card: str, merged: bool = False, remedy: str = RESUME
 ) -> None:
-    """Write weights, tokenizer and card; a kill leaves the folder as it was before, or the new one.
+    """Write weights, tokenizer and card; a kill leaves a whole model, at worst between two renames, beside
+    the folder (`.before`, `.partial`).
 
     Args:
         module: holds the model; it is not changed.
@@ -130,12 +132,22 @@ def refuse_foreign(folder: Path, run: Path, field: str) -> None:
     if place == run or place in run.parents:
         raise RunError(f"{field}: {folder} holds the run itself; name a folder of its own")
     held = sorted(place.iterdir()) if place.is_dir() else []
-    exported = {"config.json", "adapter_config.json"} & {path.name for path in held}
+    exported = is_export(place)
     if place.is_file() or (held and not exported) or any(path.is_dir() for path in held):
         raise RunError(
             f"{field}: {folder} is no earlier export (it holds "
             f"{held[0].name if held else 'a file'}) and would be replaced; name another folder"
         )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder's card says that it was exported from a run. A model of another origin may lie in
+    one that looks alike, and be what the adapters need."""
+    try:
+        card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
+    except (OSError, ValueError):
+        return False
+    return TAG in (card.data.tags or [])
 
 
 def kind_of(module: PretrainedModel, merged: bool) -> str:

@@ -17,6 +17,7 @@ from datamodules.fields import checked
 from experiments.commands.loaded import build, loaded, node_of, run_configuration
 from experiments.commands.run import guarded
 from experiments.config.errors import ConfigError
+from lightning_modules.models.fingerprint import fingerprint
 from lightning_modules.models.loading import has_adapter
 from lightning_modules.pretrained import PretrainedModel
 
@@ -58,7 +59,8 @@ def _export(config: dict[str, Any], run: RunFolder, settings: ExportSettings) ->
                 "--merged: expected a run that trained adapters, got one without; leave it out: the export "
                 "is the whole model already"
             )
-        card = model_card(run.path, step, kind_of(module, settings.merged), settings.merged)
+        kind, weights = kind_of(module, settings.merged), fingerprint(module.model)
+        card = model_card(run.path, step, kind, settings.merged, weights)
         save_model(module, place, card, settings.merged, "make room, then export again")
     print(f"step {step}: {printable(str(place), one_line=True)}")
     return 0

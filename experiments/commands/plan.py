@@ -176,6 +176,7 @@ def assumptions(
         "loading and launches are not in the hours",
         "tensors alone: no allocator's fragments, no kernels' workspace, no buffers of several devices; "
         "attention by a kernel that keeps no scores",
+        "a checkpoint holds what learns and two moments of it, in fp32",
         "no example reaches the attack's stop_loss, and all losses are finite",
     ]
     if config["model"]["init_args"]["base"].get("quantization"):

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from callbacks.report.escape import printable
 from callbacks.run_folder.stopping import Stopped, stoppable
 from experiments.config.compose import ConfigError
+from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
 from experiments.studies.scheduling import Job, jobs_of, threads
 from experiments.studies.study_report import write_study
@@ -47,8 +48,8 @@ class StudyCall:
 
 
 def study(call: StudyCall) -> int:
-    """Run what is not done, then write the report. Returns the exit status: 1 where a run failed. Raises:
-    ConfigError."""
+    """Run what is not done, then write the report. Returns the exit status: 1 where a run failed, or where
+    there is nothing to report. Raises: ConfigError."""
     if call.workers < 1:
         raise ConfigError(f"--workers: expected at least 1, got {call.workers}")
     own = load_study(call.study)
@@ -66,10 +67,14 @@ def study(call: StudyCall) -> int:
         failed = Runner(wanted, call.workers).run()
     else:
         failed = {}
-    _report(own, jobs, out)
     for title, reason in failed.items():
-        print(f"thundercat: {title}: {printable(reason, one_line=True)}", file=sys.stderr)
-    return 1 if failed else 0
+        _say(f"{title}: {reason}")
+    reported = _report(own, jobs, out, failed)
+    return 1 if failed or not reported else 0
+
+
+def _say(text: str) -> None:
+    print(f"thundercat: {printable(text, one_line=True)}", file=sys.stderr)
 
 
 def _with_needed(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
@@ -84,18 +89,32 @@ def _with_needed(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
     return [job for key, job in by_key.items() if key in wanted]
 
 
-def _report(own: Study, jobs: Sequence[Job], out: Path) -> None:
-    """Of the runs all of whose seeds are done."""
+def _report(own: Study, jobs: Sequence[Job], out: Path, failed: Mapping[str, str]) -> bool:
+    """Of the runs all of whose seeds are done and can be read; the others are named in it. Returns whether
+    there is one."""
     folders: dict[str, dict[int, Path]] = {}
+    missing: dict[str, str] = {}
     for name in own.runs:
         seeds = [job for job in jobs if job.name == name]
-        if all(job.state() == "done" for job in seeds):
-            folders[name] = {job.seed: job.folder for job in seeds}
+        states = [(job, failed.get(job.title, job.state())) for job in seeds]
+        lacking = [f"seed {job.seed}: {state}" for job, state in states if state != "done"]
+        found = {job.seed: job.folder for job in seeds}
+        if not lacking:
+            try:
+                read({name: found}, own.columns)
+            except ValueError as error:
+                lacking = [str(error)]
+        if lacking:
+            missing[name] = "; ".join(lacking)
+        else:
+            folders[name] = found
+    for name, reason in missing.items():
+        _say(f"not reported: {name} ({reason})")
     if not folders:
-        print("no run of the study is done yet: nothing to report")
-        return
-    print(write_study(own, folders, out))
+        return False
+    print(write_study(own, folders, out, missing=missing))
     print(f"report: {out / 'report.html'}")
+    return True
 
 
 @dataclass

@@ -1,26 +1,12 @@
-"""The rows of a planned step: the run's own widest micro-batch, or rows as long as they may be."""
+"""The rows of a planned step: as many as the run's, as long as they may be, without padding."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from datamodules.adversarial import AdversarialData
 from datamodules.batch import AdversarialBatch, TrainingBatch, UtilityBatch
 from experiments.config.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class PlannedRows:
-    """Micro-batches of one step on one device."""
-
-    batch: TrainingBatch
-    """The micro-batch that is planned."""
-    share: float
-    """Positions of the run's mean micro-batch, padding included, as a share of the planned one's."""
-    source: str
-    """Where the rows are from, in words."""
 
 
 def per_micro_batch(data: AdversarialData, devices: int) -> dict[str, int]:
@@ -66,14 +52,3 @@ def full_rows(counts: dict[str, int], prompt: int, reply: int, vocabulary: int) 
         labels[:, :prompt] = -100
         chats = UtilityBatch(conversations, full(utility, prompt + reply), labels)
     return TrainingBatch(adversarial, chats)
-
-
-def positions(batch: TrainingBatch) -> int:
-    """Positions that a model computes for one scoring of the batch, padding included."""
-    total = 0
-    if batch.adversarial is not None:
-        own = batch.adversarial
-        total += len(own) * sum(ids.shape[1] for ids in (own.prompt_ids, own.harmful_ids, own.safe_ids))
-    if batch.utility is not None:
-        total += batch.utility.input_ids.numel()
-    return total

@@ -73,7 +73,8 @@ class ShapesOnly(TorchDispatchMode):
         if asked.dtype == torch.bool:
             return True
         raise UnknownValue(
-            "the training step decides by a floating-point value (`.item()`), which a plan does not have"
+            "model.attack: the training step decides by a floating-point value, which a plan does not have; "
+            "plan with another attack, e.g. --model.attack=EmbeddingPGD"
         )
 
     @staticmethod

@@ -21,7 +21,9 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
     for name, folders in runs.items():
         for seed, folder in folders.items():
             target = _place(out, name) / f"seed{seed}"
-            (target / ROWS).mkdir(parents=True, exist_ok=True)
+            # What an earlier run of this name had and this one has not must not stay beside it.
+            shutil.rmtree(target, ignore_errors=True)
+            (target / ROWS).mkdir(parents=True)
             own = RunFolder.of(folder)
             for path in (folder / ROWS / MEASUREMENTS, own.environment("test"), own.cost):
                 if path.is_file():

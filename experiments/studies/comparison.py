@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from callbacks.metrics.estimates import Estimate, paired_difference
+from callbacks.metrics.estimates import Difference, Estimate, paired_difference
 from callbacks.metrics.hierarchical import SeedDifference, SeedRate, seed_difference, seed_rate, stacked
 from callbacks.metrics.names import Metric
-from callbacks.report.events import events
+from callbacks.report.events import Events, events
 from callbacks.report.load import load
 from callbacks.report.measured import select
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import last_step, read_measurements, read_rows
 from experiments.studies.definition import Claim, Column
 
-Outcomes = dict[Metric, dict[str, bool]]
-"""Metric -> key of a test example -> whether it occurred."""
+Happened = dict[Metric, Events]
+"""Metric -> what occurred on every test example, by whom it was judged and how it was measured."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Compared:
     passes: float
     """Forward and backward passes of single examples in training, the reference's included; mean over
     seeds."""
-    one_seed: Outcomes = field(default_factory=dict, repr=False)
-    """What occurred on every example, of a run with one seed: two such are compared pair by pair."""
+    by_seed: dict[int, Happened] = field(default_factory=dict, repr=False)
+    """What occurred on every example: two runs with one seed are compared pair by pair."""
 
     def cell(self, label: str) -> SeedRate | None:
         return self.rates.get(label, self.means.get(label))
@@ -50,18 +50,21 @@ class Answer:
     first: SeedRate
     second: SeedRate
     difference: SeedDifference
-    p_value: float | None
-    """Exact McNemar of the same examples, where both runs have one seed."""
+    paired: Difference | None
+    """Of the same examples, with the exact McNemar p, where both runs have one seed and the same examples."""
+    measured_alike: bool
+    """Whether judge, attack, length of replies and rows were the same, as far as a seed that both have
+    tells."""
     is_rate: bool
 
 
-def outcomes(folder: Path) -> Outcomes:
+def happened(folder: Path) -> Happened:
     """What occurred on every test example of a run. Raises: ValueError where nothing was tested."""
     step = last_step(folder, "test")
     if step is None:
         raise ValueError(f"{folder}: no results of `test`; run the study again")
     measured = select(read_measurements(folder), read_rows(folder), "test", step)
-    return {event.metric: event.outcome for event in events(measured)}
+    return {event.metric: event for event in events(measured)}
 
 
 def read(
@@ -80,15 +83,15 @@ def read(
     """
     found = {}
     for name, folders in runs.items():
-        by_seed = {folder: outcomes(folder) for folder in folders.values()}
+        by_seed = {seed: happened(folder) for seed, folder in folders.items()}
         rates, means = {}, {}
         for label, column in columns.items():
             metric = column.metric
-            missing = [folder for folder, own in by_seed.items() if metric not in own]
+            missing = [folders[seed] for seed, own in by_seed.items() if metric not in own]
             if not missing:
-                rates[label] = seed_rate(stacked([own[metric] for own in by_seed.values()]))
+                rates[label] = _rate(name, label, [own[metric] for own in by_seed.values()])
                 continue
-            estimates = [_mean(folder, metric) for folder in by_seed]
+            estimates = [_mean(folder, metric) for folder in folders.values()]
             known = [own for own in estimates if own is not None]
             if len(known) == len(estimates):
                 means[label] = _over_seeds(known)
@@ -97,15 +100,24 @@ def read(
                     f"{missing[0]}: no {label!r} ({metric.key}) among its results of `test`; test it again "
                     "with the evaluation that measures it, or make the column optional"
                 )
-        only = next(iter(by_seed.values())) if len(by_seed) == 1 else {}
-        found[name] = Compared(rates, means, _passes(folders.values()), only)
+        found[name] = Compared(rates, means, _passes(folders.values()), by_seed)
     return found
+
+
+def _rate(name: str, label: str, by_seed: Sequence[Events]) -> SeedRate:
+    judges = {own.judge for own in by_seed}
+    if len(judges) > 1:
+        raise ValueError(
+            f"{name}: {label!r} was judged by {' and '.join(sorted(judges))}; test all of its seeds again "
+            "with one of them"
+        )
+    return seed_rate(stacked([own.outcome for own in by_seed]))
 
 
 def _mean(folder: Path, metric: Metric) -> Estimate | None:
     after = load(folder, "test").after
     measure = None if after is None else after.measures.get(metric)
-    return None if measure is None or measure.estimate.kind != "mean" else measure.estimate
+    return None if measure is None or measure.estimate.kind == "rate" else measure.estimate
 
 
 def _over_seeds(own: list[Estimate]) -> SeedRate:
@@ -132,15 +144,30 @@ def answers(rows: Mapping[str, Compared], claims: list[Claim], columns: Mapping[
             if a is None or b is None:
                 continue
             metric = columns[label].metric
-            paired = (
-                paired_difference(one.one_seed[metric], other.one_seed[metric])
-                if metric in one.one_seed and metric in other.one_seed
-                else None
-            )
+            paired = _paired(one, other, metric)
             joined = seed_difference(a, b)
             if paired is not None:
-                joined = SeedDifference(paired.difference, paired.low, paired.high, joined.detectable)
-            found.append(
-                Answer(claim, label, a, b, joined, paired.p_value if paired else None, label in one.rates)
-            )
+                joined = SeedDifference.of(paired.difference, paired.low, paired.high)
+            alike = _alike(one, other, metric)
+            found.append(Answer(claim, label, a, b, joined, paired, alike, label in one.rates))
     return found
+
+
+def _paired(one: Compared, other: Compared, metric: Metric) -> Difference | None:
+    """None where a run has several seeds, or one has examples that the other has not: what the few shared
+    ones say could contradict the rates beside it."""
+    if len(one.by_seed) != 1 or len(other.by_seed) != 1:
+        return None
+    (first,), (second,) = one.by_seed.values(), other.by_seed.values()
+    if metric not in first or metric not in second:
+        return None
+    before, after = first[metric].outcome, second[metric].outcome
+    return paired_difference(before, after) if before.keys() == after.keys() else None
+
+
+def _alike(one: Compared, other: Compared, metric: Metric) -> bool:
+    shared = one.by_seed.keys() & other.by_seed.keys()
+    pairs = [(one.by_seed[seed].get(metric), other.by_seed[seed].get(metric)) for seed in shared]
+    return all(
+        (a.judge, a.settings) == (b.judge, b.settings) for a, b in pairs if a is not None and b is not None
+    )

@@ -24,12 +24,18 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import yaml
-
 from callbacks.metrics.names import Metric
-from datamodules.fields import NonNegativeInt, Positive, checked, problem
-from experiments.config.errors import PROJECT_ROOT, ConfigError, suggest
+from datamodules.fields import NonNegativeInt, Share, checked, problem
+from experiments.config.errors import ConfigError, suggest
+from experiments.config.files import find, read
+from experiments.studies.archive import slug
 
+OWN = {
+    "seed_everything": "use `seeds`",
+    "trainer.default_root_dir": "folders are the study's; use --runs",
+    "ckpt_path": "a run goes on with its own checkpoint by itself",
+}
+"""What a study says by itself on every command line, and a run's `set` would say in vain."""
 REFERENCE = re.compile(r"\$\{run\.([^}]+)\}")
 """Another run's folder, in a value of `set`."""
 
@@ -53,7 +59,7 @@ class StudyRun:
     @property
     def needs(self) -> list[str]:
         """Names of the runs whose folders its values name."""
-        return list(dict.fromkeys(REFERENCE.findall(" ".join(map(str, self.set.values())))))
+        return list(dict.fromkeys(REFERENCE.findall(str(self.set))))
 
 
 @checked
@@ -107,8 +113,9 @@ class Study:
     test: list[str] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     figures: list[TradeOff] = field(default_factory=list)
-    margin: Positive = 0.05
-    """Differences within it are of no interest: `equivalent` means that all of the interval is."""
+    margin: Share = 0.05
+    """As a share (0.05: five points). Differences within it are of no interest: `equivalent` means that all
+    of the interval is."""
 
     def seeds_of(self, name: str) -> list[int]:
         """The seeds of a run; a model that is not trained has one."""
@@ -119,25 +126,14 @@ class Study:
 
 def load_study(path: str | Path) -> Study:
     """Raises: ConfigError naming the file and the field that is wrong."""
-    try:
-        node = yaml.safe_load(_found(Path(path)).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"study: no file {str(path)!r}; those of the project are in configs/study"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: no YAML ({' '.join(str(error).split())})") from error
+    place = find(str(path), None, "study")
+    node = read(place)
     try:
         study = _made(Study, node, "")
         _check(study)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return study
-
-
-def _found(path: Path) -> Path:
-    """In the working directory, else among the project's own, like every configuration."""
-    return path if path.is_file() else PROJECT_ROOT / path
 
 
 T = TypeVar("T")
@@ -189,11 +185,19 @@ def _nested(cls: type, node: Any, place: str, named: bool) -> Any:
 
 def _check(study: Study) -> None:
     """Names that refer to nothing. Raises: ConfigError."""
+    slugs: dict[str, str] = {}
     for name, run in study.runs.items():
+        twin = slugs.setdefault(slug(name), name)
+        if twin != name:
+            raise ConfigError(f"runs: {twin!r} and {name!r} would share a folder; rename one of them")
+        for key in sorted(OWN.keys() & run.set.keys()):
+            raise ConfigError(f"runs.{name}.set.{key}: the study sets it itself; {OWN[key]}")
         if not run.config:
             raise ConfigError(f"runs.{name}.config: expected at least one file, got none")
         if not study.seeds_of(name):
             raise ConfigError(f"runs.{name}.seeds: expected at least one seed, got none")
+        if len({*study.seeds_of(name)}) < len(study.seeds_of(name)):
+            raise ConfigError(f"runs.{name}.seeds: expected different seeds, got {study.seeds_of(name)}")
         for other in run.needs:
             _known(other, study.runs, f"runs.{name}.set")
     _refuse_circles(study)
@@ -205,6 +209,8 @@ def _check(study: Study) -> None:
     for number, claim in enumerate(study.claims):
         _known(claim.first, study.runs, f"claims.{number}.first")
         _known(claim.second, study.runs, f"claims.{number}.second")
+        if claim.first == claim.second:
+            raise ConfigError(f"claims.{number}.second: expected another run than `first`, got the same")
         for label in claim.columns:
             _known(label, study.columns, f"claims.{number}.columns")
     for number, figure in enumerate(study.figures):

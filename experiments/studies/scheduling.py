@@ -1,8 +1,9 @@
 """Which command lines a study's runs are, in which folders, and what of them is done.
 
-A run's folder is `NAME_seedN-DIGEST` below the runs' folder; the digest is of what decides its weights and of
-its number of steps, so that two studies with the same run share it, and a run whose YAML has changed is
-another one. `done.json` in it says that training has ended, and by which evaluations it was judged.
+A run's folder is `NAME_seedN-DIGEST` below the runs' folder; the digest is of what decides its weights and
+when training ends, so that two studies with the same run share it, and a run whose training has changed is
+another one. `done.json` in it says that training has ended, and by which evaluation it was judged: another
+evaluation, or the same on files that hold something else, is asked for again.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from callbacks.run_folder.decisive import decisive
-from datamodules.contents import CONTENT
+from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT
+from callbacks.run_folder.decisive import decisive, filled, flat
+from datamodules.contents import CONTENT, fingerprints
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
+from experiments.config.errors import suggest
 from experiments.studies.archive import slug
 from experiments.studies.definition import REFERENCE, Study, StudyRun
 
 DONE = "done.json"
 DIGITS = 10
+ENDS = ("max_time", "min_steps", "min_epochs")
+"""Fields of the trainer by which a training ends, beside its steps."""
+STOPPING = ("EarlyStopping", "Timer")
+"""Lightning's callbacks that end one."""
+GCG = "gcg"
+"""The attack of a GCGEvaluation."""
 State = Literal["not begun", "begun", "to be judged", "done"]
 
 
@@ -40,15 +49,12 @@ class Job:
     test: tuple[str, ...]
     needs: tuple[tuple[str, int], ...]
     """Name and seed of the runs whose folders it reads."""
+    judged_by: str
+    """Digest of the evaluation that is wanted, and of the files that it names."""
 
     @property
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}"
-
-    @property
-    def judged_by(self) -> str:
-        """Digest of the evaluation that is wanted."""
-        return _digest([word for word in self.test if "default_root_dir" not in word])
 
     def state(self) -> State:
         done = self._done()
@@ -109,7 +115,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     run = study.runs[name]
     needs = tuple((other, _seed_of(study, other, seed)) for other in run.needs)
     folders = {own: earlier[own, number].folder for own, number in needs}
-    overrides = [(key, _filled(value, folders)) for key, value in run.set.items()]
+    overrides = [(key, _text(_filled(value, folders))) for key, value in run.set.items()]
     overrides.append(("seed_everything", str(seed)))
     config = compose(run.config, overrides)
     check(config, "fit" if run.trained else "test")
@@ -119,7 +125,9 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     more = [f"--config={file}" for file in (*study.test, *run.test)]
     test_words = [f"--config={file}" for file in run.config] + more
     test_words += [f"--{key}={value}" for key, value in overrides]
-    check(compose([*run.config, *study.test, *run.test], overrides), "test")
+    judging = compose([*run.config, *study.test, *run.test], overrides)
+    check(judging, "test")
+    _check_columns(study, judging)
     last = ["--ckpt_path=last"] if run.trained else []
     return Job(
         name=name,
@@ -128,6 +136,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
         fit=("fit", *words, place, "--ckpt_path=last") if run.trained else (),
         test=("test", *test_words, place, *last),
         needs=needs,
+        judged_by=_of_evaluation(judging, runs),
     )
 
 
@@ -137,24 +146,70 @@ def _seed_of(study: Study, other: str, seed: int) -> int:
     return seed if seed in seeds else seeds[0]
 
 
-def _filled(value: Any, folders: Mapping[str, Path]) -> str:
-    """An override's text, with the folders of other runs in it."""
+def _filled(value: Any, folders: Mapping[str, Path]) -> Any:
+    """A value of `set` with the folders of other runs in its texts."""
+    if isinstance(value, Mapping):
+        return {key: _filled(own, folders) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_filled(own, folders) for own in value]
     if isinstance(value, str):
         return REFERENCE.sub(lambda match: str(folders[match[1]]), value)
-    return json.dumps(value)
+    return value
+
+
+def _text(value: Any) -> str:
+    """As on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_columns(study: Study, config: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for a column of an attack that no evaluation of ours has: it would be missed only
+    after the training."""
+    suites = (config.get("trainer") or {}).get("callbacks") or []
+    if any(not str(own.get("class_path")).startswith("callbacks.") for own in suites):
+        return  # somebody's own evaluation may name attacks in its own way
+    arguments = [own.get("init_args") or {} for own in suites]
+    known = {attack for own in arguments for attack in own.get("attacks") or {}} | {
+        WORST_CASE,
+        WORST_CASE_TEXT,
+    }
+    known |= {GCG for own in suites if str(own["class_path"]).endswith("GCGEvaluation")}
+    for label, column in study.columns.items():
+        if column.attack and not column.optional and column.attack not in known:
+            raise ConfigError(
+                f"columns.{label}.attack: {column.attack!r} is in none of its evaluations"
+                f"{suggest(column.attack, known)}; add it to `test`, or make the column optional"
+            )
 
 
 def _of_weights(config: dict[str, Any], runs: Path, run: StudyRun) -> str:
+    """What decides the weights, and when training ends."""
+    trainer = config.get("trainer") or {}
+    ends = {name: trainer.get(name) for name in ENDS}
+    ends["callbacks"] = [
+        filled(own) for own in trainer.get("callbacks") or [] if own["class_path"].endswith(STOPPING)
+    ]
     fields = decisive(with_defaults(config))
-    # What another run will write is not there yet when this run is named; its folder's name says it.
-    own = {
+    return _digest({"trained": run.trained, "ends": ends, **_settled(fields, runs)})
+
+
+def _of_evaluation(config: dict[str, Any], runs: Path) -> str:
+    """All of its configuration but the folder, and what the named files hold."""
+    fields = flat("", filled(with_defaults(config)))
+    fields.pop(".trainer.default_root_dir", None)
+    return _digest(_settled({**fields, **fingerprints(fields)}, runs))
+
+
+def _settled(fields: Mapping[str, Any], runs: Path) -> dict[str, Any]:
+    """Without the content of what another run of the study will write: it is not there yet when this run is
+    named, and its folder's name says what it will be."""
+    return {
         key: value
         for key, value in fields.items()
         if not (
             key.endswith(f".{CONTENT}") and _below(str(fields.get(key.removesuffix(f".{CONTENT}"))), runs)
         )
     }
-    return _digest({"trained": run.trained, **own})
 
 
 def _below(path: str, folder: Path) -> bool:

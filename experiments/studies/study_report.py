@@ -35,6 +35,7 @@ def write_study(
     out: Path,
     optional: Mapping[str, tuple[str, ...]] | None = None,
     settings: Mapping[str, str] | None = None,
+    missing: Mapping[str, str] | None = None,
 ) -> str:
     """Write report.md, report.html, cells.csv, results.json, environment.json, figures and raw rows.
 
@@ -44,6 +45,7 @@ def write_study(
         out: folder that is written to.
         optional: columns that a run may lack, by its name.
         settings: what was chosen for a run, by its name, where a search chose it.
+        missing: runs of the study that are not among `runs`, and why.
 
     Returns: the Markdown report. Raises: ValueError without runs, or where a run lacks a column.
     """
@@ -60,7 +62,10 @@ def write_study(
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
     for stem, drawing in drawings.items():
         save(drawing, out / f"{stem}.svg")
-    tables = [cells(study, rows)] + ([replies(study, found)] if found else [])
+    tables = [cells(study, rows)] + ([replies(study, found, rows)] if study.claims else [])
+    if missing:
+        lost = [[Cell(name), Cell(reason)] for name, reason in missing.items()]
+        tables.append(Table("Not reported", ["run", "why"], lost))
     text = document(study, tables, {own.title: f"{stem}.svg" for stem, own in drawings.items()})
     (out / "report.md").write_text(text, encoding="utf-8")
     page = study_page(study.title, [study.about, INTERVALS], tables, drawings)
@@ -83,7 +88,7 @@ def verdicts_line(study: Study) -> str:
         return ""
     return (
         "The second run's value minus the first's, in points, with a 95 % interval (paired, with the exact "
-        "McNemar p, where both have one seed). "
+        "McNemar p, where both have one seed and the same examples). "
         f'"Equivalent" is said where all of the interval lies within {100 * study.margin:.0f} points, "not '
         'distinguishable" where it holds 0 and more than that. The last column is the smallest true '
         "difference that would have been found in four of five repetitions."
@@ -128,8 +133,8 @@ def _value(value: float) -> str:
     return f"{value:.4g}"
 
 
-def replies(study: Study, found: list[Answer]) -> Table:
-    """A row per question and column."""
+def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> Table:
+    """A row per question and column; one for a question whose runs are not there."""
     columns = ["question", "column", "first", "second", "difference", "says", "could have shown"]
     table = []
     for own in found:
@@ -138,7 +143,8 @@ def replies(study: Study, found: list[Answer]) -> Table:
             f"{scale * part:+.0f}" if own.is_rate else f"{part:+.3g}"
             for part in (own.difference.low, own.difference.value, own.difference.high)
         )
-        p = "" if own.p_value is None else f", {p_value(own.p_value)}"
+        p = "" if own.paired is None else f", {p_value(own.paired.p_value)} (n = {own.paired.n})"
+        unlike = "" if own.measured_alike else "; measured in different ways"
         sign = " %" if own.is_rate else ""
         table.append(
             [
@@ -147,10 +153,16 @@ def replies(study: Study, found: list[Answer]) -> Table:
                 Cell(f"{own.claim.first} {shown(own.first.value)}{sign}"),
                 Cell(f"{own.claim.second} {shown(own.second.value)}{sign}"),
                 Cell(f"{middle} [{low}, {high}]{p}", own.difference.value),
-                Cell(own.difference.verdict(study.margin if own.is_rate else 0.0)),
+                Cell(own.difference.verdict(study.margin if own.is_rate else 0.0) + unlike),
                 Cell(f"{scale * own.difference.detectable:.3g}{unit}", own.difference.detectable),
             ]
         )
+    for claim in study.claims:
+        lost = [name for name in (claim.first, claim.second) if name not in rows]
+        if lost:
+            says = f"not answered: no {' and no '.join(lost)}"
+            asked = claim.question, ", ".join(claim.columns), claim.first, claim.second
+            table.append([*map(Cell, (*asked, MISSING, says, MISSING))])
     return Table("Questions", columns, table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from callbacks.report.markdown import table_text
 from datamodules.results import ResultsStore
 from experiments.config.compose import compose
 from experiments.studies import methods
-from experiments.studies.archive import archived
+from experiments.studies.archive import archive, archived
 from experiments.studies.comparison import Compared, answers
 from experiments.studies.comparison import read as compared
+from experiments.studies.definition import Claim, Column
 from experiments.studies.methods import RATES as LEARNING_RATES
 from experiments.studies.methods import VARIANTS, Setting, Study
 from experiments.studies.methods_search import (
@@ -78,7 +80,7 @@ def table(rows: Mapping[str, Compared]) -> str:
 
 def claims(rows: Mapping[str, Compared]) -> str:
     study = comparison([*rows], [0, 1], {})
-    return table_text(replies(study, answers(rows, CLAIMS, RATES)))
+    return table_text(replies(study, answers(rows, CLAIMS, RATES), rows))
 
 
 def test_seeds_become_one_rate_with_its_interval_and_both_seeds_are_shown(tmp_path: Path) -> None:
@@ -99,7 +101,68 @@ def test_claims_are_differences_with_what_could_have_been_seen(tmp_path: Path) -
     # 50 of 50 against 50 of 50 is no proof that they are alike within five points.
     assert "| +0 [-7, +7] | not distinguishable |" in same
     assert "points |" in same
-    assert not any("CAPO" in line for line in lines)
+    # A question whose runs are not there is told as such.
+    assert {line.split(" | ")[5] for line in lines if "CAPO" in line} >= {"not answered: no capo"}
+    assert all("| not answered: no " in line for line in lines if "CAPO" in line)
+
+
+def told(folder: Path, outcome: list[bool], settings: str = "s", first: int = 0) -> dict[int, Path]:
+    """A run with one seed and one rate."""
+    plan = measurement("exact_match", stage="test", step=60, subject="utility", n=len(outcome))
+    plan.settings = settings
+    store = ResultsStore(folder)
+    store.announce([plan])
+    store.add(row(str(first + i), plan, yes) for i, yes in enumerate(outcome))
+    return {0: folder}
+
+
+UTILITY = {"utility": Column("exact_match", "utility")}
+
+
+def test_one_seed_each_is_compared_pair_by_pair_where_the_examples_are_the_same(tmp_path: Path) -> None:
+    rows = compared(
+        {
+            "a": told(tmp_path / "a", [True] * 30 + [False] * 10),
+            "b": told(tmp_path / "b", [True] * 40),
+            "others": told(tmp_path / "c", [True] * 40, first=36),
+            "otherwise": told(tmp_path / "d", [True] * 40, settings="longer replies"),
+        },
+        UTILITY,
+    )
+    claims = [Claim("q", "a", other, ["utility"]) for other in ("b", "others", "otherwise")]
+    paired, apart, unlike = answers(rows, claims, UTILITY)
+    assert paired.paired is not None and (paired.paired.n, paired.paired.gained) == (40, 10)
+    assert paired.difference.low > 0 and paired.measured_alike
+    half = max(paired.difference.high - 0.25, 0.25 - paired.difference.low)
+    assert paired.difference.detectable == pytest.approx(half * (1.959964 + 0.841621) / 1.959964, rel=1e-5)
+    # Four shared examples of forty are not told as the difference of the two rates.
+    assert apart.paired is None and apart.difference.value == pytest.approx(0.25)
+    assert not unlike.measured_alike
+
+
+def test_a_perplexity_is_a_column(tmp_path: Path) -> None:
+    plan = measurement("token_perplexity", stage="test", step=60, subject="utility", n=3, block="text")
+    plan.judge = "sliding_window@context=8,stride=4"
+    store = ResultsStore(tmp_path)
+    store.announce([plan])
+    counts = {"tokens": 4, "words": 2, "bytes": 8}
+    store.add(
+        plan.row(f"w{i}", "", "", verdicts={plan.judge: {"verdict": None, "score": 4.0}}, counts=counts)
+        for i in range(3)
+    )
+    columns = {"per word": Column("word_perplexity", "utility", block="text")}
+    cell = compared({"a": {0: tmp_path}}, columns)["a"].means["per word"]
+    # 4 nats on 2 words of every window.
+    assert cell.value == pytest.approx(math.e**2)
+
+
+def test_names_that_an_earlier_archive_had_are_gone(tmp_path: Path) -> None:
+    out, old = tmp_path / "out", finished(tmp_path / "old", "test", GOOD, passes=5000.0)
+    archive({"cat": {0: old}}, out)
+    new = finished(tmp_path / "new", "test", GOOD)
+    (new / "cost.json").unlink()
+    (copy,) = archive({"cat": {0: new}}, out)["cat"].values()
+    assert not (copy / "cost.json").exists()
 
 
 def test_a_setting_that_gives_up_the_model_is_not_chosen_for_its_robustness(tmp_path: Path) -> None:

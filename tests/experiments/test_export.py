@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from callbacks.evaluations.refusal import RefusalEvaluation
 from callbacks.evaluations.schedule import Schedule
 from callbacks.report.model_card import licence, model_card
-from callbacks.run_folder.export import ExportModel, save_model
+from callbacks.run_folder.export import ExportModel, is_export, refuse_foreign, save_model
 from callbacks.run_folder.folder import RunError
+from datamodules.results import ResultsStore
 from lightning_modules.models.loading import LoraSettings, ModelConfig, load_seeded
 from lightning_modules.models.merging import merged_copy
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_model
+from tests.support.rows import measurement, row
 from tests.support.small_run import evaluated, small_config
 from tests.support.training import data, module, trainer
 
@@ -301,3 +303,29 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     assert main(["fit", "--config", str(small_config(folder)), "--model.base.lora=null"]) == 0
     return folder / "run"
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    """A base model's folder looks like an export, and the adapters may need it."""
+    model = tmp_path / "model"
+    tiny_model().save_pretrained(model)
+    assert not is_export(model)
+    with pytest.raises(
+        RunError, match="model is no earlier export .* would be replaced; name another folder"
+    ):
+        refuse_foreign(model, tmp_path / "run", "--folder")
+    (model / "README.md").write_text("---\ntags: [thundercat]\n---\n")
+    assert is_export(model)
+    refuse_foreign(model, tmp_path / "run", "--folder")
+
+
+def test_a_card_tells_only_of_its_own_weights(tmp_path: Path) -> None:
+    plan = measurement("exact_match", stage="test", step=0, subject="utility", model="other")
+    store = ResultsStore(tmp_path)
+    store.announce([plan])
+    store.add([row("a", plan, True)])
+    assert "utility: exact match" in model_card(tmp_path, 0, "whole", weights="other")
+    card = model_card(tmp_path, 0, "whole", weights="own")
+    assert "utility: exact match" not in card and "Not evaluated: " in card
+    assert "as it was before training; by Thundercat" in card
+    assert "refuse harmful requests under the attack" not in card

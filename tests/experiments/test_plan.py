@@ -18,7 +18,7 @@ from datamodules.batch import TrainingBatch
 from experiments.commands.plan import in_bytes, largest_rows
 from experiments.config.errors import ConfigError
 from experiments.planning.memory import ADAPTERS, ATTACK, GRADIENTS, MERGED, OPTIMISER, WEIGHTS
-from experiments.planning.rows import full_rows, positions
+from experiments.planning.rows import full_rows
 from experiments.planning.shapes_only import ShapesOnly, UnknownValue, built_without_weights, without_weights
 from experiments.planning.step import calm, count_step, fit
 from lightning_modules.adversarial import AdversarialFineTuning
@@ -220,8 +220,3 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="--device-memory: expected a size like"):
         in_bytes(text)
-
-
-def test_positions_count_padding() -> None:
-    batch = TrainingBatch(ragged_batch(size=2, prompt=9, harmful=5, safe=7), utility(size=3, length=10))
-    assert positions(batch) == 2 * (9 + 5 + 7) + 3 * 10

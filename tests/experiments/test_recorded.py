@@ -48,7 +48,7 @@ def test_the_comparison_of_methods_can_be_computed_again_from_its_rows() -> None
     rows = read(archived(METHODS, recorded), study.columns, OPTIONAL)
     assert json.loads(json.dumps(exported(rows, chosen))) == recorded
     report = (METHODS / "report.md").read_text(encoding="utf-8")
-    for table in (cells(study, rows), replies(study, answers(rows, study.claims, study.columns))):
+    for table in (cells(study, rows), replies(study, answers(rows, study.claims, study.columns), rows)):
         assert len(table.rows) > 5
         assert table_text(table) in report
 

@@ -61,7 +61,19 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
             {"figures": [{"x": "utility", "y": "robust"}]},
             "figures.0.y: expected one of utility, got 'robust'",
         ),
-        ({"margin": 0}, "margin: expected a number > 0, got 0"),
+        ({"margin": 0}, "margin: expected a number within"),
+        ({"margin": 5}, "margin: expected a number within"),
+        ({"seeds": [0, 0]}, "runs.a.seeds: expected different seeds"),
+        ({"runs": {"a": {"config": CAT, "set": {"ckpt_path": "x"}}}}, "runs.a.set.ckpt_path: .* by itself"),
+        ({"runs": {"a": {"config": CAT, "set": {"seed_everything": 7}}}}, "seed_everything: .* use `seeds`"),
+        (
+            {"runs": {"a, b": {"config": CAT}, "a_b": {"config": CAT, "set": {"trainer.max_steps": 1}}}},
+            "runs: 'a, b' and 'a_b' would share a folder; rename one of them",
+        ),
+        (
+            {"claims": [{"question": "q", "first": "a", "second": "a", "columns": ["utility"]}]},
+            "claims.0.second: expected another run than `first`",
+        ),
         ({"seeds": 3}, "seeds: expected a list of .* got 3"),
         ({"titel": "x"}, "titel: unknown field, did you mean 'title'"),
     ],
@@ -102,6 +114,57 @@ def test_an_impossible_run_fails_before_the_first(in_root: Path, tmp_path: Path)
         jobs_of(read(tmp_path, {"good": runs["good"]}, test=["configs/data/none.yaml"]), tmp_path)
 
 
+def test_a_doubled_name_is_said(tmp_path: Path) -> None:
+    path = given(tmp_path / "study.yaml", {"a": {"config": CAT}})
+    path.write_text(path.read_text().replace("runs:\n", "runs:\n  a: {config: [x.yaml]}\n"))
+    with pytest.raises(ConfigError, match=r"study\.yaml:\d+: .*'a'"):
+        load_study(path)
+
+
+def test_a_column_that_no_evaluation_measures_fails_before_the_training(
+    in_root: Path, tmp_path: Path
+) -> None:
+    columns = {"e": {"quantity": "success_rate", "subject": "harmful", "attack": "embeding"}}
+    with pytest.raises(ConfigError, match=r"columns\.e\.attack: 'embeding' .* did you mean 'embedding"):
+        jobs_of(read(tmp_path, {"cat": {"config": CAT}}, columns=columns), tmp_path)
+    columns["e"]["optional"] = True  # type: ignore[assignment]
+    assert jobs_of(read(tmp_path, {"cat": {"config": CAT}}, columns=columns), tmp_path)
+
+
+def test_another_evaluation_is_asked_for_again(in_root: Path, tmp_path: Path) -> None:
+    """By what its files say, not by their names; and by what the files that these name hold."""
+    evaluation, prompts = tmp_path / "evaluation.yaml", tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    source = {
+        "class_path": "datamodules.sources.tables.ChatTable",
+        "init_args": {"path": str(prompts), "format": "lines"},
+    }
+    content = {"data": {"init_args": {"evaluation": {"harmless": [source]}}}}
+    evaluation.write_text(yaml.safe_dump(content))
+
+    def wanted() -> Job:
+        (own,) = jobs_of(read(tmp_path, {"cat": {"config": CAT}}, test=[str(evaluation)]), tmp_path / "runs")
+        return own
+
+    first = wanted()
+    first.folder.mkdir(parents=True)
+    first.finish("fit")
+    first.finish("test")
+    assert wanted().state() == "done"
+    prompts.write_text("b\n")
+    assert wanted().state() == "to be judged"
+    wanted().finish("test")
+    content["data"]["init_args"]["evaluation"]["batch_size"] = 3  # type: ignore[assignment]
+    evaluation.write_text(yaml.safe_dump(content))
+    assert wanted().state() == "to be judged"
+
+
+def test_a_training_that_ends_earlier_is_another(in_root: Path, tmp_path: Path) -> None:
+    runs = {"cat": {"config": CAT}, "short": {"config": CAT, "set": {"trainer.max_time": "00:00:00:02"}}}
+    one, other = jobs_of(read(tmp_path, runs), tmp_path)
+    assert one.folder.name.rpartition("-")[2] != other.folder.name.rpartition("-")[2]
+
+
 def test_a_run_that_is_needed_comes_first_and_its_folder_is_filled_in(in_root: Path, tmp_path: Path) -> None:
     transfer = [*CAT, "configs/evaluation/transfer.yaml"]
     runs = {
@@ -130,7 +193,7 @@ if command in words:
 
 
 def job(name: str, *words: str, needs: tuple[tuple[str, int], ...] = ()) -> Job:
-    return Job(name, 0, Path(name), ("fit", name, *words), ("test", name, *words), needs)
+    return Job(name, 0, Path(name), ("fit", name, *words), ("test", name, *words), needs, " ".join(words))
 
 
 @pytest.fixture
@@ -183,7 +246,7 @@ def test_a_signal_ends_the_runs_and_the_study(number: signal.Signals, program: t
         "from experiments.commands.study import Runner\n"
         "from experiments.studies.scheduling import Job\n"
         "from callbacks.run_folder.stopping import Stopped\n"
-        f"own = Job('a', 0, Path('a'), ('fit', 'a', 'slow'), ('test', 'a'), ())\n"
+        f"own = Job('a', 0, Path('a'), ('fit', 'a', 'slow'), ('test', 'a'), (), '')\n"
         f"try:\n    Runner([own], 1, {program!r}).run()\n"
         "except Stopped as stop:\n    print('stopped', stop)\n"
     )
@@ -234,7 +297,8 @@ def test_a_study_trains_judges_and_reports(
     out = tmp_path / "runs" / "one_step"
     text = (out / "report.md").read_text()
     assert "| base |" in text and "| cat |" in text
-    assert "| Does a step matter? | utility | base " in text and ", p = " in text
+    assert "| Does a step matter? | utility | base " in text and ", p = 1.000 (n = 4)" in text
+    assert "measured in different ways" not in text
     assert (out / "cells.csv").read_text().splitlines()[1].startswith("base,utility,rate,")
     assert {own["setting"] for own in json.loads((out / "results.json").read_text())["runs"].values()} == {
         None
@@ -243,9 +307,18 @@ def test_a_study_trains_judges_and_reports(
     capsys.readouterr()
     study(StudyCall(str(path), runs=str(tmp_path / "runs"), dry_run=True))
     assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["done", "done"]
+    # What cannot be read is named, and keeps nothing else from being told.
+    (cat,) = (tmp_path / "runs").glob("cat_*")
+    (cat / "rows" / "measurements.jsonl").unlink()
+    assert study(StudyCall(str(path), runs=str(tmp_path / "runs"), report_only=True)) == 0
+    text = (out / "report.md").read_text()
+    assert "## Not reported" in text and "| cat | " in text
+    assert "not answered: no cat" in text
+    assert "thundercat: not reported: cat (" in capsys.readouterr().err
+    assert study(StudyCall(str(path), runs=str(tmp_path / "none"), report_only=True)) == 1
     with pytest.raises(ConfigError, match="--only: expected runs of the study"):
         study(StudyCall(str(path), only=["dog"]))
     with pytest.raises(ConfigError, match="--workers: expected at least 1, got 0"):
         study(StudyCall(str(path), workers=0))
-    with pytest.raises(ConfigError, match="no file 'none.yaml'; those of the project are in configs/study"):
+    with pytest.raises(ConfigError, match="study: no file 'none.yaml'; the project's own are below"):
         study(StudyCall("none.yaml"))
