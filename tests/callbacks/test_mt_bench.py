@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from callbacks.report.results import Snapshot
 from callbacks.report.tables import grade_groups, judges, means, rates, warnings
 from callbacks.report.tables_beside import grades
 from datamodules.results import Measurement, ResultsStore, Row, read_rows
-from datamodules.sources.conversations import MTBenchFiles, prompt_name
 from experiments.commands.run import instantiate
 from experiments.config.check import check
 from experiments.config.compose import compose
@@ -33,10 +31,9 @@ from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import GREEDY, Decoding, Request
 from tests.conftest import chat_model
 from tests.support.judge_server import Answer, JudgeServer, serving
+from tests.support.mt_bench_files import CATEGORIES, files
 from tests.support.rows import measurement, row
 from tests.support.suspicious import corpus, measured
-
-CATEGORIES = {"81": "writing", "101": "math", "111": "coding"}
 
 
 @pytest.fixture(autouse=True)
@@ -44,40 +41,6 @@ def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(chat, "FIRST_PAUSE", 0.01)
-
-
-def lines(path: Path, records: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
-def files(folder: Path, **changed: list[dict[str, Any]]) -> MTBenchFiles:
-    """Three questions, two of them with references, and short prompts in the authors' layout."""
-    folder.mkdir(exist_ok=True)
-    questions = [
-        {"question_id": int(key), "category": name, "turns": [f"ask {key} first", f"ask {key} second"]}
-        for key, name in CATEGORIES.items()
-    ]
-    references = [
-        {"question_id": int(key), "choices": [{"turns": [f"right {key} first", f"right {key} second"]}]}
-        for key, name in CATEGORIES.items()
-        if name != "writing"
-    ]
-    one, two = (
-        "GRADE {question} SAID {answer}",
-        "GRADE {question_1} {question_2} SAID {answer_1} | {answer_2}",
-    )
-    prompts = [
-        {"name": prompt_name(turn, math), "system_prompt": f"system {turn}", "prompt_template": text}
-        for turn, math, text in (
-            (0, False, one),
-            (0, True, f"{one} RIGHT {{ref_answer_1}}"),
-            (1, False, two),
-            (1, True, f"{two} RIGHT {{ref_answer_1}} {{ref_answer_2}}"),
-        )
-    ]
-    given = {"questions": questions, "references": references, "prompts": prompts} | changed
-    return MTBenchFiles(**{name: lines(folder / f"{name}.jsonl", own) for name, own in given.items()})
 
 
 class Echo(LanguageModel):
@@ -453,46 +416,6 @@ def test_a_real_model_replies_to_both_turns(tmp_path: Path) -> None:
         found = measured(tmp_path / "run", chat_model(), corpus(), evaluation)
     assert found.complete and len(read_rows(tmp_path / "run")) == 6
     assert not math.isnan(found.measures[next(iter(found.measures))].estimate.value)
-
-
-# --- files
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"questions": []}, r"questions\.jsonl: expected questions, got an empty file"),
-        (
-            {"questions": [{"question_id": 1, "category": "x", "turns": ["one"]}]},
-            r"questions\.jsonl:1: expected two texts as turns, got \['one'\]",
-        ),
-        ({"questions": [{"question_id": 1, "turns": ["a", "b"]}]}, "expected question_id and category"),
-        (
-            {"questions": [{"question_id": 1, "category": "x", "turns": ["a", "b"]}] * 2},
-            r"questions\.jsonl:2: the id '1' is that of .*questions\.jsonl:1 too",
-        ),
-        ({"references": []}, r"questions\.jsonl:2: the math question '101' has no reference answer"),
-        (
-            {"references": [{"question_id": 101, "choices": []}]},
-            r"references\.jsonl:1: expected two texts as choices\[0\]\.turns",
-        ),
-    ],
-)
-def test_what_is_no_question_is_named(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        files(tmp_path, **changed).conversations()
-
-
-def test_a_prompt_that_is_missing_or_asks_for_more_is_named(tmp_path: Path) -> None:
-    one = {"name": "single-v1", "system_prompt": "s", "prompt_template": "{question} {unknown}"}
-    with pytest.raises(ValueError, match=r"expected a prompt 'single-math-v1', got \['single-v1'\]"):
-        files(tmp_path, prompts=[one]).grading_prompts()
-    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: expected the texts name"):
-        files(tmp_path, prompts=[{"name": "single-v1"}]).grading_prompts()
-    every = [one | {"name": prompt_name(turn, math)} for turn in (0, 1) for math in (False, True)]
-    prompt = files(tmp_path, prompts=every).grading_prompts()["single-v1"]
-    with pytest.raises(ValueError, match=r"single-v1: expected values .* none for \['unknown'\]"):
-        prompt.filled({"question": "q"})
 
 
 def test_the_published_files(in_root: Path, public_data: Path) -> None:
