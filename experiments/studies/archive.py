@@ -21,6 +21,9 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
     for name, folders in runs.items():
         for seed, folder in folders.items():
             target = _place(out, name) / f"seed{seed}"
+            copies.setdefault(name, {})[seed] = target
+            if folder == target:  # of an earlier call
+                continue
             # What an earlier run of this name had and this one has not must not stay beside it.
             shutil.rmtree(target, ignore_errors=True)
             (target / ROWS).mkdir(parents=True)
@@ -32,7 +35,6 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
                 # Without a time in it: the same rows are the same file.
                 content = gzip.compress(path.read_bytes(), mtime=0)
                 (target / ROWS / f"{path.name}.gz").write_bytes(content)
-            copies.setdefault(name, {})[seed] = target
     return copies
 
 

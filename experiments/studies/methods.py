@@ -7,6 +7,7 @@ closer to the reference: five trainings for every method.
 python -m experiments.studies.methods --out experiments/results/methods_cpu_202611
 
 Every run is a run folder of its own; finished ones are kept, and a killed comparison goes on where it stood.
+Methods that `--out` already holds are taken from there, rows and all: another machine goes on with the rest.
 `--report_only` draws the tables from what is there.
 """
 
@@ -17,16 +18,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from tqdm.auto import tqdm
 
-from experiments.studies.archive import slug
+from experiments.studies.archive import archived, slug
 from experiments.studies.methods_search import (
     BASE,
     NO_DEFENCE,
@@ -41,6 +42,7 @@ TEST = "configs/data/tinychat_test.yaml"
 TRANSFER = "configs/evaluation/transfer.yaml"
 RED_TEAM = "configs/experiment/red_team_tinychat.yaml"
 NO_ATTACK, ONE_STEP = "--config=configs/attack/none.yaml", "--config=configs/attack/one_step.yaml"
+SEARCH, RESULTS = "search.json", "results.json"
 RATES = ("2e-4", "6e-4", "1.5e-3")
 """Learning rates that the search of every method tries, each for all the steps and with one seed."""
 SEARCH_SEED = 100
@@ -134,12 +136,14 @@ class Study:
         steps: optimiser steps of every run.
         seeds: seeds of the runs that are judged on test.
         overrides: fields of every run, as on the command line, for a short trial of the study itself.
+        recorded: what an earlier call has judged, by name and seed: it is neither trained nor judged again.
     """
 
     runs: Path
     steps: int
     seeds: tuple[int, ...]
     overrides: tuple[str, ...] = ()
+    recorded: Mapping[str, dict[int, Path]] = field(default_factory=dict)
 
     def folder(self, name: str, what: str) -> Path:
         return self.runs / slug(name) / what
@@ -156,6 +160,8 @@ class Study:
 
     def judged(self, name: str) -> dict[int, Path]:
         """The run folders that are judged on test, by seed; what is not trained has one."""
+        if name in self.recorded:
+            return self.recorded[name]
         if name == NO_DEFENCE:
             return {seed: self.folder(name, f"seed{seed}") for seed in self.seeds[:1]}
         # A search that goes on may choose otherwise: what an earlier choice trained is not taken for this.
@@ -181,6 +187,8 @@ class Study:
 
     def finished(self, name: str) -> dict[int, Path] | None:
         """The judged folders where all of a method's runs are there, else None."""
+        if name in self.recorded:
+            return self.recorded[name]
         if name != NO_DEFENCE:
             rates = [Setting(rate) for rate in RATES]
             if not all(self._tried(name, own) for own in rates):
@@ -272,25 +280,61 @@ def main() -> None:
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="fields of every run, for a trial")
     add("--report_only", action="store_true", help="run nothing")
     call = parser.parse_args()
-    study = Study(call.runs, call.steps, tuple(call.seeds), tuple(f"--{own}" for own in call.override))
+    seeds, overrides = tuple(call.seeds), tuple(f"--{own}" for own in call.override)
+    before = recorded(call.out, seeds, call.steps)
+    if before and overrides:
+        parser.error(f"--override: {call.out} holds a whole comparison; name another --out for a trial")
+    study = Study(call.runs, call.steps, seeds, overrides, before)
+    missing = [name for name in (NO_DEFENCE, *call.methods) if name not in before]
     if not call.report_only:
-        if "red team replay" in call.methods:
-            study.red_team()
-        # Method by method, so that a comparison that is cut short has whole methods in it.
-        for name in (NO_DEFENCE, *call.methods):
-            if name != NO_DEFENCE:
-                rates = [Setting(rate) for rate in RATES]
-                work(study.search(name, rates), call.workers, f"{name}: learning rate")
-                work(study.search(name, study.tries(name)), call.workers, f"{name}: strength, tie")
-            work(study.final(name), call.workers, f"{name}: seeds")
-    found = {name: study.finished(name) for name in (NO_DEFENCE, *call.methods)}
+        run(study, missing, call.workers)
+    report(study, [NO_DEFENCE, *(name for name in VARIANTS if name in (*before, *call.methods))], call.out)
+
+
+def recorded(out: Path, seeds: Sequence[int], steps: int) -> dict[str, dict[int, Path]]:
+    """What a comparison's folder holds, by name and seed. Raises: SystemExit where it is of other seeds or
+    steps."""
+    path = out / RESULTS
+    if not path.is_file():
+        return {}
+    found = archived(out, json.loads(path.read_text(encoding="utf-8"))["runs"])
+    for name, folders in found.items():
+        costs = [folder / "cost.json" for folder in folders.values() if name != NO_DEFENCE]
+        taken = {json.loads(own.read_text(encoding="utf-8"))["steps"] for own in costs}
+        wanted = tuple(seeds[:1] if name == NO_DEFENCE else seeds)
+        if tuple(folders) != wanted or taken - {steps}:
+            sys.exit(f"{out}: {name} has seeds {(*folders,)} and steps {taken}; name another --out")
+    return found
+
+
+def run(study: Study, names: Sequence[str], workers: int) -> None:
+    """Method by method, so that a comparison that is cut short has whole methods in it."""
+    if "red team replay" in names:
+        study.red_team()
+    for name in names:
+        if name != NO_DEFENCE:
+            rates = [Setting(rate) for rate in RATES]
+            work(study.search(name, rates), workers, f"{name}: learning rate")
+            work(study.search(name, study.tries(name)), workers, f"{name}: strength, tie")
+        work(study.final(name), workers, f"{name}: seeds")
+
+
+def report(study: Study, names: Sequence[str], out: Path) -> None:
+    """Write and print what the finished methods reached, and what their searches did."""
+    found = {name: study.finished(name) for name in names}
     done = {name: folders for name, folders in found.items() if folders is not None}
     trained = [name for name in done if name != NO_DEFENCE]
-    chosen = {name: str(study.chosen(name)) for name in trained}
-    searched = {name: {str(own): study.searched(name, own) for own in study.tries(name)} for name in trained}
-    call.out.mkdir(parents=True, exist_ok=True)
-    (call.out / "search.json").write_text(json.dumps(search_table(searched, chosen), indent=1) + "\n")
-    print(write_study(comparison([*done], call.seeds, chosen), done, call.out, OPTIONAL, chosen))
+    new = [name for name in trained if name not in study.recorded]
+    chosen = {name: str(study.chosen(name)) for name in new}
+    searched = {name: {str(own): study.searched(name, own) for own in study.tries(name)} for name in new}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / SEARCH
+    table = json.loads(path.read_text(encoding="utf-8")) if study.recorded else {}
+    table |= search_table(searched, chosen)
+    table = {name: table[name] for name in trained}
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    settings = {name: own["chosen"] for name, own in table.items()}
+    print(write_study(comparison([*done], study.seeds, settings), done, out, OPTIONAL, settings))
 
 
 if __name__ == "__main__":

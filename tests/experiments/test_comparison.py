@@ -39,7 +39,7 @@ GOOD = {"refuses": 1.0, "utility": 1.0, "utility, embedding": 1.0, "utility, ada
 
 
 def finished(
-    folder: Path, stage: str, rates: Mapping[str, float], n: int = 50, passes: float = 100.0
+    folder: Path, stage: str, rates: Mapping[str, float], n: int = 50, passes: float = 100.0, steps: int = 60
 ) -> Path:
     """A run folder with every rate as told, else 0."""
     store = ResultsStore(folder)
@@ -49,7 +49,7 @@ def finished(
         plan = measurement(metric.quantity, **of)  # type: ignore[arg-type]
         store.announce([plan])
         store.add(row(str(i), plan, i < n * rates.get(label, 0.0)) for i in range(n))
-    (folder / "cost.json").write_text(json.dumps({"passes": passes, "seconds": 2.0}))
+    (folder / "cost.json").write_text(json.dumps({"steps": steps, "passes": passes, "seconds": 2.0}))
     facts = {"git": {"revision": "abc", "modified": folder.name.endswith("1")}}
     (folder / f"{stage}_environment.json").write_text(json.dumps(facts))
     return folder
@@ -260,6 +260,50 @@ def test_a_choice_that_changes_does_not_take_over_what_was_judged(tmp_path: Path
     judged.mkdir(parents=True)
     (judged / "test_results.json").write_text("{}")
     assert study.finished("cat") == {0: judged}
+
+
+def test_what_is_recorded_is_neither_trained_nor_judged_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another machine goes on with the methods that a comparison's folder lacks."""
+    out, runs = tmp_path / "out", tmp_path / "runs"
+
+    def call(where: Path, *words: str) -> None:
+        fixed = ["methods", "--out", str(out), "--runs", str(where), "--seeds", "0", "--steps", "7"]
+        monkeypatch.setattr("sys.argv", [*fixed, *words])
+        methods.main()
+
+    def made(where: Path, name: str) -> None:
+        study = Study(where, 7, (0,))
+        for rate in LEARNING_RATES:
+            for own in (Setting(rate), Setting(rate, "stronger"), Setting(rate, "tied")):
+                finished(study.searched(name, own), "fit", GOOD)
+                (study.searched(name, own) / "results.json").write_text("{}")
+        judge(study.judged(name)[0])
+
+    def judge(folder: Path) -> None:
+        finished(folder, "test", dict.fromkeys(RATES, 0.5), steps=7)
+        (folder / "test_results.json").write_text("{}")
+
+    judge(Study(runs, 7, (0,)).judged(NO_DEFENCE)[0])
+    made(runs, "cat")
+    call(runs, "--methods", "cat", "--report_only")
+    first = {path: path.read_bytes() for path in out.rglob("*.gz")}
+    # Elsewhere: nothing of the first machine's runs is there.
+    jobs: list[str] = []
+    monkeypatch.setattr(methods, "work", lambda own, workers, title: jobs.append(title))
+    made(tmp_path / "elsewhere", "capo")
+    call(tmp_path / "elsewhere", "--methods", "cat", "capo")
+    assert {own.partition(":")[0] for own in jobs} == {"capo"}
+    report = (out / "report.md").read_text()
+    assert all(f"| {name} |" in report for name in (NO_DEFENCE, "cat", "capo"))
+    assert list(json.loads((out / "search.json").read_text())) == ["cat", "capo"]
+    assert {path: path.read_bytes() for path in first} == first
+    with pytest.raises(SystemExit, match=r"out: cat has seeds \(0,\) and steps \{7\}; name another --out"):
+        call(runs, "--steps", "8")
+    with pytest.raises(SystemExit):
+        call(runs, "--override", "data.bucket_window=2")
+    assert "name another --out for a trial" in capsys.readouterr().err
 
 
 def parts(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
