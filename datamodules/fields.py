@@ -17,6 +17,7 @@ import inspect
 import math
 import types
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -33,6 +34,7 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 """A part of a whole, not all of it."""
 
 C = TypeVar("C", bound=type)
+Test = Callable[[Any], bool]
 
 
 def checked(cls: C) -> C:
@@ -97,7 +99,8 @@ def problem(value: Any, hint: Any) -> str | None:
     Only what is plain is checked: numbers, texts, booleans, None, literals, and lists, tuples and mappings of
     them.
     """
-    if not is_plain(hint) or any(_fits(value, option) for option in options(hint)):
+    test = fitting(hint)
+    if test is None or test(value):
         return None
     inner = _inner_problem(value, hint)
     return inner or f"expected {describe(hint)}, got {value!r}"
@@ -110,15 +113,17 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 def is_plain(hint: Any) -> bool:
     """Whether values of this type are checked by `problem`."""
-    for option in options(hint):
-        base, _ = _bounds(option)
-        origin = typing.get_origin(base)
-        if origin in (list, tuple, dict):
-            if not all(is_plain(item) for item in typing.get_args(base) if item is not Ellipsis):
-                return False
-        elif origin is not Literal and base not in (int, float, str, bool, type(None)):
-            return False
-    return True
+    return fitting(hint) is not None
+
+
+def fitting(hint: Any) -> Test | None:
+    """Whether a value fits an annotation, as a function for who asks of many values; None where it is not
+    plain."""
+    tests = [_fitting_one(option) for option in options(hint)]
+    plain = [test for test in tests if test is not None]
+    if len(plain) < len(tests):
+        return None
+    return plain[0] if len(plain) == 1 else lambda value: any(test(value) for test in plain)
 
 
 def describe(hint: Any) -> str:
@@ -133,28 +138,51 @@ def _bounds(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return hint, ()
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fitting_one(hint: Any) -> Test | None:
     base, bounds = _bounds(hint)
     origin = typing.get_origin(base)
     if origin is Literal:
-        return any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(base))
-    if origin is dict:
-        key, item = typing.get_args(base)
-        return isinstance(value, dict) and all(
-            problem(k, key) is None and problem(v, item) is None for k, v in value.items()
-        )
-    if origin in (list, tuple):
-        items = [item for item in typing.get_args(base) if item is not Ellipsis]
-        fixed = origin is tuple and Ellipsis not in typing.get_args(base)
-        if not isinstance(value, list | tuple) or (fixed and len(value) != len(items)):
-            return False
-        return all(problem(v, items[i if fixed else 0]) is None for i, v in enumerate(value))
+        # The type belongs to it: True is no 1.
+        allowed = {(type(own), own) for own in typing.get_args(base)}
+        kinds = {kind for kind, _ in allowed}
+        return lambda value: type(value) in kinds and (type(value), value) in allowed
+    if origin in (list, tuple, dict):
+        args = typing.get_args(base)
+        tests = [fitting(item) for item in args if item is not Ellipsis]
+        items = [test for test in tests if test is not None]
+        if len(items) < len(tests):
+            return None
+        if origin is dict:
+            return _mapping(*items)
+        return _fixed(items) if origin is tuple and Ellipsis not in args else _repeated(*items)
     if base in (int, float):
-        kinds = int if base is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        return _number(int if base is int else (int, float), bounds)
+    return (lambda value: isinstance(value, base)) if base in (str, bool, type(None)) else None
+
+
+def _mapping(key: Test, item: Test) -> Test:
+    return lambda value: isinstance(value, dict) and all(key(k) and item(v) for k, v in value.items())
+
+
+def _repeated(item: Test) -> Test:
+    return lambda value: isinstance(value, list | tuple) and all(map(item, value))
+
+
+def _fixed(items: list[Test]) -> Test:
+    return lambda value: (
+        isinstance(value, list | tuple)
+        and len(value) == len(items)
+        and all(item(own) for item, own in zip(items, value, strict=True))
+    )
+
+
+def _number(kinds: Any, bounds: tuple[Any, ...]) -> Test:
+    def test(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, kinds):
             return False
-        return all(_within(value, bound) for bound in bounds)
-    return isinstance(value, base)
+        return (isinstance(value, int) or math.isfinite(value)) and all(_within(value, own) for own in bounds)
+
+    return test
 
 
 def _within(value: Any, bound: Any) -> bool:
