@@ -6,6 +6,7 @@ mathematics, can be searched and read aloud, and takes the colour of the page ar
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import textwrap
@@ -112,6 +113,7 @@ def scatter(
     return figure
 
 
+@functools.lru_cache(maxsize=16)  # A file of its own and the page hold the same picture.
 def svg(drawing: Drawing, prefix: str) -> str:
     """An `<svg>` to put into a page: titled, its ids beginning with `prefix`, its ink the page's."""
     stream = io.StringIO()

@@ -34,13 +34,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "base": {"dtype": "bfloat16", "lora": LoraSettings(r=8)},
         "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 0.3},
         "rows": (2, 6),
-        "layers": 3,
+        "layers": 2,
     },
     "adapters on fp32, merged, recomputed": {
         "base": {"dtype": "float32", "lora": LoraSettings(r=8), "gradient_checkpointing": True},
         "trainer": {"gradient_clip_val": 0.3},
         "rows": (3, 4),
-        "layers": 4,
+        "layers": 3,
     },
 }
 
@@ -126,12 +126,12 @@ def test_operations_are_those_of_torch_s_counter(name: str, tmp_path: Path) -> N
 def test_parts_are_told_apart(tmp_path: Path) -> None:
     shape = SHAPES["adapters on fp32, merged, recomputed"]
     batch = TrainingBatch(ragged_batch(), utility())
-    plan = planned(shape, folder_of(tmp_path, 4), [batch])
+    plan = planned(shape, folder_of(tmp_path, 2), [batch])
     learning = 4 * plan.trained
     persistent = plan.persistent
     assert persistent[ADAPTERS] == persistent[GRADIENTS] == learning
     # Two moments, and a step count of four bytes for each of the tensors.
-    assert 2 * learning <= persistent[OPTIMISER] <= 2 * learning + 4 * 4 * 7 * 2
+    assert 2 * learning <= persistent[OPTIMISER] <= 2 * learning + 4 * 2 * 7 * 2
     assert persistent[WEIGHTS] >= 4 * (plan.parameters - plan.trained)
     assert persistent[MERGED] == 0
     assert plan.at_peak[MERGED] > 0
@@ -163,6 +163,7 @@ def test_a_plan_of_the_packaged_model(thundercat: Run) -> None:
         *("plan", "--config", "configs/quickstart.yaml", "--json", "--device-memory", "1MiB"),
         *("--data.harmful_per_step=4", "--data.utility_per_step=4", "--data.micro_batches=2"),
         *("--trainer.max_steps=10", "--trainer.precision=32-true"),
+        *(f"--model.attack.attacks.{i}.num_steps=2" for i in (0, 1)),
     )
     assert status == 0, err
     found = json.loads(out)
@@ -173,9 +174,8 @@ def test_a_plan_of_the_packaged_model(thundercat: Run) -> None:
     assert found["largest_rows"] == 0
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_rows_that_are_said_to_fit_do(name: str, tmp_path: Path) -> None:
-    shape = SHAPES[name]
+def test_the_rows_that_are_said_to_fit_do(tmp_path: Path) -> None:
+    shape = SHAPES["adapters on bf16, mixed"]
     folder = folder_of(tmp_path, shape["layers"])
 
     def peak(rows: int) -> Any:

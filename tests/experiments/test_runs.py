@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,9 +43,13 @@ FEW = (
 )
 
 
+QUICK = tuple(f"--trainer.callbacks.6.attacks.{name}.num_steps=2" for name in ("soft_prompt", "embedding"))
+"""The robustness evaluation's attacks, shortened."""
+
+
 def short(folder: Path, *more: str) -> tuple[str, ...]:
     """The tiny recipe, shortened."""
-    return ("fit", "--config", TINYCHAT, f"--trainer.default_root_dir={folder}", *SHORT, *FEW, *more)
+    return ("fit", "--config", TINYCHAT, f"--trainer.default_root_dir={folder}", *SHORT, *FEW, *QUICK, *more)
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +69,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shortened_quickstart_reports_every_promised_figure(tmp_path: Path, thundercat: Run) -> None:
     steps = [f"--model.attack.attacks.{i}.num_steps=1" for i in (0, 1)]
-    arguments = [word for word in SHORT if not word.startswith("--model.attack")]
+    rows = [f"--data.harmful.{i}.{where}num_rows=60" for i, where in enumerate(("", "", *["source."] * 2))]
+    rows += [f"--data.utility.{i}.num_rows=60" for i in (0, 1)]
+    words = [
+        word
+        for word in SHORT
+        if not word.startswith(("--model.attack", "--data.harmful.", "--data.utility."))
+    ]
     status, out, err = thundercat(
-        "fit",
-        "--config",
-        "configs/quickstart.yaml",
-        f"--trainer.default_root_dir={tmp_path}",
-        *arguments,
-        *steps,
-        *FEW,
+        *("fit", "--config", "configs/quickstart.yaml", f"--trainer.default_root_dir={tmp_path}"),
+        *(*words, *steps, *rows, *FEW, *QUICK),
     )
     assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
@@ -139,9 +143,7 @@ def test_validate_test_predict_and_report_of_that_run(finished: Path, thundercat
     own += (
         "--data.evaluation.harmless.0.num_rows=3",
         "--ckpt_path=last",
-        "--trainer.callbacks.6.attacks.soft_prompt.num_steps=2",
     )
-    own += ("--trainer.callbacks.6.attacks.embedding.num_steps=2",)
     for command in ("validate", "test"):
         status, out, err = thundercat(command, *own)
         assert status == 0, err
@@ -159,8 +161,7 @@ def test_a_finished_run_is_measured_on_the_test_split(finished: Path, thundercat
     """By one more file, with the run's checkpoint; no row of validation stays in the figures."""
     own = ("--config", str(finished / "config.yaml"), "--config", "configs/data/tinychat_test.yaml")
     few = [f"--data.evaluation.{subject}.0.num_rows=5" for subject in ("harmless", "utility")]
-    steps = [f"--trainer.callbacks.6.attacks.{name}.num_steps=2" for name in ("soft_prompt", "embedding")]
-    status, _, err = thundercat("test", *own, "--ckpt_path=last", "--vars.harmful_limit=5", *few, *steps)
+    status, _, err = thundercat("test", *own, "--ckpt_path=last", "--vars.harmful_limit=5", *few)
     assert status == 0, err
     after = json.loads((finished / "test_results.json").read_text())["after"]
     assert {after["measures"][name]["n"] for name in RATES} == {5}
@@ -169,33 +170,19 @@ def test_a_finished_run_is_measured_on_the_test_split(finished: Path, thundercat
     assert direct >= {*asked}
 
 
-def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, thundercat: Run) -> None:
     # kill -9 in the middle of training; the rerun with --ckpt_path last ends bit for bit where an undisturbed
     # run ends.
-    def command(folder: Path, *more: str) -> list[str]:
-        arguments = (
-            *short(
-                folder,
-                "--trainer.max_steps=6",
-                "--trainer.callbacks.4.schedule.at_start=false",
-                "--trainer.callbacks.5.schedule.at_start=false",
-            ),
-            *more,
-        )
-        quiet = (
-            "--trainer.callbacks.6.schedule.at_start=false",
-            "--trainer.callbacks.6.attacks.soft_prompt.num_steps=2",
-        )
-        return [sys.executable, "-m", "experiments.cli", *arguments, *quiet]
+    def words(folder: Path) -> tuple[str, ...]:
+        quiet = [f"--trainer.callbacks.{i}.schedule.at_start=false" for i in (4, 5, 6)]
+        return short(folder, "--trainer.max_steps=6", *quiet)
 
-    settings: dict[str, Any] = {
-        "cwd": ROOT,
-        "env": os.environ | {"OMP_NUM_THREADS": "1"},
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.PIPE,
-    }
-    subprocess.run(command(tmp_path / "whole"), check=True, **settings)
-    process = subprocess.Popen(command(tmp_path / "killed"), **settings)
+    assert thundercat(*words(tmp_path / "whole"))[0] == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.cli", *words(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     first = tmp_path / "killed" / "checkpoints" / "step_000001.ckpt"
     deadline = time.monotonic() + 120
     while not first.exists() and time.monotonic() < deadline and process.poll() is None:
@@ -203,7 +190,7 @@ def test_killed_run_resumes_to_the_same_weights(finished: Path, tmp_path: Path) 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert any(first.parent.glob("*.ckpt"))
-    subprocess.run(command(tmp_path / "killed", "--ckpt_path=last"), check=True, **settings)
+    assert thundercat(*words(tmp_path / "killed"), "--ckpt_path=last")[0] == 0
     # The log goes on without a hole, and no step stands in it twice.
     steps = [int(row["step"]) for row in read_training_log(tmp_path / "killed")]
     assert steps == list(range(6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,11 +129,16 @@ def test_a10_every_process_resumes_with_its_own_suffixes(tmp_path: Path) -> None
         f"--data.harmful={rows}",
         "--model.optimizer.schedule=constant",
     )
-    whole, parts = (f"--trainer.default_root_dir={tmp_path / name}" for name in ("whole", "parts"))
-    two_processes(config, *common, whole, "--trainer.max_steps=6")
-    two_processes(config, *common, parts, "--trainer.max_steps=3")
-    two_processes(config, *common, parts, "--trainer.max_steps=6", "--ckpt_path=last")
-    assert equal(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
+    common += ("--trainer.max_steps=6", "--trainer.callbacks.1.keep=6")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    two_processes(config, *common, f"--trainer.default_root_dir={whole}")
+    # As a kill leaves it whose last checkpoint was the third.
+    shutil.copytree(whole, parts)
+    for number in (4, 5, 6):
+        (parts / "checkpoints" / f"step_{number:06d}.ckpt").unlink()
+    two_processes(config, *common, f"--trainer.default_root_dir={parts}", "--ckpt_path=last")
+    assert (parts / "checkpoints" / "step_000006.ckpt").is_file()
+    assert equal(trained(parts), trained(whole))
 
 
 def test_b_a_process_ends_with_the_one_that_started_it() -> None:

@@ -281,7 +281,7 @@ def test_three_steps_equal_a_plain_loop(
     seen, module = Batches(), capo(LORA if lora else None)
     module.configure_model()
     start = {name: p.detach().double() for name, p in module.model.state_dict().items()}
-    no_utility = data(micro_batches, utility_per_step=0)
+    no_utility = data(micro_batches, num_harmful=40, utility_per_step=0)
     trainer(tmp_path, 3, seen, found := Gradients(), InDouble(), micro_batches=micro_batches).fit(
         module, datamodule=no_utility
     )
@@ -310,10 +310,11 @@ def in_double(active: Any) -> Any:
 def test_the_cache_is_shared_and_a_run_says_where_it_is(tmp_path: Path) -> None:
     for name in ("first", "second"):
         trainer(tmp_path / name, 1).fit(
-            capo(LORA, reference_cache=str(tmp_path / "shared")), datamodule=data(utility_per_step=0)
+            capo(LORA, reference_cache=str(tmp_path / "shared")),
+            datamodule=data(num_harmful=40, utility_per_step=0),
         )
     assert len(list((tmp_path / "shared").glob("*.json"))) == 1
-    trainer(tmp_path / "own", 1).fit(capo(None), datamodule=data(utility_per_step=0))
+    trainer(tmp_path / "own", 1).fit(capo(None), datamodule=data(num_harmful=40, utility_per_step=0))
     assert len(list((tmp_path / "own" / "reference").glob("*.json"))) == 1
 
 

@@ -26,7 +26,10 @@ from lightning_modules.models.loading import LoraSettings, ModelConfig
 ATTACK = {"epsilon": 0.1, "num_steps": 3, "step_size": 0.5, "keep": "last"}
 
 
-def data(micro_batches: int = 1, evaluation: bool = False, **changes: Any) -> AdversarialData:
+def data(
+    micro_batches: int = 1, evaluation: bool = False, num_harmful: int | None = None, **changes: Any
+) -> AdversarialData:
+    """Of the packaged corpus; `num_harmful` rows of it where a reference scores them all beforehand."""
     sets = EvaluationSets(
         [TinyChatHarmful("validation")],
         [TinyChatBenign("validation", 20)],
@@ -40,7 +43,7 @@ def data(micro_batches: int = 1, evaluation: bool = False, **changes: Any) -> Ad
     }
     return AdversarialData(
         TokenizerConfig("tinychat:aligned"),
-        harmful=[TinyChatHarmful("train")],
+        harmful=[TinyChatHarmful("train", limit=num_harmful)],
         utility=[TinyChatBenign("train", 300)],
         evaluation=sets if evaluation else None,
         **(fields | changes),
