@@ -281,6 +281,10 @@ def test_a_study_trains_judges_and_reports(
         "trainer.max_steps": 1,
         "data.init_args.utility_per_step": 4,
         "data.init_args.harmful_per_step": 4,
+        # Encoding all rows would take longer than training.
+        "data.init_args.harmful.0.init_args.num_rows": 60,
+        "data.init_args.utility.0.init_args.num_rows": 60,
+        "model.init_args.attack.init_args.num_steps": 1,
     }
     own = {"config": [*CAT, str(tmp_path / "suite.yaml")], "set": short}
     runs = {"base": {**own, "trained": False}, "cat": own}
