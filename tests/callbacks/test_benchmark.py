@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +83,11 @@ def measured(session: Session) -> dict[str, bool]:
     return {row.example: row.verdict(next(iter(row.verdicts))) for row in session.rows}
 
 
-@cache
-def _manager() -> Any:
-    """Made once: it reads all of the harness's tasks, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
 def harness_own(benchmark: Benchmark, model: LanguageModel, indices: list[int]) -> dict[str, Any]:
     """What the harness's own entry point reports on the same documents."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     docs = benchmark.docs
     assert docs is not None
@@ -105,7 +97,8 @@ def harness_own(benchmark: Benchmark, model: LanguageModel, indices: list[int]) 
         model=lm,
         tasks=[own.task],
         samples={own.name: indices},
-        task_manager=_manager(),
+        # The task is handed over; reading all of the harness's own would take seconds.
+        task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=0,
         apply_chat_template=benchmark.chat_template,
         num_fewshot=benchmark.num_fewshot or None,
