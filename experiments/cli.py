@@ -155,6 +155,14 @@ def _other(call: argparse.Namespace) -> int:
         return study(
             StudyCall(**{own.name: getattr(call, own.name) for own in dataclasses.fields(StudyCall)})
         )
+    elif call.command == "sweep":
+        from experiments.commands.sweep import SweepCall, sweep
+        from experiments.config.classes import search_working_directory
+
+        search_working_directory()
+        return sweep(
+            SweepCall(**{own.name: getattr(call, own.name) for own in dataclasses.fields(SweepCall)})
+        )
     elif call.command == "export":
         from experiments.commands.export import ExportSettings, export
 

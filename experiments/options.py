@@ -18,6 +18,7 @@ RUNS = {
     "plan": "what a training would cost in memory, arithmetic and hours, before it runs; needs no weights",
 }
 OTHERS = {
+    "sweep": "search a configuration's fields: trials, the best of them on test, what mattered",
     "study": "train and judge every run of a study, and compare them",
     "chat": "talk to a run's model in the terminal",
     "export": "write a run's model: PEFT adapters or merged weights, with a model card",
@@ -51,6 +52,7 @@ def build_parser() -> Parser:
         _add_run(commands.add_parser(name, help=text, description=text, add_help=False, allow_abbrev=False))
     report = commands.add_parser("report", help=OTHERS["report"], description=OTHERS["report"])
     report.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    _add_sweep(commands.add_parser("sweep", help=OTHERS["sweep"], description=OTHERS["sweep"]))
     _add_study(commands.add_parser("study", help=OTHERS["study"], description=OTHERS["study"]))
     _add_chat(commands.add_parser("chat", help=OTHERS["chat"], description=OTHERS["chat"]))
     _add_export(commands.add_parser("export", help=OTHERS["export"], description=OTHERS["export"]))
@@ -63,7 +65,7 @@ def build_parser() -> Parser:
     for other in (
         report,
         listing,
-        *(commands.choices[name] for name in ("schema", "chat", "export", "study")),
+        *(commands.choices[name] for name in ("schema", "chat", "export", "study", "sweep")),
     ):
         other.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
     return parser
@@ -84,6 +86,21 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--only", metavar="RUN", nargs="+", default=[], help="these runs, and those they need [all]")
     add("--workers", metavar="N", type=int, default=1, help="runs at a time; they share the cores [1]")
     add("--dry_run", action="store_true", help="list the runs and what of them is done")
+    add("--report_only", action="store_true", help="run nothing: the report of what is done")
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("sweep", metavar="FILE", help="the sweep's YAML, e.g. configs/sweep/cat_tinychat.yaml")
+    add(
+        "--backend",
+        choices=("local", "slurm", "ray", "wandb"),
+        default="local",
+        help="where trials run, or who searches: wandb [local]",
+    )
+    add("--workers", metavar="N", type=int, default=1, help="trials at a time; they share the cores [1]")
+    add("--runs", metavar="FOLDER", default="runs/sweeps", help="the sweeps' folders [runs/sweeps]")
+    add("--dry_run", action="store_true", help="check, and list the trials and what became of them")
     add("--report_only", action="store_true", help="run nothing: the report of what is done")
 
 

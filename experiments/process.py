@@ -11,6 +11,8 @@ import signal
 from types import FrameType
 
 STARTED_BY = os.getppid()
+ENDS_WITH = "THUNDERCAT_ENDS_WITH"
+"""Environment variable: the id of the process that waits for this one, and with which it ends."""
 ASKED: list[int] = []
 """Signals that came before a run put its own handlers in place."""
 

@@ -65,11 +65,26 @@ class RunLock:
                 f"{self.path.parent}: in use by process {pid} on {host}; wait for it, choose another folder, "
                 f"or remove {self.path} if that process is gone"
             )
-        if isinstance(pid, int) and owner.get("started") == process_start(pid):
+        if _lives(owner):
             raise RunError(
                 f"{self.path.parent}: in use by process {pid} on this machine; wait for it or stop it, or "
                 "choose another folder with --trainer.default_root_dir=FOLDER"
             )
+
+
+def writer(folder: str | Path) -> int | None:
+    """The living process of this machine that holds a run folder, if any."""
+    try:
+        owner = _record(RunFolder.of(folder).lock.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return owner["pid"] if owner.get("host") == socket.gethostname() and _lives(owner) else None
+
+
+def _lives(owner: dict[str, Any]) -> bool:
+    """Whether an owner of this machine is still there."""
+    pid = owner.get("pid")
+    return isinstance(pid, int) and owner.get("started") == process_start(pid)
 
 
 def process_start(pid: int) -> str | None:

@@ -41,7 +41,7 @@ from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults, with_plain_defaults
 from experiments.config.seeds import seeds_of, with_seeds
-from experiments.process import STARTED_BY, end_if_asked
+from experiments.process import ENDS_WITH, STARTED_BY, end_if_asked
 from lightning_modules.pretrained import PretrainedModel
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -75,6 +75,9 @@ def run(
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     if os.environ.get("LOCAL_RANK", "0") != "0":
         end_with_parent(STARTED_BY)
+    elif ENDS_WITH in os.environ:
+        # Not for the processes that this one starts.
+        end_with_parent(int(os.environ.pop(ENDS_WITH)))
     config = resolved(command, files, overrides)
     if "--print_config" in flags:
         print(yaml.safe_dump(config, sort_keys=False), end="")

@@ -6,8 +6,6 @@ where a kill, a full disk or an error ended it; a run that fails is told at the 
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,10 +21,9 @@ from callbacks.run_folder.stopping import Stopped, stoppable
 from experiments.config.compose import ConfigError
 from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
+from experiments.studies.processes import PROGRAM, Running, in_use
 from experiments.studies.scheduling import Job, jobs_of, threads
 from experiments.studies.study_report import write_study
-
-LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,9 @@ class Runner:
 
     jobs: Sequence[Job]
     workers: int
-    program: Sequence[str] = (sys.executable, "-m", "experiments.cli")
+    program: Sequence[str] = PROGRAM
     failed: dict[str, str] = field(default_factory=dict)
-    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _processes: set[Running] = field(default_factory=set)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> dict[str, str]:
@@ -137,7 +134,7 @@ class Runner:
             except (Stopped, KeyboardInterrupt):
                 self._stopping.set()
                 for process in list(self._processes):
-                    process.terminate()
+                    process.stop()
                 raise
         return self.failed
 
@@ -174,27 +171,14 @@ class Runner:
 
     def _command(self, job: Job, words: Sequence[str]) -> bool:
         """One process; whether it ended well. Its output goes to the run's log."""
-        job.folder.mkdir(parents=True, exist_ok=True)
-        own: Mapping[str, str] = {
-            "OMP_NUM_THREADS": str(threads(self.workers)),
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
-        log = job.folder / LOG
-        with log.open("ab") as stream:
-            begin = stream.tell()
-            process = subprocess.Popen(
-                [*self.program, *words],
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **own},
-            )
-            self._processes.add(process)
-            if self._stopping.is_set():
-                process.terminate()
-            status = process.wait()
-            self._processes.discard(process)
+        while in_use(job.folder) and not self._stopping.wait(0.2):
+            pass
+        process = Running(words, job.folder, threads(self.workers), self.program)
+        self._processes.add(process)
+        if self._stopping.is_set():
+            process.stop()
+        status = process.wait()
+        self._processes.discard(process)
         if status and not self._stopping.is_set():
-            said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() or [""]
-            last = said[-1].removeprefix("thundercat: ")
-            self.failed[job.title] = f"{words[0]} ended with status {status}: {last} ({log})"
+            self.failed[job.title] = process.failure()
         return status == 0

@@ -20,15 +20,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from callbacks.metrics.names import Metric
-from datamodules.fields import NonNegativeInt, Share, checked, problem
-from experiments.config.errors import ConfigError, suggest
+from datamodules.fields import NonNegativeInt, Share, checked
+from experiments.config.errors import ConfigError
 from experiments.config.files import find, read
 from experiments.studies.archive import slug
+from experiments.studies.reading import known, made
 
 OWN = {
     "seed_everything": "use `seeds`",
@@ -129,58 +130,14 @@ def load_study(path: str | Path) -> Study:
     place = find(str(path), None, "study")
     node = read(place)
     try:
-        study = _made(Study, node, "")
+        study = made(Study, node, NESTED)
         _check(study)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return study
 
 
-T = TypeVar("T")
 NESTED: dict[str, type] = {"runs": StudyRun, "columns": Column, "claims": Claim, "figures": TradeOff}
-
-
-def _made(cls: type[T], node: Any, place: str) -> T:
-    """An object of a mapping. Raises: ConfigError with the place of what does not fit."""
-    where = place or "study"
-    if not isinstance(node, Mapping):
-        raise ConfigError(f"{where}: expected fields, got {node!r:.60}")
-    known = {own.name: own for own in fields(cls)}  # type: ignore[arg-type]
-    hints = get_type_hints(cls, include_extras=True)
-    values: dict[str, Any] = {}
-    for name, value in node.items():
-        at = f"{place}.{name}".lstrip(".")
-        if name not in known:
-            raise ConfigError(f"{at}: unknown field{suggest(str(name), known)}; known: {', '.join(known)}")
-        if cls is Study and name in NESTED:
-            values[name] = _nested(NESTED[name], value, at, dict in map(_origin, (hints[name],)))
-            continue
-        found = problem(value, hints[name])
-        if found:
-            raise ConfigError(f"{at}: {found}")
-        values[name] = value
-    missing = [
-        name
-        for name, own in known.items()
-        if name not in values and own.default is MISSING and own.default_factory is MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{where}: expected the field {missing[0]!r}, it is missing")
-    return cls(**values)
-
-
-def _origin(hint: Any) -> Any:
-    return getattr(hint, "__origin__", hint)
-
-
-def _nested(cls: type, node: Any, place: str, named: bool) -> Any:
-    if named:
-        if not isinstance(node, Mapping) or not node:
-            raise ConfigError(f"{place}: expected names with fields, got {node!r:.60}")
-        return {str(name): _made(cls, own, f"{place}.{name}") for name, own in node.items()}
-    if not isinstance(node, list):
-        raise ConfigError(f"{place}: expected a list, got {node!r:.60}")
-    return [_made(cls, own, f"{place}.{number}") for number, own in enumerate(node)]
 
 
 def _check(study: Study) -> None:
@@ -199,30 +156,27 @@ def _check(study: Study) -> None:
         if len({*study.seeds_of(name)}) < len(study.seeds_of(name)):
             raise ConfigError(f"runs.{name}.seeds: expected different seeds, got {study.seeds_of(name)}")
         for other in run.needs:
-            _known(other, study.runs, f"runs.{name}.set")
+            known(other, study.runs, f"runs.{name}.set")
     _refuse_circles(study)
-    quantities = get_args(get_type_hints(Metric)["quantity"])
-    subjects = get_args(get_type_hints(Metric)["subject"])
-    for name, column in study.columns.items():
-        _known(column.quantity, quantities, f"columns.{name}.quantity")
-        _known(column.subject, subjects, f"columns.{name}.subject")
+    check_columns(study.columns)
     for number, claim in enumerate(study.claims):
-        _known(claim.first, study.runs, f"claims.{number}.first")
-        _known(claim.second, study.runs, f"claims.{number}.second")
+        known(claim.first, study.runs, f"claims.{number}.first")
+        known(claim.second, study.runs, f"claims.{number}.second")
         if claim.first == claim.second:
             raise ConfigError(f"claims.{number}.second: expected another run than `first`, got the same")
         for label in claim.columns:
-            _known(label, study.columns, f"claims.{number}.columns")
+            known(label, study.columns, f"claims.{number}.columns")
     for number, figure in enumerate(study.figures):
-        _known(figure.x, study.columns, f"figures.{number}.x")
-        _known(figure.y, study.columns, f"figures.{number}.y")
+        known(figure.x, study.columns, f"figures.{number}.x")
+        known(figure.y, study.columns, f"figures.{number}.y")
 
 
-def _known(name: str, names: Any, place: str) -> None:
-    if name not in names:
-        raise ConfigError(
-            f"{place}: expected one of {', '.join(names)}, got {name!r}{suggest(name, list(names))}"
-        )
+def check_columns(columns: Mapping[str, Column]) -> None:
+    """Raises: ConfigError for a quantity or a subject that there is not."""
+    hints = get_type_hints(Metric)
+    for name, column in columns.items():
+        known(column.quantity, get_args(hints["quantity"]), f"columns.{name}.quantity")
+        known(column.subject, get_args(hints["subject"]), f"columns.{name}.subject")
 
 
 def _refuse_circles(study: Study) -> None:

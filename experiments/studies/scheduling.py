@@ -24,7 +24,7 @@ from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.errors import suggest
 from experiments.studies.archive import slug
-from experiments.studies.definition import REFERENCE, Study, StudyRun
+from experiments.studies.definition import REFERENCE, Column, Study, StudyRun
 
 DONE = "done.json"
 DIGITS = 10
@@ -115,7 +115,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     run = study.runs[name]
     needs = tuple((other, _seed_of(study, other, seed)) for other in run.needs)
     folders = {own: earlier[own, number].folder for own, number in needs}
-    overrides = [(key, _text(_filled(value, folders))) for key, value in run.set.items()]
+    overrides = [(key, text_of(_filled(value, folders))) for key, value in run.set.items()]
     overrides.append(("seed_everything", str(seed)))
     config = compose(run.config, overrides)
     check(config, "fit" if run.trained else "test")
@@ -127,7 +127,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     test_words += [f"--{key}={value}" for key, value in overrides]
     judging = compose([*run.config, *study.test, *run.test], overrides)
     check(judging, "test")
-    _check_columns(study, judging)
+    check_attacks(study.columns, judging)
     last = ["--ckpt_path=last"] if run.trained else []
     return Job(
         name=name,
@@ -136,7 +136,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
         fit=("fit", *words, place, "--ckpt_path=last") if run.trained else (),
         test=("test", *test_words, place, *last),
         needs=needs,
-        judged_by=_of_evaluation(judging, runs),
+        judged_by=of_all(judging, runs),
     )
 
 
@@ -157,12 +157,12 @@ def _filled(value: Any, folders: Mapping[str, Path]) -> Any:
     return value
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """As on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _check_columns(study: Study, config: Mapping[str, Any]) -> None:
+def check_attacks(columns: Mapping[str, Column], config: Mapping[str, Any]) -> None:
     """Raises: ConfigError for a column of an attack that no evaluation of ours has: it would be missed only
     after the training."""
     suites = (config.get("trainer") or {}).get("callbacks") or []
@@ -174,7 +174,7 @@ def _check_columns(study: Study, config: Mapping[str, Any]) -> None:
         WORST_CASE_TEXT,
     }
     known |= {GCG for own in suites if str(own["class_path"]).endswith("GCGEvaluation")}
-    for label, column in study.columns.items():
+    for label, column in columns.items():
         if column.attack and not column.optional and column.attack not in known:
             raise ConfigError(
                 f"columns.{label}.attack: {column.attack!r} is in none of its evaluations"
@@ -190,14 +190,14 @@ def _of_weights(config: dict[str, Any], runs: Path, run: StudyRun) -> str:
         filled(own) for own in trainer.get("callbacks") or [] if own["class_path"].endswith(STOPPING)
     ]
     fields = decisive(with_defaults(config))
-    return _digest({"trained": run.trained, "ends": ends, **_settled(fields, runs)})
+    return digest({"trained": run.trained, "ends": ends, **_settled(fields, runs)})
 
 
-def _of_evaluation(config: dict[str, Any], runs: Path) -> str:
-    """All of its configuration but the folder, and what the named files hold."""
+def of_all(config: dict[str, Any], runs: Path) -> str:
+    """Digest of all of a configuration but the folder, and of what the files that it names hold."""
     fields = flat("", filled(with_defaults(config)))
     fields.pop(".trainer.default_root_dir", None)
-    return _digest(_settled({**fields, **fingerprints(fields)}, runs))
+    return digest(_settled({**fields, **fingerprints(fields)}, runs))
 
 
 def _settled(fields: Mapping[str, Any], runs: Path) -> dict[str, Any]:
@@ -216,7 +216,8 @@ def _below(path: str, folder: Path) -> bool:
     return Path(path).resolve().is_relative_to(folder.resolve())
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Of what JSON can hold, by its content."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:DIGITS]
 
 

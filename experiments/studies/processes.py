@@ -1,0 +1,76 @@
+"""The commands of studies and sweeps: each a process of its own, whose output goes to its run's log.
+
+They end with the process that started them, also where that one was killed: nothing is trained that nobody
+waits for, and what goes on in a run's folder later finds it free.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from callbacks.run_folder.lock import writer
+from experiments.process import ENDS_WITH
+
+LOG = "log.txt"
+PROGRAM = (sys.executable, "-m", "experiments.cli")
+
+
+class Running:
+    """A command that has been started.
+
+    Args:
+        words: the command and its options, e.g. `fit --config=...`.
+        folder: its run folder.
+        threads: how many threads it may use.
+        program: what is started with these words.
+    """
+
+    def __init__(
+        self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str] = PROGRAM
+    ) -> None:
+        self.words, self.folder = tuple(words), folder
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            ENDS_WITH: str(os.getpid()),
+        }
+        with (folder / LOG).open("ab") as stream:
+            self._begin = stream.tell()
+            self._process = subprocess.Popen(
+                [*program, *words], stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **own}
+            )
+
+    def status(self) -> int | None:
+        """Exit status, negative where a signal ended it; None while it runs."""
+        return self._process.poll()
+
+    def wait(self) -> int:
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """Ask it to end, as SIGTERM does."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
+    def failure(self) -> str:
+        """Why it ended, in one line: its status and its last words."""
+        return failure(self.words[0], self._process.poll(), self.folder, self._begin)
+
+
+def failure(command: str, status: int | None, folder: Path, begin: int = 0) -> str:
+    """What a command that failed said last, from a place of its log on, in one line."""
+    log = folder / LOG
+    said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() if log.is_file() else []
+    last = said[-1].removeprefix("thundercat: ") if said else ""
+    return f"{command} ended with status {status}: {last} ({log})"
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a living process of this machine writes in a run folder: one that was left over from a kill
+    ends within seconds."""
+    return writer(folder) is not None

@@ -1,0 +1,223 @@
+"""Runs a sweep's trials, several at a time, until there are as many as were asked for.
+
+Everything that is known of a trial is in the journal or in its folder, so that a sweep which was killed goes
+on from there: a trial that was running is taken up again in its folder, from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import Trial
+from tqdm.auto import tqdm
+
+from callbacks.run_folder.folder import RunFolder
+from callbacks.run_folder.stopping import Stopped, stoppable
+from experiments.studies.processes import in_use
+from experiments.studies.scheduling import Job
+from experiments.sweeps.backends import Backend, Command
+from experiments.sweeps.disk import tidy
+from experiments.sweeps.measured import cells, excesses, periodic, stamp
+from experiments.sweeps.search import FOLDER, INTERRUPTED, Search
+from experiments.sweeps.trials import job_of
+
+POLL_SECONDS = 0.2
+ATTEMPTS = 3
+"""A trial that is killed so often has failed."""
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
+FROM_OUTSIDE = {status for number in SIGNALS for status in (-number, 128 + number)}
+"""Exit statuses of a process that somebody or something else has ended."""
+LOOK_SECONDS = 5.0
+"""Between two looks at a running trial's evaluations."""
+
+
+@dataclass
+class Attempt:
+    """A trial of this process, waiting or running."""
+
+    trial: Trial
+    job: Job
+    command: Command | None = None
+    looked: float = 0.0
+    seen: int = -1
+    lags: bool = False
+
+
+@dataclass
+class Engine:
+    """One sweep's loop.
+
+    Args:
+        search: what was drawn, and what comes next.
+        backend: where commands run.
+        workers: trials at a time.
+        place: the sweep's folder.
+    """
+
+    search: Search
+    backend: Backend
+    workers: int
+    place: Path
+    interrupted: list[str] = field(default_factory=list)
+    """Trials whose process a signal from outside has ended; the next start takes them up again."""
+    _attempts: list[Attempt] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Raises: Stopped, when all commands have ended."""
+        over = len(self.search.trials()) - len(self.search.unfinished())
+        bar = tqdm(total=self.search.total, initial=over, desc="sweep", unit="trial", disable=None)
+        with stoppable(), bar:
+            try:
+                self._attempts = [self._attempt(own) for own in self.search.unfinished()]
+                while self._step(bar):
+                    time.sleep(POLL_SECONDS)
+            except (Stopped, KeyboardInterrupt):
+                self._stop_all()
+                raise
+        self._tidy()
+
+    def _step(self, bar: tqdm[Any]) -> bool:
+        """Look after every trial once; whether anything is left to do."""
+        while len(self._attempts) < self.workers and self._another():
+            self._attempts.append(self._attempt(self.search.begin()))
+        for own in list(self._attempts):
+            if own.command is None:
+                self._begin(own)
+            if own.command is not None and own.command.status() is None:
+                self._look(own)
+            elif own.command is not None:
+                self._end(own)
+                self._attempts.remove(own)
+                bar.update()
+                self._tidy()
+        return bool(self._attempts) or self._another()
+
+    def _another(self) -> bool:
+        return len(self.search.trials()) < self.search.total and not self.search.reached()
+
+    def _attempt(self, trial: Trial) -> Attempt:
+        job = job_of(self.search.sweep, self.search.drawn(trial), trial.number, self.place)
+        trial.set_user_attr(FOLDER, job.folder.name)
+        return Attempt(trial, job)
+
+    def _begin(self, own: Attempt) -> None:
+        """Start it where its folder is free: another trial with the same values may be in it, or a process
+        that a kill has left over."""
+        running = [other.job.folder for other in self._attempts if other.command is not None]
+        running += [other.job.folder for other in self._attempts[: self._attempts.index(own)]]
+        if own.job.folder in running or in_use(own.job.folder):
+            return
+        if own.job.state() in ("to be judged", "done"):
+            own.command = Done()
+        else:
+            own.command = self.backend.start(own.job.fit, own.job.folder)
+
+    def _look(self, own: Attempt) -> None:
+        """End a trial that lags behind the others at the same evaluation."""
+        if self.search.sweep.early_terminate is None or own.lags or own.command is None:
+            return
+        now = time.monotonic()
+        if now - own.looked < LOOK_SECONDS:
+            return
+        own.looked, seen = now, stamp(own.job.folder)
+        if seen != own.seen:
+            own.seen = seen
+            own.lags = self.search.lags(own.trial, periodic(self.search.sweep, own.job.folder))
+        if own.lags:
+            own.command.stop()
+
+    def _end(self, own: Attempt) -> None:
+        assert own.command is not None
+        status = own.command.status()
+        if own.lags and status != 0:
+            self.search.prune(own.trial)
+        elif status in FROM_OUTSIDE and not self._too_often(own):
+            self.interrupted.append(f"{own.job.title}: {own.command.failure()}")
+        elif status != 0:
+            self.search.fail(own.trial, own.command.failure())
+        else:
+            own.job.finish("fit")
+            self._tell(own)
+
+    def _too_often(self, own: Attempt) -> bool:
+        """Whether it may be the trial's own doing, as where its memory does not suffice."""
+        times = own.trial.user_attrs.get(INTERRUPTED, 0) + 1
+        own.trial.set_user_attr(INTERRUPTED, times)
+        return bool(times >= ATTEMPTS)
+
+    def _tell(self, own: Attempt) -> None:
+        sweep = self.search.sweep
+        try:
+            found = cells(sweep, own.job.folder)
+            broken = excesses(sweep, found)
+            value = found[sweep.objective].after
+        except (ValueError, OSError, KeyError) as error:
+            self.search.fail(own.trial, " ".join(str(error).split()))
+            return
+        self.search.complete(own.trial, value, broken, {label: asdict(cell) for label, cell in found.items()})
+
+    def _tidy(self) -> None:
+        tidy(self.search, self.place, [own.job.folder for own in self._attempts])
+
+    def _stop_all(self) -> None:
+        running = [own.command for own in self._attempts if own.command is not None]
+        for command in running:
+            command.stop()
+        while any(command.status() is None for command in running):
+            time.sleep(POLL_SECONDS)
+
+    def judge(self) -> str | None:
+        """Evaluate the best trial on test, where that was not done. Returns why it failed, or None.
+
+        Raises: Stopped, when the command has ended.
+        """
+        best = self.search.best()
+        values = None if best is None else self.search.values_of(best)
+        if best is None or values is None or not self.search.sweep.test:
+            return None
+        job = job_of(self.search.sweep, values, best.number, self.place)
+        if job.state() == "done":
+            return None
+        words = [job.test]
+        if not any(RunFolder.of(job.folder).checkpoints.glob("*.ckpt")):
+            words.insert(0, job.fit)  # an earlier search, with other constraints, has removed its model
+        with stoppable():
+            for own in words:
+                reason = self._wait(own, job)
+                if reason is not None:
+                    return reason
+        job.finish("test")
+        return None
+
+    def _wait(self, words: Sequence[str], job: Job) -> str | None:
+        """One command to its end; why it failed, or None."""
+        while in_use(job.folder):
+            time.sleep(POLL_SECONDS)
+        command = self.backend.start(words, job.folder)
+        try:
+            while command.status() is None:
+                time.sleep(POLL_SECONDS)
+        except (Stopped, KeyboardInterrupt):
+            command.stop()
+            while command.status() is None:
+                time.sleep(POLL_SECONDS)
+            raise
+        return command.failure() if command.status() else None
+
+
+class Done:
+    """The command of what another trial with the same values, or an earlier process, has finished."""
+
+    def status(self) -> int:
+        return 0
+
+    def stop(self) -> None:
+        pass
+
+    def failure(self) -> str:
+        return ""

@@ -1,0 +1,132 @@
+"""A sweep's pictures: one column against another with its Pareto front, and parallel coordinates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.lines import Line2D
+from optuna.trial import FrozenTrial
+
+from callbacks.metrics.names import Metric
+from callbacks.report.drawing import AFTER, BEFORE, INK, Drawing, Point, canvas, label, legend, mark
+from experiments.studies.definition import TradeOff
+from experiments.sweeps.search import CELLS, Search, feasible
+
+BROKEN = "#9aa3ad"
+"""Trials that break a constraint."""
+
+
+def front(points: Mapping[int, tuple[float, float]], signs: tuple[int, int]) -> list[int]:
+    """The points that no other is at least as good as in both and better in one, by their x.
+
+    Args:
+        points: number -> x, y.
+        signs: of either axis, 1 where more is better, -1 where less is.
+    """
+    scored = {number: (signs[0] * x, signs[1] * y) for number, (x, y) in points.items()}
+    found = [
+        number
+        for number, (x, y) in scored.items()
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in scored.values())
+    ]
+    return sorted(found, key=lambda number: points[number])
+
+
+def trade_off(search: Search, figure: TradeOff) -> Drawing | None:
+    """A point a complete trial; None where no two can be compared."""
+    columns = search.sweep.columns
+    shown = [own for own in search.ranked() if {figure.x, figure.y} <= own.user_attrs[CELLS].keys()]
+    if len(shown) < 2:
+        return None
+    points = {own.number: (_value(own, figure.x), _value(own, figure.y)) for own in shown}
+    kept = {own.number: points[own.number] for own in shown if feasible(own)}
+    signs = (_sign(columns[figure.x].metric), _sign(columns[figure.y].metric))
+    best = front(kept, signs)
+    title = f"{figure.y} against {figure.x}"
+    with canvas(height=4.6) as (picture, axes):
+        for number, (x, y) in points.items():
+            mark(axes, Point(x, y, str(number), color=AFTER if number in kept else BROKEN))
+        axes.step(
+            [points[number][0] for number in best],
+            [points[number][1] for number in best],
+            where="post" if signs[0] * signs[1] > 0 else "pre",
+            color=BEFORE,
+            linewidth=1.2,
+            zorder=0,
+        )
+        for number in best:
+            axes.annotate(
+                str(number), points[number], (5, 5), textcoords="offset points", fontsize=9, color=INK
+            )
+        axes.set(xlabel=figure.x, ylabel=figure.y)
+        axes.margins(0.12)
+        dots = [Line2D([], [], color=color, marker="o", linestyle="") for color in (AFTER, BROKEN)]
+        line = Line2D([], [], color=BEFORE)
+        legend(axes, [*dots, line], ["keeps the constraints", "breaks one", "Pareto front"])
+    numbers = ", ".join(map(str, best)) or "none"
+    says = f"A point a trial, on validation; rates in percent. On the front: trials {numbers}."
+    return Drawing(title, says, picture)
+
+
+def parallel(search: Search) -> Drawing | None:
+    """A line a complete trial through its parameters to the metric; None below two trials."""
+    ranked = search.ranked()
+    if len(ranked) < 2:
+        return None
+    objective = search.sweep.objective
+    keys = [own.key for own in search.space.dimensions]
+    axes_of = [[own.params[key] for own in ranked] for key in keys]
+    axes_of.append([_value(own, objective) for own in ranked])
+    heights = [_heights(values) for values in axes_of]
+    with canvas(height=4.6) as (picture, axes):
+        picture.set_figwidth(max(6.0, 1.5 * len(heights)))
+        places = range(len(heights))
+        for line, own in reversed([*enumerate(ranked)]):
+            # The better the stronger; the best is drawn last.
+            strength = 1.0 if line == 0 else 0.15 + 0.45 * (1 - line / len(ranked))
+            color = BEFORE if line == 0 else AFTER if feasible(own) else BROKEN
+            axes.plot(places, [own_axis[line] for own_axis in heights], color=color, alpha=strength)
+        for place, values in zip(places, axes_of, strict=True):
+            axes.axvline(place, color=INK, alpha=0.3, linewidth=0.8)
+            for value, height in {(_text(v), h) for v, h in _ends(values)}:
+                axes.annotate(value, (place, height), (3, 0), textcoords="offset points", fontsize=8)
+        axes.set_xticks(
+            [*places], [label(key.rpartition(".")[2], 18) for key in keys] + [label(objective, 18)]
+        )
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlim(-0.1, len(heights) - 0.6)
+    says = "A line a trial through its values, lowest below; the best one in red, the better the stronger."
+    return Drawing("Parallel coordinates", says, picture)
+
+
+def _value(trial: FrozenTrial, column: str) -> float:
+    """In percent, where it is a rate."""
+    cell: Mapping[str, Any] = trial.user_attrs[CELLS][column]
+    return float(cell["after"]) * (100 if cell["is_rate"] else 1)
+
+
+def _sign(metric: Metric) -> int:
+    return -1 if metric.better == "lower" else 1
+
+
+def _heights(values: Sequence[Any]) -> list[float]:
+    """Places between 0 and 1: by value of numbers, by rank of anything else."""
+    if any(isinstance(value, str) for value in values):
+        order = sorted({*values})
+        return [order.index(value) / max(1, len(order) - 1) for value in values]
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.5 for value in values]
+
+
+def _ends(values: Sequence[Any]) -> list[tuple[Any, float]]:
+    """What is written at an axis: its ends, or every text."""
+    heights = dict(zip(values, _heights(values), strict=True))
+    texts = any(isinstance(value, str) for value in values)
+    return [(value, height) for value, height in heights.items() if texts or height in (0.0, 0.5, 1.0)]
+
+
+def _text(value: Any) -> str:
+    return label(str(json.loads(value)), 16) if isinstance(value, str) else f"{value:.3g}"
