@@ -72,13 +72,13 @@ class RunLock:
             )
 
 
-def writer(folder: str | Path) -> int | None:
-    """The living process of this machine that holds a run folder, if any."""
+def in_use(folder: str | Path) -> bool:
+    """Whether a living process of this machine holds a run folder."""
     try:
         owner = _record(RunFolder.of(folder).lock.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
-    return owner["pid"] if owner.get("host") == socket.gethostname() and _lives(owner) else None
+        return False
+    return owner.get("host") == socket.gethostname() and _lives(owner)
 
 
 def _lives(owner: dict[str, Any]) -> bool:

@@ -17,11 +17,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from callbacks.report.escape import printable
+from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
 from experiments.config.compose import ConfigError
 from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
-from experiments.studies.processes import PROGRAM, Running, in_use
+from experiments.studies.processes import PROGRAM, Running
 from experiments.studies.scheduling import Job, jobs_of, threads
 from experiments.studies.study_report import write_study
 
@@ -61,7 +62,11 @@ def study(call: StudyCall) -> int:
     out = Path(call.out) if call.out else Path(call.runs) / Path(call.study).stem
     if not call.report_only:
         wanted = _with_needed(jobs, call.only)
-        failed = Runner(wanted, call.workers).run()
+        try:
+            failed = Runner(wanted, call.workers).run()
+        except Stopped as stop:
+            _say(f"{stop}; go on with the same command")
+            return stop.exit_status
     else:
         failed = {}
     for title, reason in failed.items():

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import yaml
+
 from callbacks.report.escape import printable
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.stopping import Stopped
@@ -62,6 +64,8 @@ def sweep(call: SweepCall) -> int:
     except ConfigError as error:
         raise ConfigError(f"{call.sweep}: {error}") from error
     place = Path(call.runs) / Path(call.sweep).stem
+    if call.backend == "wandb":
+        return _wandb(call, own, place)
     name = identity(own, space, place)
     if call.dry_run or call.report_only:
         try:
@@ -74,6 +78,17 @@ def sweep(call: SweepCall) -> int:
         if search.others:
             _say(f"{call.sweep} has changed: {search.others} trials of what it was are not counted")
         return _run(call, search, place)
+
+
+def _wandb(call: SweepCall, own: Sweep, place: Path) -> int:
+    from experiments.sweeps.wandb_backend import run_agent, wandb_sweep
+
+    if call.report_only:
+        raise ConfigError("--report_only: the trials of --backend wandb are on W&B's own page")
+    if call.dry_run:
+        print(yaml.safe_dump(wandb_sweep(call.sweep, own, place), sort_keys=False, width=110), end="")
+        return 0
+    return run_agent(call.sweep, own, place)
 
 
 def _listed(space: Space, own: Sweep, search: Search | None) -> int:
@@ -105,10 +120,13 @@ def _write(call: SweepCall, search: Search, place: Path) -> None:
 
 
 def _run(call: SweepCall, search: Search, place: Path) -> int:
-    from experiments.sweeps.backends import Local
+    from experiments.sweeps.backends import Backend, Local, Slurm
     from experiments.sweeps.engine import Engine
 
-    engine = Engine(search, Local(call.workers), call.workers, place)
+    backend: Backend = Local(call.workers)
+    if call.backend == "slurm":
+        backend = Slurm(place.resolve(), search.sweep.slurm)
+    engine = Engine(search, backend, call.workers, place)
     try:
         engine.run()
         failure = None if search.unfinished() else engine.judge()

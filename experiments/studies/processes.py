@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from callbacks.run_folder.lock import writer
 from experiments.process import ENDS_WITH
 
 LOG = "log.txt"
@@ -28,6 +28,9 @@ class Running:
         threads: how many threads it may use.
         program: what is started with these words.
     """
+
+    name = None
+    """Nobody finds it after this process: it ends with it."""
 
     def __init__(
         self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str] = PROGRAM
@@ -50,6 +53,7 @@ class Running:
         return self._process.poll()
 
     def wait(self) -> int:
+        """Until it has ended. Returns its exit status."""
         return self._process.wait()
 
     def stop(self) -> None:
@@ -62,15 +66,30 @@ class Running:
         return failure(self.words[0], self._process.poll(), self.folder, self._begin)
 
 
+class Resumable:
+    """A command in a job of submitit. Where the job is preempted or its time is up, it is queued again and
+    goes on from its last checkpoint."""
+
+    def __call__(self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str]) -> int:
+        """From its beginning to its end. Returns its exit status."""
+        running = Running(words, folder, threads, program)
+        try:
+            return running.wait()
+        except BaseException:  # the job is asked to end: so is the command
+            running.stop()
+            running.wait()
+            raise
+
+    def checkpoint(self, *arguments: Any) -> Any:
+        """As submitit asks for it."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *arguments)
+
+
 def failure(command: str, status: int | None, folder: Path, begin: int = 0) -> str:
     """What a command that failed said last, from a place of its log on, in one line."""
     log = folder / LOG
     said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() if log.is_file() else []
     last = said[-1].removeprefix("thundercat: ") if said else ""
     return f"{command} ended with status {status}: {last} ({log})"
-
-
-def in_use(folder: Path) -> bool:
-    """Whether a living process of this machine writes in a run folder: one that was left over from a kill
-    ends within seconds."""
-    return writer(folder) is not None

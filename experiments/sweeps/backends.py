@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from experiments.studies.processes import PROGRAM, Running
+from callbacks.run_folder.folder import RunFolder
+from experiments.config.errors import ConfigError
+from experiments.studies.processes import PROGRAM, Resumable, Running, failure
 from experiments.studies.scheduling import threads
 
 
 class Command(Protocol):
     """One that has been started."""
+
+    @property
+    def name(self) -> str | None:
+        """What the backend finds it by, after this process; None where it ends with this process."""
+        ...
 
     def status(self) -> int | None:
         """Exit status, negative where a signal ended it; None while it runs."""
@@ -31,9 +39,13 @@ class Backend(Protocol):
 
     def start(self, words: Sequence[str], folder: Path) -> Command: ...
 
+    def again(self, name: str, folder: Path) -> Command | None:
+        """The command of an earlier process, where it goes on or has ended well."""
+        ...
+
 
 class Local:
-    """Processes of this machine, which share its cores.
+    """Processes of this machine, which share its cores and end with this one.
 
     Args:
         workers: how many run at a time.
@@ -46,3 +58,74 @@ class Local:
 
     def start(self, words: Sequence[str], folder: Path) -> Command:
         return Running(words, folder, self.threads, self.program)
+
+    def again(self, name: str, folder: Path) -> None:
+        return None
+
+
+class Slurm:
+    """Jobs of a Slurm cluster, through submitit; they go on where this process is killed.
+
+    Args:
+        place: the sweep's folder, on a disk that all nodes see.
+        parameters: of submitit's executor: `timeout_min`, `slurm_partition`, `gpus_per_node`,
+            `cpus_per_task`, ...
+        program: what is started with a command's words.
+        cluster: submitit's; `local` runs the same without Slurm.
+
+    Raises: ConfigError where there is no Slurm, or a parameter that submitit does not know.
+    """
+
+    def __init__(
+        self,
+        place: Path,
+        parameters: Mapping[str, Any],
+        program: Sequence[str] = PROGRAM,
+        cluster: str = "slurm",
+    ) -> None:
+        import submitit
+
+        self.folder = place / "slurm"
+        self.program = program
+        self.threads = int(parameters.get("cpus_per_task", 1))
+        try:
+            self.executor = submitit.AutoExecutor(self.folder, cluster=cluster)
+            self.executor.update_parameters(name=f"sweep_{place.name}", **parameters)
+        except (RuntimeError, NameError, TypeError, ValueError) as error:
+            raise ConfigError(f"--backend slurm: {' '.join(str(error).split())}") from error
+
+    def start(self, words: Sequence[str], folder: Path) -> Command:
+        # Whoever held it has ended, on whatever node: its job is over.
+        RunFolder.of(folder).lock.unlink(missing_ok=True)
+        job = self.executor.submit(Resumable(), [*words], folder, self.threads, [*self.program])
+        return SlurmJob(job, words[0], folder)
+
+    def again(self, name: str, folder: Path) -> Command | None:
+        found = SlurmJob(self.executor.job_class(self.folder, name), "fit", folder)
+        return found if found.status() in (None, 0) else None
+
+
+class SlurmJob:
+    """One job of submitit as a command."""
+
+    def __init__(self, job: Any, command: str, folder: Path) -> None:
+        self.job, self.command, self.folder = job, command, folder
+        self.name: str | None = str(job.job_id)
+
+    def status(self) -> int | None:
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        if not self.job.done():
+            return None
+        try:
+            return int(self.job.result())
+        except UncompletedJobError:  # cancelled, or its node is gone: the command said nothing of itself
+            return -signal.SIGTERM
+        except FailedJobError:
+            return 1
+
+    def stop(self) -> None:
+        self.job.cancel()
+
+    def failure(self) -> str:
+        return f"job {self.name}: {failure(self.command, self.status(), self.folder)}"

@@ -1,32 +1,42 @@
-"""The best trial's values as a YAML file: one more `--config` repeats it."""
+"""The best trial as a YAML file that repeats it: one more `--config`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from experiments.config.compose import compose, merge
+from experiments.config.compose import compose
 from experiments.sweeps.definition import Sweep
 from experiments.sweeps.trials import configuration
 
 
-def best_yaml(sweep: Sweep, values: Mapping[str, Any], title: str) -> str:
-    """What the trial's resolved configuration has that the sweep's files have not, under a header that says
-    the command and the values."""
-    plain, own = compose(sweep.config, []), configuration(sweep, values)
-    changed = _changed(plain, own)
-    if merge(plain, changed) != own:
-        changed = own  # what the trial has taken away no file on top can say
-    trainer = changed.get("trainer")
-    if isinstance(trainer, dict) and trainer.pop("default_root_dir", None) and not trainer:
-        changed.pop("trainer")
-    files = " ".join(f"--config {file}" for file in sweep.config)
+def write_best(sweep: Sweep, values: Mapping[str, Any], title: str, path: Path) -> None:
+    """Write what the trial's resolved configuration has that the sweep's files have not, or all of it where
+    no file on top of them can say that (an argument that the trial has taken away); its header says the
+    command and the values."""
+    own = _without_folder(configuration(sweep, values))
+    _write(path, _changed(compose(sweep.config, []), own), [*sweep.config, path.name], values, title)
+    if _without_folder(compose([*sweep.config, str(path)], [])) != own:
+        _write(path, own, [path.name], values, title)
+
+
+def _write(
+    path: Path, content: Mapping[str, Any], files: list[str], values: Mapping[str, Any], title: str
+) -> None:
+    options = " ".join(f"--config {file}" for file in files)
     said = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=200)
-    lines = [f"{title}. Repeat it: thundercat fit {files} --config best.yaml", *said.splitlines()]
+    lines = [f"{title}. Repeat it: thundercat fit {options}", *said.splitlines()]
     header = "".join(f"# {line}\n" for line in lines)
-    return header + yaml.safe_dump(changed, sort_keys=False)
+    path.write_text(header + yaml.safe_dump(dict(content), sort_keys=False), encoding="utf-8")
+
+
+def _without_folder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every run has a folder of its own."""
+    trainer = {key: value for key, value in config["trainer"].items() if key != "default_root_dir"}
+    return {**config, "trainer": trainer}
 
 
 def _changed(plain: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

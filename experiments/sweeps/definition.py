@@ -158,6 +158,8 @@ class Sweep:
     """Of the search; a trial's own seed is the parameter `seed_everything`."""
     name: str = ""
     description: str = ""
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """Parameters of submitit's executor: timeout_min, slurm_partition, gpus_per_node, ..."""
     # For `wandb sweep` alone.
     program: str | None = None
     command: list[str] | None = None

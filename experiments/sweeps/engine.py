@@ -17,13 +17,13 @@ from optuna.trial import Trial
 from tqdm.auto import tqdm
 
 from callbacks.run_folder.folder import RunFolder
+from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
-from experiments.studies.processes import in_use
 from experiments.studies.scheduling import Job
 from experiments.sweeps.backends import Backend, Command
 from experiments.sweeps.disk import tidy
 from experiments.sweeps.measured import cells, excesses, periodic, stamp
-from experiments.sweeps.search import FOLDER, INTERRUPTED, Search
+from experiments.sweeps.search import COMMAND, FOLDER, INTERRUPTED, Search
 from experiments.sweeps.trials import job_of
 
 POLL_SECONDS = 0.2
@@ -115,7 +115,11 @@ class Engine:
         if own.job.state() in ("to be judged", "done"):
             own.command = Done()
         else:
-            own.command = self.backend.start(own.job.fit, own.job.folder)
+            earlier = own.trial.user_attrs.get(COMMAND)
+            found = self.backend.again(earlier, own.job.folder) if earlier is not None else None
+            own.command = found or self.backend.start(own.job.fit, own.job.folder)
+            if own.command.name is not None:
+                own.trial.set_user_attr(COMMAND, own.command.name)
 
     def _look(self, own: Attempt) -> None:
         """End a trial that lags behind the others at the same evaluation."""
@@ -180,7 +184,7 @@ class Engine:
         values = None if best is None else self.search.values_of(best)
         if best is None or values is None or not self.search.sweep.test:
             return None
-        job = job_of(self.search.sweep, values, best.number, self.place)
+        job = job_of(self.search.sweep, values, best.number, self.place, judged=True)
         if job.state() == "done":
             return None
         words = [job.test]
@@ -212,6 +216,8 @@ class Engine:
 
 class Done:
     """The command of what another trial with the same values, or an earlier process, has finished."""
+
+    name = None
 
     def status(self) -> int:
         return 0

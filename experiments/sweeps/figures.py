@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.lines import Line2D
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial
 
 from callbacks.metrics.names import Metric
 from callbacks.report.drawing import AFTER, BEFORE, INK, Drawing, Point, canvas, label, legend, mark
 from experiments.studies.definition import TradeOff
 from experiments.sweeps.search import CELLS, Search, feasible
+from experiments.sweeps.space import Dimension
 
 BROKEN = "#9aa3ad"
 """Trials that break a constraint."""
@@ -51,7 +55,7 @@ def trade_off(search: Search, figure: TradeOff) -> Drawing | None:
         axes.step(
             [points[number][0] for number in best],
             [points[number][1] for number in best],
-            where="post" if signs[0] * signs[1] > 0 else "pre",
+            where="pre" if signs[0] > 0 else "post",  # what the front dominates lies on its other side
             color=BEFORE,
             linewidth=1.2,
             zorder=0,
@@ -76,10 +80,11 @@ def parallel(search: Search) -> Drawing | None:
     if len(ranked) < 2:
         return None
     objective = search.sweep.objective
-    keys = [own.key for own in search.space.dimensions]
-    axes_of = [[own.params[key] for own in ranked] for key in keys]
-    axes_of.append([_value(own, objective) for own in ranked])
-    heights = [_heights(values) for values in axes_of]
+    dimensions = search.space.dimensions
+    keys = [own.key for own in dimensions]
+    axes_of = [Axis.of(own, ranked) for own in dimensions]
+    axes_of.append(Axis([_value(own, objective) for own in ranked]))
+    heights = [own.heights() for own in axes_of]
     with canvas(height=4.6) as (picture, axes):
         picture.set_figwidth(max(6.0, 1.5 * len(heights)))
         places = range(len(heights))
@@ -88,10 +93,10 @@ def parallel(search: Search) -> Drawing | None:
             strength = 1.0 if line == 0 else 0.15 + 0.45 * (1 - line / len(ranked))
             color = BEFORE if line == 0 else AFTER if feasible(own) else BROKEN
             axes.plot(places, [own_axis[line] for own_axis in heights], color=color, alpha=strength)
-        for place, values in zip(places, axes_of, strict=True):
+        for place, own_axis in zip(places, axes_of, strict=True):
             axes.axvline(place, color=INK, alpha=0.3, linewidth=0.8)
-            for value, height in {(_text(v), h) for v, h in _ends(values)}:
-                axes.annotate(value, (place, height), (3, 0), textcoords="offset points", fontsize=8)
+            for text, height in own_axis.ends().items():
+                axes.annotate(text, (place, height), (3, 0), textcoords="offset points", fontsize=8)
         axes.set_xticks(
             [*places], [label(key.rpartition(".")[2], 18) for key in keys] + [label(objective, 18)]
         )
@@ -112,21 +117,41 @@ def _sign(metric: Metric) -> int:
     return -1 if metric.better == "lower" else 1
 
 
-def _heights(values: Sequence[Any]) -> list[float]:
-    """Places between 0 and 1: by value of numbers, by rank of anything else."""
-    if any(isinstance(value, str) for value in values):
-        order = sorted({*values})
-        return [order.index(value) / max(1, len(order) - 1) for value in values]
-    low, high = min(values), max(values)
-    return [(value - low) / (high - low) if high > low else 0.5 for value in values]
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the parallel coordinates: a value a trial.
 
+    Args:
+        values: numbers, or the texts of `choices`.
+        choices: everything that an axis of texts shows, in order.
+        log: whether numbers stand by their logarithms.
+    """
 
-def _ends(values: Sequence[Any]) -> list[tuple[Any, float]]:
-    """What is written at an axis: its ends, or every text."""
-    heights = dict(zip(values, _heights(values), strict=True))
-    texts = any(isinstance(value, str) for value in values)
-    return [(value, height) for value, height in heights.items() if texts or height in (0.0, 0.5, 1.0)]
+    values: Sequence[Any]
+    choices: Sequence[str] | None = None
+    log: bool = False
 
+    @classmethod
+    def of(cls, dimension: Dimension, trials: Sequence[FrozenTrial]) -> Axis:
+        drawn = [own.params[dimension.key] for own in trials]
+        own = dimension.distribution
+        if isinstance(own, CategoricalDistribution):
+            return cls(drawn, [str(choice) for choice in own.choices])
+        return cls([dimension.value(raw) for raw in drawn], log=own.log)
 
-def _text(value: Any) -> str:
-    return label(str(json.loads(value)), 16) if isinstance(value, str) else f"{value:.3g}"
+    def heights(self) -> list[float]:
+        """Places between 0 and 1."""
+        if self.choices is not None:
+            return [self.choices.index(value) / max(1, len(self.choices) - 1) for value in self.values]
+        scaled = [math.log(value) if self.log else value for value in self.values]
+        low, high = min(scaled), max(scaled)
+        return [(value - low) / (high - low) if high > low else 0.5 for value in scaled]
+
+    def ends(self) -> dict[str, float]:
+        """What is written at it, and where: the lowest and the highest number, or every text."""
+        if self.choices is not None:
+            last = max(1, len(self.choices) - 1)
+            texts = [label(str(json.loads(choice)), 16) for choice in self.choices]
+            return {text: number / last for number, text in enumerate(texts)}
+        pairs = zip(self.values, self.heights(), strict=True)
+        return {f"{value:.3g}": height for value, height in pairs if height in (0.0, 0.5, 1.0)}

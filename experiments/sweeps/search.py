@@ -25,8 +25,9 @@ from experiments.sweeps.definition import Sweep
 from experiments.sweeps.space import Space
 
 JOURNAL = "journal.jsonl"
-FOLDER, CELLS, ERROR, INTERRUPTED = "folder", "cells", "error", "interrupted"
-"""Attributes of a trial: its folder's name, what it measured, why it failed, what ended it from outside."""
+FOLDER, CELLS, ERROR, INTERRUPTED, COMMAND = "folder", "cells", "error", "interrupted", "command"
+"""Attributes of a trial: its folder's name, what it measured, why it failed, how often it was ended from
+outside, what the backend calls its command."""
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 

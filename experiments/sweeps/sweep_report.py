@@ -18,7 +18,7 @@ from callbacks.report.escape import markdown
 from callbacks.report.load import load
 from callbacks.report.markdown import table_text
 from callbacks.report.page import study_page
-from experiments.sweeps.best import best_yaml
+from experiments.sweeps.best import write_best
 from experiments.sweeps.figures import parallel, trade_off
 from experiments.sweeps.search import CELLS, ERROR, FOLDER, Search, feasible, quiet
 from experiments.sweeps.trials import TRIALS
@@ -49,8 +49,7 @@ def write_sweep(search: Search, title: str, place: Path) -> str:
     if best is not None:
         values = search.values_of(best)
         assert values is not None
-        text = best_yaml(search.sweep, values, f"Trial {best.number} of {title}")
-        (place / "best.yaml").write_text(text, encoding="utf-8")
+        write_best(search.sweep, values, f"Trial {best.number} of {title}", place / "best.yaml")
         tables.insert(0, best_table(search, best, place))
     importances = importance_table(search)
     tables += [importances] if importances is not None else []

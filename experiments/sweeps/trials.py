@@ -30,7 +30,7 @@ def configuration(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
     return compose(sweep.config, overrides_of(values))
 
 
-def job_of(sweep: Sweep, values: Mapping[str, Any], number: int, place: Path) -> Job:
+def job_of(sweep: Sweep, values: Mapping[str, Any], number: int, place: Path, judged: bool = False) -> Job:
     """One trial as a run.
 
     Args:
@@ -38,6 +38,7 @@ def job_of(sweep: Sweep, values: Mapping[str, Any], number: int, place: Path) ->
         values: dotted key -> value.
         number: of the trial; the folder of an earlier one with the same configuration is taken instead.
         place: the sweep's folder.
+        judged: whether it is to be evaluated on test, as the best one is.
 
     Raises: ConfigError.
     """
@@ -49,7 +50,7 @@ def job_of(sweep: Sweep, values: Mapping[str, Any], number: int, place: Path) ->
     options.append(f"--trainer.default_root_dir={folder}")
     files = [f"--config={file}" for file in sweep.config]
     more = [f"--config={file}" for file in sweep.test]
-    judging = compose([*sweep.config, *sweep.test], overrides_of(values))
+    judging = compose([*sweep.config, *sweep.test], overrides_of(values)) if judged else None
     return Job(
         name=f"trial {number}",
         seed=int(config.get("seed_everything") or 0),
@@ -57,7 +58,7 @@ def job_of(sweep: Sweep, values: Mapping[str, Any], number: int, place: Path) ->
         fit=("fit", *files, *options, "--ckpt_path=last"),
         test=("test", *files, *more, *options, "--ckpt_path=last"),
         needs=(),
-        judged_by=of_all(judging, place),
+        judged_by=of_all(judging, place) if judging is not None else "",
     )
 
 

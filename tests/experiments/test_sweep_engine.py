@@ -1,0 +1,217 @@
+"""Sweeps at work: trials as processes of a program that behaves as it is told, killed, failing, lagging."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from callbacks.run_folder.stopping import Stopped
+from experiments.config.errors import ConfigError
+from experiments.studies.scheduling import DONE
+from experiments.sweeps import engine as engine_module
+from experiments.sweeps.backends import Slurm
+from experiments.sweeps.engine import Engine
+from experiments.sweeps.search import COMMAND, ERROR, FOLDER, JOURNAL
+from experiments.sweeps.sweep_report import write_sweep
+from experiments.sweeps.trials import TRIALS
+from tests.conftest import ROOT
+from tests.support.sweeping import COLUMNS, Sweeping
+
+
+@pytest.fixture
+def sweeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
+    monkeypatch.chdir(tmp_path)
+    return Sweeping(tmp_path)
+
+
+def parameters(method: list[str], epsilon: list[float]) -> dict[str, Any]:
+    return {"vars.method": {"values": method}, "vars.epsilon": {"values": epsilon}}
+
+
+def states(engine: Engine) -> list[str]:
+    return [own.state.name for own in engine.search.trials()]
+
+
+def test_a_failing_trial_is_recorded_and_the_best_that_keeps_the_constraints_is_tested_once(
+    sweeping: Sweeping,
+) -> None:
+    foreign = sweeping.place / TRIALS / "somebodys" / "model"
+    foreign.mkdir(parents=True)
+    settings = {
+        "parameters": parameters(["works", "fails"], [0.3, 0.5, 0.9]),
+        "constraints": [{"column": "utility", "falls_at_most": 0.3}],
+        "figures": [{"x": "utility", "y": "embedding"}],
+        "keep": 1,
+    }
+    engine = sweeping.engine(workers=2, **settings)
+    engine.run()
+    assert engine.judge() is None
+    assert states(engine) == ["COMPLETE"] * 3 + ["FAIL"] * 3
+    error = engine.search.trials()[3].user_attrs[ERROR]
+    assert error.startswith("fit ended with status 1: broken on purpose (") and error.endswith("log.txt)")
+    # The most robust one breaks the constraint.
+    best = engine.search.best()
+    assert best is not None and (best.number, best.value) == (1, pytest.approx(0.5))
+    assert sorted(sweeping.calls()) == sorted([*(f"fit trial_{i:04d}" for i in range(6)), "test trial_0001"])
+    # Disk: the best keeps its model, the others their results, and what is not ours is left alone.
+    models = sorted(path.parent.name for path in (sweeping.place / TRIALS).glob("*/model"))
+    assert models == ["somebodys", best.user_attrs[FOLDER]]
+    assert len([*(sweeping.place / TRIALS).glob("trial_*/rows")]) == 3
+    # Again: nothing is repeated.
+    Path("calls.txt").write_text("")
+    again = sweeping.engine(**settings)
+    again.run()
+    assert again.judge() is None and sweeping.calls() == []
+    text = write_sweep(again.search, "x", sweeping.place)
+    assert (
+        "trial 1 is the best on validation (grid, minimize embedding). 6 of 6 trials: 3 complete, 3 fail"
+        in text
+    )
+    assert "| embedding | 80 % | 50 % [23.7, 76.3] (n = 10) | 50 % [23.7, 76.3] (n = 10) |" in text
+    assert "| 2 | breaks: utility falls at most 0.3 | works | 0.9 |" in text
+    assert "| 3 | failed: fit ended with status 1: broken on purpose (" in text
+    assert "On the front: trials 1, 0." in (sweeping.place / "pareto_0.svg").read_text()
+    assert (sweeping.place / "parallel.svg").is_file() and (sweeping.place / "report.html").is_file()
+    lines = (sweeping.place / "trials.csv").read_text().splitlines()
+    assert lines[0].startswith("trial,state,feasible,vars.method,vars.epsilon,embedding: before,")
+    assert lines[3].startswith('2,complete,False,"""works""",0.9,0.8,0.1,')
+    # A best trial whose model an earlier search has removed is trained again.
+    shutil.rmtree(sweeping.place / TRIALS / best.user_attrs[FOLDER] / "checkpoints")
+    (sweeping.place / TRIALS / best.user_attrs[FOLDER] / DONE).write_text('{"fit": true}')
+    assert again.judge() is None and sweeping.calls() == ["fit trial_0001", "test trial_0001"]
+
+
+def test_nothing_is_best_where_nothing_keeps_the_constraints(sweeping: Sweeping) -> None:
+    engine = sweeping.engine(
+        parameters=parameters(["works"], [0.3, 0.5]), constraints=[{"column": "utility", "at_most": 0.5}]
+    )
+    engine.run()
+    assert engine.judge() is None and engine.search.best() is None
+    assert "no trial is the best: none keeps them" in write_sweep(engine.search, "x", sweeping.place)
+    assert not (sweeping.place / "best.yaml").exists()
+
+
+def test_trials_with_the_same_values_share_one_training(sweeping: Sweeping) -> None:
+    engine = sweeping.engine(
+        workers=2, method="random", run_cap=6, parameters=parameters(["works"], [0.3, 0.5])
+    )
+    engine.run()
+    assert states(engine) == ["COMPLETE"] * 6
+    assert len(sweeping.calls()) == 2
+
+
+def test_no_further_trial_is_begun_once_the_target_is_reached(sweeping: Sweeping) -> None:
+    metric = {"name": "eval/harmful/embedding/success_rate", "target": 0.5}
+    engine = sweeping.engine(metric=metric, parameters=parameters(["works"], [0.3, 0.5, 0.9]))
+    engine.run()
+    assert [own.value for own in engine.search.trials()] == pytest.approx([0.7, 0.5])
+
+
+def test_a_trial_without_results_has_failed(sweeping: Sweeping) -> None:
+    columns = {**COLUMNS, "gcg": {"quantity": "success_rate", "subject": "harmful", "attack": "gcg"}}
+    engine = sweeping.engine(columns=columns, parameters=parameters(["works"], [0.3]))
+    engine.run()
+    assert engine.search.trials()[0].user_attrs[ERROR].startswith("no 'gcg' (harmful/gcg/success_rate) among")
+
+
+def test_a_trial_that_lags_behind_is_ended(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "LOOK_SECONDS", 0.0)
+    engine = sweeping.engine(
+        parameters={"vars.epsilon": {"value": 0.5}, "vars.method": {"values": ["works", "lags"]}},
+        early_terminate={"type": "hyperband", "min_iter": 1, "max_iter": 1},
+        keep=1,
+    )
+    # The first is over before anybody looks at it: what it had reached by then.
+    first = engine.search.begin()
+    engine.search.drawn(first)
+    assert not engine.search.lags(first, [0.4])
+    engine.run()
+    assert states(engine) == ["COMPLETE", "PRUNED"]
+    assert [path.parent.name[:10] for path in sweeping.place.glob(f"{TRIALS}/*/model")] == ["trial_0000"]
+
+
+def test_a_signal_ends_the_trials_and_the_same_sweep_goes_on(sweeping: Sweeping) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    settings = {"parameters": parameters(["works", "stops"], [0.5])}
+    engine = sweeping.engine(**settings)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        engine.run()
+    assert states(engine) == ["COMPLETE", "RUNNING"]
+    again = sweeping.engine(**settings)
+    again.run()
+    assert states(again) == ["COMPLETE", "COMPLETE"]
+    assert sweeping.calls() == ["fit trial_0000", "fit trial_0001", "fit trial_0001"]
+
+
+def test_a_trial_that_is_killed_is_taken_up_at_the_next_start_and_fails_at_last(sweeping: Sweeping) -> None:
+    settings = {"parameters": parameters(["killed"], [0.3, 0.5])}
+    engine = sweeping.engine(**settings)
+    engine.run()
+    assert states(engine) == ["RUNNING", "RUNNING"]
+    assert engine.interrupted[0].startswith("trial 0, seed 0: fit ended with status -9: ")
+    sweeping.engine(**settings).run()
+    third = sweeping.engine(**settings)
+    third.run()
+    assert states(third) == ["FAIL", "FAIL"] and third.interrupted == []
+
+
+def test_a_killed_sweep_goes_on_where_it_was(sweeping: Sweeping, tmp_path: Path) -> None:
+    """kill -9 while a trial runs, and a journal whose last line was cut short."""
+    settings: dict[str, Any] = {
+        "method": "random",
+        "run_cap": 4,
+        "parameters": {"vars.method": {"value": "slow"}, "vars.epsilon": {"min": 0.0, "max": 1.0}},
+    }
+    arguments = json.dumps(json.dumps(settings))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json\nfrom pathlib import Path\nfrom tests.support.sweeping import Sweeping\n"
+        f"Sweeping(Path.cwd()).engine(**json.loads({arguments})).run()\n"
+    )
+    shutil.rmtree(sweeping.place)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path
+    )
+    until = time.monotonic() + 90
+    while not [*sweeping.place.glob(f"{TRIALS}/*/checkpoints/*")] and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with (sweeping.place / JOURNAL).open("ab") as stream:
+        stream.write(b'{"op_code":5,"worker')
+    Path("go").touch()
+    engine = sweeping.engine(**settings)
+    (trial,) = engine.search.trials()
+    assert trial.state == TrialState.RUNNING
+    engine.run()
+    # What was begun goes on in its own folder with its own values; no trial is lost, none is done twice.
+    assert sweeping.calls() == ["fit trial_0000", *(f"fit trial_{i:04d}" for i in range(4))]
+    assert engine.search.trials()[0].params == trial.params and states(engine) == ["COMPLETE"] * 4
+
+
+def test_jobs_of_submitit_run_the_trials(sweeping: Sweeping) -> None:
+    """By submitit's own executor of one machine."""
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    slurm = Slurm(sweeping.place, {"timeout_min": 5}, sweeping.program, cluster="local")
+    engine = sweeping.engine(slurm, workers=2, parameters=parameters(["works", "fails"], [0.5]))
+    engine.run()
+    assert states(engine) == ["COMPLETE", "FAIL"]
+    assert "fit ended with status 1: broken on purpose (" in engine.search.trials()[1].user_attrs[ERROR]
+    # What a killed sweep has left running, or done, is found by the job's number.
+    name = engine.search.trials()[0].user_attrs[COMMAND]
+    found = slurm.again(name, sweeping.place)
+    assert found is not None and found.status() == 0
+    assert slurm.again(engine.search.trials()[1].user_attrs[COMMAND], sweeping.place) is None
+    with pytest.raises(ConfigError, match="--backend slurm: .*gpus_per_nod"):
+        Slurm(sweeping.place, {"gpus_per_nod": 1}, cluster="local")
