@@ -23,8 +23,10 @@ FILES = {
     "evaluations": ("evaluation/*.yaml",),
     "trainers": ("trainer/*.yaml",),
     "studies": ("study/*.yaml",),
+    "sweeps": ("sweep/*.yaml",),
 }
-"""Kind -> files below configs/, to be given with --config; a study is given to `thundercat study`."""
+"""Kind -> files below configs/, to be given with --config; a study is given to `thundercat study`, a sweep to
+`thundercat sweep`."""
 CLASSES = {
     "losses": "lightning_modules/losses",
     "sources": "datamodules/sources",

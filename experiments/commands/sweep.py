@@ -97,7 +97,7 @@ def _listed(space: Space, own: Sweep, search: Search | None) -> int:
     from experiments.sweeps.sweep_report import state_of
 
     for dimension in space.dimensions:
-        print(f"{dimension.key}: {dimension.distribution}")
+        print(dimension.text())
     trials = search.trials() if search is not None else []
     for trial in trials:
         print(f"{state_of(trial):<12}  trial {trial.number}  {dict(trial.params)}")

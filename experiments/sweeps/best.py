@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from experiments.config.compose import compose
+from experiments.config.compose import ConfigError, compose
 from experiments.sweeps.definition import Sweep
 from experiments.sweeps.trials import configuration
 
@@ -18,8 +18,12 @@ def write_best(sweep: Sweep, values: Mapping[str, Any], title: str, path: Path) 
     no file on top of them can say that (an argument that the trial has taken away); its header says the
     command and the values."""
     own = _without_folder(configuration(sweep, values))
-    _write(path, _changed(compose(sweep.config, []), own), [*sweep.config, path.name], values, title)
-    if _without_folder(compose([*sweep.config, str(path)], [])) != own:
+    try:
+        _write(path, _changed(compose(sweep.config, []), own), [*sweep.config, path.name], values, title)
+        repeats = _without_folder(compose([*sweep.config, str(path)], [])) == own
+    except ConfigError:  # files that are complete with a trial's values alone
+        repeats = False
+    if not repeats:
         _write(path, own, [path.name], values, title)
 
 

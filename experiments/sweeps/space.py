@@ -58,6 +58,12 @@ class Dimension:
             return list(own.choices)  # type: ignore[arg-type]
         return [own.low, own.high]
 
+    def text(self) -> str:
+        """As a reader sees it."""
+        values = [json.dumps(self.value(raw)) for raw in self.extremes()]
+        joined = ", " if isinstance(self.distribution, CategoricalDistribution) else " to "
+        return f"{self.key}: {joined.join(values)}"
+
 
 @dataclass(frozen=True)
 class Space:

@@ -23,6 +23,13 @@ from experiments.sweeps.figures import parallel, trade_off
 from experiments.sweeps.search import CELLS, ERROR, FOLDER, Search, feasible, quiet
 from experiments.sweeps.trials import TRIALS
 
+NAMES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.FAIL: "failed",
+    TrialState.PRUNED: "ended early",
+    TrialState.RUNNING: "not finished",
+    TrialState.WAITING: "not begun",
+}
 FEWEST = 4
 """Complete trials below which importances say nothing."""
 
@@ -76,13 +83,13 @@ def _notes(search: Search, best: FrozenTrial | None) -> list[str]:
         f"trial {best.number} is the best" if best is not None else "no trial is the best: none keeps them"
     )
     rule = f"{sweep.metric.goal} {sweep.objective}"
-    states = [own.state.name.lower() for own in search.trials()]
+    states = [NAMES[own.state] for own in search.trials()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return [
         sweep.description.strip(),
         f"{kept}{chosen} on validation ({sweep.method}, {rule}). {len(states)} of {search.total} trials: "
-        f"{counts}. The best of many looks better on the rows that it was chosen on than it is: its test "
-        "column says what it is worth.",
+        f"{counts}. The best of many looks better on the rows that it was chosen on than it is: test rows "
+        "say what it is worth.",
     ]
 
 
@@ -114,8 +121,8 @@ def state_of(own: FrozenTrial, best: FrozenTrial | None = None) -> str:
         broken = [text for text, excess in own.constraints.items() if excess > 0]
         return f"breaks: {'; '.join(broken)}" if broken else "keeps the constraints"
     if own.state == TrialState.FAIL:
-        return f"failed: {own.user_attrs.get(ERROR, '')}"
-    return {TrialState.PRUNED: "ended early", TrialState.RUNNING: "not finished"}.get(own.state, "waiting")
+        return f"{NAMES[own.state]}: {own.user_attrs.get(ERROR, '')}"
+    return NAMES[own.state]
 
 
 def best_table(search: Search, best: FrozenTrial, place: Path) -> Table:

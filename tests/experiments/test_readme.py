@@ -58,7 +58,7 @@ def test_commands_are_accepted(
     _, command, *rest = shlex.split(call)
     if command in ("chat", "export"):
         rest.append("--help")
-    if command == "study":
+    if command in ("study", "sweep"):
         rest.append("--dry_run")
     if command == "report":
         # Of the recorded quickstart, which has a run's own files.

@@ -68,6 +68,18 @@ if how == "lags":
     time.sleep(60)
 measure(20, epsilon, 1.3 - epsilon)
 """
+PGD = "lightning_modules.attacks.embedding.pgd.EmbeddingPGD"
+RECIPE = {
+    "trainer": {"default_root_dir": "runs/x"},
+    "model": {
+        "class_path": "lightning_modules.adversarial.AdversarialFineTuning",
+        "init_args": {
+            "base": {"name_or_path": "${vars.method}"},
+            "attack": {"class_path": PGD, "init_args": {"epsilon": "${vars.epsilon}"}},
+        },
+    },
+}
+"""As small as a configuration can be whose values are a trial's."""
 COLUMNS = {
     "embedding": {"quantity": "success_rate", "subject": "harmful", "attack": "embedding"},
     "utility": {"quantity": "exact_match", "subject": "utility"},
@@ -87,15 +99,18 @@ class Sweeping:
         given = {
             "method": "grid",
             "metric": {"name": "eval/harmful/embedding/success_rate", "goal": "minimize"},
-            "config": ["configs/experiment/methods_tinychat.yaml", "configs/method/cat.yaml"],
+            "config": [self._written("recipe", RECIPE)],
             "columns": COLUMNS,
-            "test": ["configs/data/tinychat_test.yaml"],
+            "test": [self._written("test", {"seed_everything": 1})],
         }
-        path = self.place / "sweep.yaml"
-        path.write_text(yaml.safe_dump(given | changes, sort_keys=False))
-        sweep = load_sweep(path)
+        sweep = load_sweep(self._written("sweep", given | changes))
         search = Search(sweep, space_of(sweep), self.place, "study", workers)
         return Engine(search, backend or Local(workers, self.program), workers, self.place)
+
+    def _written(self, name: str, content: Any) -> str:
+        path = self.place / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return str(path)
 
     def calls(self) -> list[str]:
         """What the program was asked: command and first letters of the folder."""
