@@ -46,8 +46,7 @@ class SweepCall:
 
 def sweep(call: SweepCall) -> int:
     """Run the trials that are missing, evaluate the best one, write the report. Returns the exit status: 1
-    where no trial keeps the constraints, where one was interrupted or where the evaluation failed. Raises:
-    ConfigError."""
+    where no trial keeps the constraints, or where the evaluation failed. Raises: ConfigError."""
     if call.workers < 1:
         raise ConfigError(f"--workers: expected at least 1, got {call.workers}")
     _need("optuna", "sweep")
@@ -120,23 +119,25 @@ def _write(call: SweepCall, search: Search, place: Path) -> None:
 
 
 def _run(call: SweepCall, search: Search, place: Path) -> int:
-    from experiments.sweeps.backends import Backend, Local, Slurm
+    from experiments.sweeps.backends import Backend, Local, Ray, Slurm
     from experiments.sweeps.engine import Engine
 
     backend: Backend = Local(call.workers)
     if call.backend == "slurm":
         backend = Slurm(place.resolve(), search.sweep.slurm)
+    elif call.backend == "ray":
+        backend = Ray(search.sweep.ray)
     engine = Engine(search, backend, call.workers, place)
     try:
         engine.run()
-        failure = None if search.unfinished() else engine.judge()
+        failure = engine.judge()
     except Stopped as stop:
         _say(f"{stop}; go on with the same command")
         return stop.exit_status
-    for text in (*engine.interrupted, *([f"the best trial on test: {failure}"] if failure else [])):
-        _say(f"{text}; go on with the same command")
+    if failure:
+        _say(f"the best trial on test: {failure}; go on with the same command")
     _write(call, search, place)
-    return 1 if failure or engine.interrupted or search.best() is None else 0
+    return 1 if failure or search.best() is None else 0
 
 
 def _need(package: str, extra: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from experiments.process import ENDS_WITH
 
 LOG = "log.txt"
+POLL_SECONDS = 0.2
 PROGRAM = (sys.executable, "-m", "experiments.cli")
 
 
@@ -27,13 +29,19 @@ class Running:
         folder: its run folder.
         threads: how many threads it may use.
         program: what is started with these words.
+        cwd: its working directory; null takes this process's.
     """
 
     name = None
     """Nobody finds it after this process: it ends with it."""
 
     def __init__(
-        self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str] = PROGRAM
+        self,
+        words: Sequence[str],
+        folder: Path,
+        threads: int,
+        program: Sequence[str] = PROGRAM,
+        cwd: Path | None = None,
     ) -> None:
         self.words, self.folder = tuple(words), folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +53,11 @@ class Running:
         with (folder / LOG).open("ab") as stream:
             self._begin = stream.tell()
             self._process = subprocess.Popen(
-                [*program, *words], stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **own}
+                [*program, *words],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **own},
+                cwd=cwd,
             )
 
     def status(self) -> int | None:
@@ -67,14 +79,18 @@ class Running:
 
 
 class Resumable:
-    """A command in a job of submitit. Where the job is preempted or its time is up, it is queued again and
-    goes on from its last checkpoint."""
+    """A command in somebody else's process: a job of submitit, a task of Ray. Where a job is preempted or its
+    time is up, it is queued again and goes on from its last checkpoint."""
 
-    def __call__(self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str]) -> int:
+    def __call__(
+        self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str], cwd: Path
+    ) -> int:
         """From its beginning to its end. Returns its exit status."""
-        running = Running(words, folder, threads, program)
+        running = Running(words, folder, threads, program, cwd)
         try:
-            return running.wait()
+            while (status := running.status()) is None:
+                time.sleep(POLL_SECONDS)  # Ray interrupts between two of Python's own steps alone
+            return status
         except BaseException:  # the job is asked to end: so is the command
             running.stop()
             running.wait()

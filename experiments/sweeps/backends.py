@@ -95,14 +95,87 @@ class Slurm:
             raise ConfigError(f"--backend slurm: {' '.join(str(error).split())}") from error
 
     def start(self, words: Sequence[str], folder: Path) -> Command:
-        # Whoever held it has ended, on whatever node: its job is over.
-        RunFolder.of(folder).lock.unlink(missing_ok=True)
-        job = self.executor.submit(Resumable(), [*words], folder, self.threads, [*self.program])
+        _free(folder)
+        where = folder.resolve(), self.threads, [*self.program], Path.cwd()
+        job = self.executor.submit(Resumable(), [*words], *where)
         return SlurmJob(job, words[0], folder)
 
     def again(self, name: str, folder: Path) -> Command | None:
         found = SlurmJob(self.executor.job_class(self.folder, name), "fit", folder)
         return found if found.status() in (None, 0) else None
+
+
+class Ray:
+    """Tasks of a Ray cluster, the one of RAY_ADDRESS or one of this machine; they end with this process.
+
+    Args:
+        options: of a task: `num_cpus`, `num_gpus`, `resources`, ...
+        program: what is started with a command's words.
+
+    Raises: ConfigError for an option that Ray does not know.
+    """
+
+    def __init__(self, options: Mapping[str, Any], program: Sequence[str] = PROGRAM) -> None:
+        import ray
+
+        self.program = program
+        self.threads = max(1, int(options.get("num_cpus", 1)))
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            # What has ended is begun again here, where it is known how often.
+            self.task = ray.remote(Resumable.__call__).options(**{"max_retries": 0, **options})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"--backend ray: {' '.join(str(error).split())}") from error
+
+    def start(self, words: Sequence[str], folder: Path) -> Command:
+        _free(folder)
+        # A task has a working directory of its own.
+        where = folder.resolve(), self.threads, [*self.program], Path.cwd()
+        task = self.task.remote(Resumable(), [*words], *where)
+        return RayTask(task, words[0], folder)
+
+    def again(self, name: str, folder: Path) -> None:
+        return None
+
+
+class RayTask:
+    """One task of Ray as a command."""
+
+    name = None
+
+    def __init__(self, task: Any, command: str, folder: Path) -> None:
+        self.task, self.command, self.folder = task, command, folder
+
+    def status(self) -> int | None:
+        import ray
+        from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+
+        done, _ = ray.wait([self.task], timeout=0)
+        if not done:
+            return None
+        try:
+            return int(ray.get(self.task))
+        except TaskCancelledError:
+            return -signal.SIGTERM
+        except RayTaskError:
+            return 1
+        except RayError:  # its worker or node is gone
+            return -signal.SIGTERM
+
+    def stop(self) -> None:
+        import ray
+
+        ray.cancel(self.task)
+
+    def failure(self) -> str:
+        return failure(self.command, self.status(), self.folder)
+
+
+def _free(folder: Path) -> None:
+    """Whoever held it has ended, on whatever node: where a living one of this machine does, nothing is
+    started."""
+    RunFolder.of(folder).lock.unlink(missing_ok=True)
 
 
 class SlurmJob:

@@ -160,6 +160,8 @@ class Sweep:
     description: str = ""
     slurm: dict[str, Any] = field(default_factory=dict)
     """Parameters of submitit's executor: timeout_min, slurm_partition, gpus_per_node, ..."""
+    ray: dict[str, Any] = field(default_factory=dict)
+    """Options of Ray's tasks: num_cpus, num_gpus (a part of one, too), resources, ..."""
     # For `wandb sweep` alone.
     program: str | None = None
     command: list[str] | None = None

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
+from experiments.studies.processes import POLL_SECONDS
 from experiments.studies.scheduling import Job
 from experiments.sweeps.backends import Backend, Command
 from experiments.sweeps.disk import tidy
@@ -26,9 +27,8 @@ from experiments.sweeps.measured import cells, excesses, periodic, stamp
 from experiments.sweeps.search import COMMAND, FOLDER, INTERRUPTED, Search
 from experiments.sweeps.trials import job_of
 
-POLL_SECONDS = 0.2
 ATTEMPTS = 3
-"""A trial that is killed so often has failed."""
+"""A trial that is killed so often has failed; until then it goes on from its last checkpoint."""
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
 FROM_OUTSIDE = {status for number in SIGNALS for status in (-number, 128 + number)}
 """Exit statuses of a process that somebody or something else has ended."""
@@ -63,8 +63,6 @@ class Engine:
     backend: Backend
     workers: int
     place: Path
-    interrupted: list[str] = field(default_factory=list)
-    """Trials whose process a signal from outside has ended; the next start takes them up again."""
     _attempts: list[Attempt] = field(default_factory=list)
 
     def run(self) -> None:
@@ -90,8 +88,7 @@ class Engine:
                 self._begin(own)
             if own.command is not None and own.command.status() is None:
                 self._look(own)
-            elif own.command is not None:
-                self._end(own)
+            elif own.command is not None and self._end(own):
                 self._attempts.remove(own)
                 bar.update()
                 self._tidy()
@@ -135,18 +132,21 @@ class Engine:
         if own.lags:
             own.command.stop()
 
-    def _end(self, own: Attempt) -> None:
+    def _end(self, own: Attempt) -> bool:
+        """Note what a trial has come to; false where it is to be taken up again."""
         assert own.command is not None
         status = own.command.status()
         if own.lags and status != 0:
             self.search.prune(own.trial)
         elif status in FROM_OUTSIDE and not self._too_often(own):
-            self.interrupted.append(f"{own.job.title}: {own.command.failure()}")
+            own.command = None
+            return False
         elif status != 0:
             self.search.fail(own.trial, own.command.failure())
         else:
             own.job.finish("fit")
             self._tell(own)
+        return True
 
     def _too_often(self, own: Attempt) -> bool:
         """Whether it may be the trial's own doing, as where its memory does not suffice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from callbacks.run_folder.stopping import Stopped
 from experiments.config.errors import ConfigError
 from experiments.studies.scheduling import DONE
 from experiments.sweeps import engine as engine_module
-from experiments.sweeps.backends import Slurm
+from experiments.sweeps.backends import Ray, Slurm
 from experiments.sweeps.engine import Engine
 from experiments.sweeps.search import COMMAND, ERROR, FOLDER, JOURNAL
 from experiments.sweeps.sweep_report import write_sweep
@@ -149,16 +150,12 @@ def test_a_signal_ends_the_trials_and_the_same_sweep_goes_on(sweeping: Sweeping)
     assert sweeping.calls() == ["fit trial_0000", "fit trial_0001", "fit trial_0001"]
 
 
-def test_a_trial_that_is_killed_is_taken_up_at_the_next_start_and_fails_at_last(sweeping: Sweeping) -> None:
-    settings = {"parameters": parameters(["killed"], [0.3, 0.5])}
-    engine = sweeping.engine(**settings)
+def test_a_trial_that_is_killed_is_taken_up_again_and_fails_at_last(sweeping: Sweeping) -> None:
+    engine = sweeping.engine(parameters=parameters(["killed once", "killed"], [0.5]))
     engine.run()
-    assert states(engine) == ["RUNNING", "RUNNING"]
-    assert engine.interrupted[0].startswith("trial 0, seed 0: fit ended with status -9: ")
-    sweeping.engine(**settings).run()
-    third = sweeping.engine(**settings)
-    third.run()
-    assert states(third) == ["FAIL", "FAIL"] and third.interrupted == []
+    assert states(engine) == ["COMPLETE", "FAIL"]
+    assert sweeping.calls() == ["fit trial_0000"] * 2 + ["fit trial_0001"] * 3
+    assert engine.search.trials()[1].user_attrs[ERROR].startswith("fit ended with status -9: ")
 
 
 def test_a_killed_sweep_goes_on_where_it_was(sweeping: Sweeping) -> None:
@@ -202,3 +199,30 @@ def test_jobs_of_submitit_run_the_trials(sweeping: Sweeping) -> None:
     assert slurm.again(engine.search.trials()[1].user_attrs[COMMAND], sweeping.place) is None
     with pytest.raises(ConfigError, match="--backend slurm: .*gpus_per_nod"):
         Slurm(sweeping.place, {"gpus_per_nod": 1}, cluster="local")
+
+
+def test_tasks_of_ray_run_the_trials(sweeping: Sweeping) -> None:
+    """On a cluster of this machine."""
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    tasks = Ray({"num_cpus": 0.5}, sweeping.program)
+    try:
+        engine = sweeping.engine(
+            tasks, workers=2, parameters=parameters(["works", "fails", "killed once"], [0.5])
+        )
+        engine.run()
+        assert states(engine) == ["COMPLETE", "FAIL", "COMPLETE"]
+        assert "fit ended with status 1: broken on purpose (" in engine.search.trials()[1].user_attrs[ERROR]
+        # A command that is stopped has been ended from outside.
+        slow = sweeping.job("slow")
+        command = tasks.start(slow.fit, slow.folder)
+        until = time.monotonic() + 60
+        while not [*slow.folder.glob("checkpoints/*")] and time.monotonic() < until:
+            time.sleep(0.05)
+        command.stop()
+        while (status := command.status()) is None:
+            time.sleep(0.05)
+        assert status == -signal.SIGTERM
+        with pytest.raises(ConfigError, match="--backend ray: .*num_gpu"):
+            Ray({"num_gpu": 1})
+    finally:
+        ray.shutdown()

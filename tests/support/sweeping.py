@@ -9,11 +9,13 @@ from typing import Any
 
 import yaml
 
+from experiments.studies.scheduling import Job
 from experiments.sweeps.backends import Backend, Local
 from experiments.sweeps.definition import load_sweep
 from experiments.sweeps.engine import Engine
 from experiments.sweeps.search import Search
 from experiments.sweeps.space import space_of
+from experiments.sweeps.trials import job_of
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
@@ -28,7 +30,8 @@ if how == "stops" and not pathlib.Path("stopped").exists():
     pathlib.Path("stopped").touch()
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
-if how == "killed" and not pathlib.Path("go").exists():
+if how == "killed" or how == "killed once" and not (folder / "once").exists():
+    (folder / "once").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 checkpoint = folder / "checkpoints" / "step_000001.ckpt"
 for path in (checkpoint, folder / "model" / "weights", folder / "rows" / "x"):
@@ -106,6 +109,11 @@ class Sweeping:
         sweep = load_sweep(self._written("sweep", given | changes))
         search = Search(sweep, space_of(sweep), self.place, "study", workers)
         return Engine(search, backend or Local(workers, self.program), workers, self.place)
+
+    def job(self, method: str) -> Job:
+        """One trial beside the sweep."""
+        sweep = self.engine(parameters={"vars.epsilon": {"values": [0.5]}}).search.sweep
+        return job_of(sweep, {"vars.method": method, "vars.epsilon": 0.5}, 9, self.place)
 
     def _written(self, name: str, content: Any) -> str:
         path = self.place / f"{name}.yaml"
