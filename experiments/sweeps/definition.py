@@ -210,6 +210,8 @@ def _check(sweep: Sweep, node: Mapping[str, Any]) -> None:
     check_columns(sweep.columns)
     names = {logged(own): own for own in sweep.columns.values()}
     known(sweep.metric.name, names, "metric.name")
+    if names[sweep.metric.name].optional:
+        raise ConfigError(f"columns.{sweep.objective}.optional: it is the metric, which every trial measures")
     better = BETTER.get(names[sweep.metric.name].quantity)
     if better == "higher" and "goal" not in node["metric"]:
         raise ConfigError("metric.goal: left out it means minimize, and here more is better; write one")

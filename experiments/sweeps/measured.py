@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ def cells(sweep: Sweep, folder: Path) -> dict[str, Cell]:
     found = {}
     for label, column in sweep.columns.items():
         after = results.after.measures.get(column.metric)
-        if after is None:
+        if after is None or math.isnan(after.estimate.value):
             if column.optional:
                 continue
             raise ValueError(

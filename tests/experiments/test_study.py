@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from callbacks.run_folder.stopping import Stopped
 from experiments.commands.study import Runner, StudyCall, study
 from experiments.config.errors import ConfigError
 from experiments.studies.definition import Study, load_study
@@ -261,6 +262,18 @@ def test_a_signal_ends_the_runs_and_the_study(number: signal.Signals, program: t
     said = process.communicate(timeout=30)[0].decode()
     assert said.startswith("stopped") and calls() == ["fit a"]
     assert job("a").state() == "begun"
+
+
+def test_a_stopped_study_says_how_to_go_on(
+    in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(self: Runner) -> dict[str, str]:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(Runner, "run", stopped)
+    path = given(tmp_path / "study.yaml", {"cat": {"config": CAT}})
+    assert study(StudyCall(str(path), runs=str(tmp_path))) == 143
+    assert capsys.readouterr().err == "thundercat: stopped by SIGTERM; go on with the same command\n"
 
 
 def test_a_study_trains_judges_and_reports(

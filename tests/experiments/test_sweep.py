@@ -59,6 +59,7 @@ def read(folder: Path, **changes: Any) -> Sweep:
             {"metric": {"name": "eval/utility/exact_match"}},
             "metric.goal: left out it means minimize, and here more is better",
         ),
+        ({"columns": {"e": {**EMBEDDING, "optional": True}}}, "columns.e.optional: it is the metric"),
         ({"columns": {"u": {**EMBEDDING, "quantity": "sucess"}}}, "columns.u.quantity: expected one of"),
         ({"constraints": [{"column": "utilty", "at_least": 0.9}]}, "constraints.0.column: .*'utility'"),
         ({"constraints": [{"column": "utility"}]}, "constraints.0: expected one of at_least, .* got none"),

@@ -7,14 +7,17 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 
+from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.stopping import Stopped
 from experiments.config.errors import ConfigError
+from experiments.studies.processes import LOG
 from experiments.studies.scheduling import DONE
 from experiments.sweeps import engine as engine_module
 from experiments.sweeps.backends import Ray, Slurm
@@ -156,6 +159,20 @@ def test_a_trial_that_is_killed_is_taken_up_again_and_fails_at_last(sweeping: Sw
     assert states(engine) == ["COMPLETE", "FAIL"]
     assert sweeping.calls() == ["fit trial_0000"] * 2 + ["fit trial_0001"] * 3
     assert engine.search.trials()[1].user_attrs[ERROR].startswith("fit ended with status -9: ")
+
+
+def test_a_folder_that_a_process_still_holds_is_waited_for(sweeping: Sweeping) -> None:
+    folder = sweeping.job("works").folder
+    freed: list[float] = []
+    with ExitStack() as held:
+        held.enter_context(RunLock(folder))
+        release = threading.Timer(0.6, lambda: (freed.append(time.time()), held.close()))
+        release.start()
+        engine = sweeping.engine(parameters=parameters(["works"], [0.5]))
+        engine.run()
+        release.join()
+    assert states(engine) == ["COMPLETE"] and engine.search.trials()[0].user_attrs[FOLDER] == folder.name
+    assert (folder / LOG).stat().st_ctime >= freed[0]
 
 
 def test_a_killed_sweep_goes_on_where_it_was(sweeping: Sweeping) -> None:
