@@ -99,6 +99,8 @@ class Engine:
 
     def _attempt(self, trial: Trial) -> Attempt:
         job = job_of(self.search.sweep, self.search.drawn(trial), trial.number, self.place)
+        # From now on the next trial with the same values finds it.
+        job.folder.mkdir(parents=True, exist_ok=True)
         trial.set_user_attr(FOLDER, job.folder.name)
         return Attempt(trial, job)
 

@@ -191,7 +191,9 @@ class _Unshared(JournalFileOpenLock):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna's warnings of what is experimental are for whoever writes this."""
+    """Optuna's warnings of what is experimental are for whoever writes this; what a kill let it note half is
+    noted again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", message=".* is ignored because this")
         yield

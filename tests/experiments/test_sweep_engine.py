@@ -102,12 +102,24 @@ def test_nothing_is_best_where_nothing_keeps_the_constraints(sweeping: Sweeping)
 
 
 def test_trials_with_the_same_values_share_one_training(sweeping: Sweeping) -> None:
-    engine = sweeping.engine(
-        workers=2, method="random", run_cap=6, parameters=parameters(["works"], [0.3, 0.5])
-    )
+    engine = sweeping.engine(workers=2, method="random", run_cap=4, parameters=parameters(["works"], [0.5]))
     engine.run()
-    assert states(engine) == ["COMPLETE"] * 6
-    assert len(sweeping.calls()) == 2
+    assert states(engine) == ["COMPLETE"] * 4
+    assert sweeping.calls() == ["fit trial_0000"]
+
+
+def test_what_a_kill_let_be_noted_half_is_noted_whole(sweeping: Sweeping) -> None:
+    settings = {
+        "parameters": parameters(["works"], [0.5]),
+        "constraints": [{"column": "utility", "at_least": 0.5}],
+    }
+    engine = sweeping.engine(**settings)
+    trial = engine.search.begin()
+    engine.search.drawn(trial)
+    trial.set_constraint("utility at least 0.5", -0.3)
+    again = sweeping.engine(**settings)
+    again.run()
+    assert states(again) == ["COMPLETE"] and again.search.best() is not None
 
 
 def test_no_further_trial_is_begun_once_the_target_is_reached(sweeping: Sweeping) -> None:
