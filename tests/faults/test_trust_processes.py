@@ -14,11 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from callbacks.metrics.names import WORST_CASE, Metric
+from callbacks.report.load import load
 from callbacks.report.training_log import read_training_log
-from tests.support.small_run import equal, small_config, start, trained
+from datamodules.results import read_rows
+from tests.conftest import ROOT
+from tests.support.small_run import equal, evaluated, small_config, start, trained
 
 Run = Callable[..., tuple[int, str, str]]
+LIMITED = {"prefilling": 4, "word_noise": 2, WORST_CASE: 2}
+"""Rows of each attack of tests/configs/limited_suite.yaml."""
 
 
 # kill, SIGTERM, Ctrl-C
@@ -96,8 +104,11 @@ def two_processes(config: Path, *arguments: str) -> None:
     assert running.returncode == 0, out[-2000:]
 
 
-def test_a11_logs_and_costs_are_of_all_processes(fit: Run, tmp_path: Path) -> None:
-    same = ("--model.attack.random_start=false", "--model.base.lora.dropout=0.0", "--trainer.max_steps=2")
+def test_a11_logs_costs_and_rows_are_of_all_processes(fit: Run, tmp_path: Path) -> None:
+    suite = yaml.safe_load((ROOT / "tests" / "configs" / "limited_suite.yaml").read_text())
+    callbacks = [{"class_path": "callbacks.cost.CostMonitor"}, *suite["trainer"]["callbacks"]]
+    same = (f"--trainer.callbacks={json.dumps(callbacks)}", evaluated(4), "--trainer.max_steps=2")
+    same += ("--model.attack.random_start=false", "--model.base.lora.dropout=0.0")
     one, two = tmp_path / "one", tmp_path / "two"
     assert fit(*same, f"--trainer.default_root_dir={one}")[0] == 0
     two_processes(tmp_path / "small.yaml", *same, f"--trainer.default_root_dir={two}")
@@ -113,9 +124,18 @@ def test_a11_logs_and_costs_are_of_all_processes(fit: Run, tmp_path: Path) -> No
     costs = [json.loads((folder / "cost.json").read_text()) for folder in (one, two)]
     for name in ("steps", "adversarial_examples", "utility_examples", "attack_forward", "passes", "tokens"):
         assert costs[0][name] == costs[1][name] > 0
+    # Every example is reported once, from either process.
+    assert [len(read_rows(folder)) for folder in (one, two)] == [6, 6]
+    assert len(list((two / "rows").glob("rows_rank*.jsonl"))) == 2
+    after = load(two).after
+    assert after is not None and after.complete
+    sizes = {name: after.measures[Metric("success_rate", "harmful", name)].estimate.n for name in LIMITED}
+    assert sizes == LIMITED
+    # Every process logs the numbers of all, so that they stop at the same step.
+    assert "eval/harmful/worst_case/success_rate" in (two / "csv" / "metrics.csv").read_text()
 
 
-def test_a10_every_process_resumes_with_its_own_suffixes(tmp_path: Path) -> None:
+def test_a10_every_process_resumes_with_its_own_suffixes_and_the_shared_reference(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     gcg = {"class_path": "lightning_modules.attacks.suffix.gcg.GCG",
            "init_args": {"num_tokens": 4, "num_steps": 1, "width": 4, "stop_at_target": False}}  # fmt: skip
@@ -126,12 +146,18 @@ def test_a10_every_process_resumes_with_its_own_suffixes(tmp_path: Path) -> None
     rows = f"[{{class_path: {source}, init_args: {{split: train, limit: 4}}}}]"
     common = (
         f"--model.attack={json.dumps(pool)}",
+        "--model.objective=lightning_modules.losses.preference.Preference",
         f"--data.harmful={rows}",
         "--model.optimizer.schedule=constant",
     )
     common += ("--trainer.max_steps=6", "--trainer.callbacks.1.keep=6")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     two_processes(config, *common, f"--trainer.default_root_dir={whole}")
+    (table,) = (whole / "reference").glob("*.json")
+    assert len(json.loads(table.read_text())) == 4
+    saved = torch.load(whole / "checkpoints" / "step_000001.ckpt", weights_only=True)["attack"]["ranks"]
+    # A step of two examples, of which each process saw one.
+    assert [len(rank["pool"]) for rank in saved] == [1, 1]
     # As a kill leaves it whose last checkpoint was the third.
     shutil.copytree(whole, parts)
     for number in (4, 5, 6):
