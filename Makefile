@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/quickstart.yaml --overwrite
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/real
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/real
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -223,18 +223,19 @@ def test_every_run_is_a_command_line_that_composes(
         job()
     # Five tries, then a training and a test for each seed; without a defence there is a test alone.
     assert len(calls) == (1 if name == NO_DEFENCE else 5 + 2 * 2)
-    models = [json.dumps(compose(*parts(words[4:]))["model"]) for words in calls]
+    configs = [compose(*parts(words[4:])) for words in calls]
+    models = [json.dumps(config["model"]) for config in configs]
     # Every try is another, and what is judged is the one that was chosen.
     assert len({*models[:5]}) == len(models[:5])
     assert {*models[5:]} <= {models[-1]} and (name == NO_DEFENCE or models[-1] == models[4])
-    for words in calls:
-        files, overrides = parts(words[4:])
-        config = compose(files, overrides)
+    for words, config in zip(calls, configs, strict=True):
         assert config["trainer"]["max_steps"] == 7
         test_rows = "split: test" in json.dumps(config["data"]).replace('"', "")
         assert test_rows == (words[3] == "test")
         if name != NO_DEFENCE:
-            assert config["model"]["init_args"]["optimizer"]["lr"] == float(words_of(overrides)["lr"])
+            assert config["model"]["init_args"]["optimizer"]["lr"] == float(
+                words_of(parts(words[4:])[1])["lr"]
+            )
 
 
 def test_a_choice_that_changes_does_not_take_over_what_was_judged(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from experiments.commands.schema import schema
 from experiments.config.files import read
 from tests.conftest import ROOT
 
-# What judges are measured on, and a study of several runs, are no configuration of a run.
-OTHERS = ("judges", "study")
+# What judges are measured on, a study of several runs and a sweep are no configuration of a run.
+OTHERS = ("judges", "study", "sweep")
 FILES = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name not in OTHERS]
 
 
