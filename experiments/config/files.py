@@ -15,6 +15,8 @@ become variables of the configuration.
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -139,7 +141,7 @@ def _with_includes(value: Any, path: Path | None, chain: tuple[Path, ...], varia
 def read(path: Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises: ConfigError naming file and line for what is none."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = copy.deepcopy(_loaded(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ConfigError(f"{_place(path, error)}: not valid YAML: {_problem(error)}") from error
     except UnicodeDecodeError as error:
@@ -154,6 +156,12 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got {type(content).__name__}")
     return content
+
+
+@functools.lru_cache(maxsize=256)
+def _loaded(text: str) -> Any:
+    """One command reads the same files many times."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def parse(key: str, text: str) -> Any:
@@ -198,7 +206,7 @@ def _problem(error: yaml.YAMLError) -> str:
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):  # libyaml's is faster, and dies of deep nesting
     """YAML 1.2 floats (`1e-4` is a number); a key given twice is an error, as the first would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -60,8 +60,10 @@ def module(folder: str, base: dict[str, Any], **attack: Any) -> AdversarialFineT
     )
 
 
-def planned(shape: dict[str, Any], folder: str, batches: list[TrainingBatch], steps: int = 2) -> Any:
-    own = module(folder, shape["base"])
+def planned(
+    shape: dict[str, Any], folder: str, batches: list[TrainingBatch], steps: int = 2, attack_steps: int = 3
+) -> Any:
+    own = module(folder, shape["base"], num_steps=attack_steps)
     own.attach(object())  # type: ignore[arg-type]
     with built_without_weights():
         own.configure_model()
@@ -70,7 +72,7 @@ def planned(shape: dict[str, Any], folder: str, batches: list[TrainingBatch], st
 
 def measured(shape: dict[str, Any], folder: str, batches: list[TrainingBatch], steps: int = 2) -> int:
     """Peak of what the CPU allocator had handed out, weights included, by torch's profiler."""
-    own = module(folder, shape["base"])
+    own = module(folder, shape["base"], num_steps=3)
     own.attach(object())  # type: ignore[arg-type]
     own.configure_model()
     held = {
@@ -105,7 +107,7 @@ def test_operations_are_those_of_torch_s_counter(name: str, tmp_path: Path) -> N
     shape = SHAPES[name]
     folder = folder_of(tmp_path, shape["layers"])
     batch = TrainingBatch(ragged_batch(size=3, prompt=30), utility(size=4))
-    plan = planned(shape, folder, [batch], steps=1)
+    plan = planned(shape, folder, [batch], steps=1, attack_steps=5)
     own = module(folder, shape["base"])
     own.attach(object())  # type: ignore[arg-type]
     own.configure_model()

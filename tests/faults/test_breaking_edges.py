@@ -62,6 +62,24 @@ def test_aliases_of_aliases_are_counted(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("text", ["a: " + "[" * 100_000, "a: " + "{b: " * 5_000])
+def test_a_file_nested_without_end_is_one_line(text: str, tmp_path: Path) -> None:
+    """A faster parser ends the process here."""
+    path = tmp_path / "deep.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"deep\.yaml: nested too deeply"):
+        read(path)
+
+
+def test_what_is_read_twice_is_not_shared(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: {b: [1]}")
+    read(path)["a"]["b"].append(2)
+    assert read(path) == {"a": {"b": [1]}}
+    path.write_text("a: {b: [3]}")
+    assert read(path) == {"a": {"b": [3]}}
+
+
 def test_an_alias_used_twice_is_fine(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text(yaml.safe_dump({"one": (shared := {"x": 1}), "two": shared}))
