@@ -4,6 +4,7 @@ data."""
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from functools import cache
@@ -165,6 +166,12 @@ def thundercat(in_root: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
         return status, captured.out, captured.err
 
     return run
+
+
+def pytest_collection_finish() -> None:
+    """What is imported need not be searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

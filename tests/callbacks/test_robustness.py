@@ -3,10 +3,6 @@ lost or counted twice."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +21,7 @@ from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.text.rewrites import DirectRequest, Prefilling
 from lightning_modules.models.language_model import LanguageModel
 from tests.conftest import ROOT
+from tests.support.forked import forked
 
 Run = Callable[..., tuple[int, str, str]]
 TINYCHAT = "configs/experiment/cat_tinychat.yaml"
@@ -57,12 +54,12 @@ def test_a_killed_suite_goes_on_and_gives_the_same_results(tmp_path: Path, thund
     quiet = "--trainer.enable_progress_bar=false"
     assert thundercat(*attack_arguments(tmp_path / "whole", quiet))[0] == 0
     path = tmp_path / "parts" / "rows" / "rows_rank0.jsonl"
-    command = [sys.executable, "-m", "experiments.cli", *attack_arguments(tmp_path / "parts", quiet)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.time() + 120
-        while time.time() < deadline and (not path.is_file() or path.read_bytes().count(b"\n") < 6):
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+    process = forked(attack_arguments(tmp_path / "parts", quiet), tmp_path / "output.txt")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not path.is_file() or path.read_bytes().count(b"\n") < 6):
+        time.sleep(0.02)
+    process.kill()
+    process.join()
     done = path.read_bytes().count(b"\n")
     assert done >= 6
     assert not (tmp_path / "parts" / "test_results.json").exists()

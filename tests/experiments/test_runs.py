@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ from callbacks.report.training_log import read_training_log
 from datamodules.results import read_rows
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from tests.conftest import ROOT
+from tests.support.forked import forked
 
 Run = Callable[..., tuple[int, str, str]]
 TINYCHAT = "configs/experiment/cat_tinychat.yaml"
@@ -178,17 +176,13 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, thundercat: Run)
         return short(folder, "--trainer.max_steps=6", *quiet)
 
     assert thundercat(*words(tmp_path / "whole"))[0] == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.cli", *words(tmp_path / "killed")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    process = forked(words(tmp_path / "killed"), tmp_path / "output.txt")
     first = tmp_path / "killed" / "checkpoints" / "step_000001.ckpt"
     deadline = time.monotonic() + 120
-    while not first.exists() and time.monotonic() < deadline and process.poll() is None:
+    while not first.exists() and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     assert any(first.parent.glob("*.ckpt"))
     assert thundercat(*words(tmp_path / "killed"), "--ckpt_path=last")[0] == 0
     # The log goes on without a hole, and no step stands in it twice.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -239,28 +240,30 @@ def test_a_damaged_note_is_none(program: tuple[str, ...]) -> None:
     assert job("a").state() == "begun"
 
 
+def slow_study(program: tuple[str, ...], said: Connection) -> None:
+    """A study whose one run does not end by itself, and what it says when it is ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        Runner([Job("a", 0, Path("a"), ("fit", "a", "slow"), ("test", "a"), (), "")], 1, program).run()
+    except Stopped as stop:
+        said.send(str(stop))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_runs_and_the_study(number: signal.Signals, program: tuple[str, ...]) -> None:
-    script = Path("call.py")
-    script.write_text(
-        "from pathlib import Path\nimport sys\n"
-        "from experiments.commands.study import Runner\n"
-        "from experiments.studies.scheduling import Job\n"
-        "from callbacks.run_folder.stopping import Stopped\n"
-        f"own = Job('a', 0, Path('a'), ('fit', 'a', 'slow'), ('test', 'a'), (), '')\n"
-        f"try:\n    Runner([own], 1, {program!r}).run()\n"
-        "except Stopped as stop:\n    print('stopped', stop)\n"
-    )
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(root)}
-    )
+    # A process of its own, with what this one has imported.
+    reading, writing = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=slow_study, args=(program, writing))
+    process.start()
     until = time.monotonic() + 60
     while not Path("calls.txt").is_file() and time.monotonic() < until:
         time.sleep(0.1)
-    process.send_signal(number)
-    said = process.communicate(timeout=30)[0].decode()
-    assert said.startswith("stopped") and calls() == ["fit a"]
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    assert reading.poll(30)
+    assert reading.recv().startswith("stopped by ") and calls() == ["fit a"]
+    process.join(30)
+    assert process.exitcode == 0
     assert job("a").state() == "begun"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 from datamodules.fields import problem
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
@@ -31,7 +31,7 @@ from tests.support.two_processes import ATTACKS, go_on
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of two processes that went on after a checkpoint."""
     folder = tmp_path_factory.mktemp("two_processes")
-    spawn(go_on, (str(folder),), nprocs=2)
+    start_processes(go_on, (str(folder),), nprocs=2, start_method="fork")
     return folder
 
 

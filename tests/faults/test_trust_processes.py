@@ -22,6 +22,7 @@ from callbacks.report.load import load
 from callbacks.report.training_log import read_training_log
 from datamodules.results import read_rows
 from tests.conftest import ROOT
+from tests.support.forked import forked, in_two_processes
 from tests.support.small_run import equal, evaluated, small_config, start, trained
 
 Run = Callable[..., tuple[int, str, str]]
@@ -38,14 +39,16 @@ def test_b_a_signal_ends_a_run_at_once_and_it_resumes_bit_for_bit(
 ) -> None:
     config, whole = small_config(tmp_path), tmp_path / "whole"
     assert fit(f"--trainer.default_root_dir={whole}")[0] == 0
-    running = start("fit", config, "--model.attack.num_steps=2")
+    running = forked(["fit", "--config", str(config)], tmp_path / "output.txt")
     first = tmp_path / "run" / "checkpoints" / "step_000001.ckpt"
-    while running.poll() is None and not first.exists():
+    while running.is_alive() and not first.exists():
         time.sleep(0.01)
-    running.send_signal(number)
-    out, _ = running.communicate(timeout=60)
-    assert running.returncode in (0, 128 + number)
-    if running.returncode:
+    assert running.pid is not None
+    os.kill(running.pid, number)
+    running.join(60)
+    out = (tmp_path / "output.txt").read_text()
+    assert running.exitcode in (0, 128 + number), out
+    if running.exitcode:
         assert out.count("thundercat: stopped by") == 1
         assert "Traceback" not in out
     assert fit("--ckpt_path=last")[0] == 0
@@ -152,7 +155,8 @@ def test_a10_every_process_resumes_with_its_own_suffixes_and_the_shared_referenc
     )
     common += ("--trainer.max_steps=6", "--trainer.callbacks.1.keep=6")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    two_processes(config, *common, f"--trainer.default_root_dir={whole}")
+    words = ("fit", "--config", str(config), *common)
+    in_two_processes([*words, f"--trainer.default_root_dir={whole}"], tmp_path)
     (table,) = (whole / "reference").glob("*.json")
     assert len(json.loads(table.read_text())) == 4
     saved = torch.load(whole / "checkpoints" / "step_000001.ckpt", weights_only=True)["attack"]["ranks"]
@@ -162,7 +166,7 @@ def test_a10_every_process_resumes_with_its_own_suffixes_and_the_shared_referenc
     shutil.copytree(whole, parts)
     for number in (4, 5, 6):
         (parts / "checkpoints" / f"step_{number:06d}.ckpt").unlink()
-    two_processes(config, *common, f"--trainer.default_root_dir={parts}", "--ckpt_path=last")
+    in_two_processes([*words, f"--trainer.default_root_dir={parts}", "--ckpt_path=last"], tmp_path)
     assert (parts / "checkpoints" / "step_000006.ckpt").is_file()
     assert equal(trained(parts), trained(whole))
 
