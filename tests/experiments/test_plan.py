@@ -97,8 +97,9 @@ def test_the_peak_is_the_allocator_s(name: str, tmp_path: Path) -> None:
         ragged_batch(size=harmful, prompt=30, harmful=20, safe=24), utility(size=chats, length=60)
     )
     full = full_rows({"harmful": harmful, "utility": chats}, 40, 20, VOCABULARY)
-    plan = planned(shape, folder, [ragged, full])
-    assert plan.peak == pytest.approx(measured(shape, folder, [ragged, full]), rel=0.1)
+    batches = [full] if shape["base"]["dtype"] == "bfloat16" else [ragged, full]
+    plan = planned(shape, folder, batches)
+    assert plan.peak == pytest.approx(measured(shape, folder, batches), rel=0.1)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -27,8 +27,22 @@ ATTACK_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" 
 def test_every_attack_file_can_be_put_into_a_recipe(file: str, in_root: Path) -> None:
     config = compose(["configs/experiment/cat_tinychat.yaml", file], [])
     check(config, "test")
-    attack = instantiate(with_defaults(config)).model.attack
-    assert callable(attack)
+
+
+def test_every_attack_is_built_in_one_suite(in_root: Path, tmp_path: Path) -> None:
+    # one_step.yaml changes the attack of the file before it.
+    whole = [file for file in ATTACK_FILES if Path(file).stem != "one_step"]
+    attacks = {Path(file).stem: {"include": file} for file in whole}
+    suite = "callbacks.evaluations.robustness.RobustnessEvaluation"
+    callbacks = [{"class_path": suite, "init_args": {"attacks": attacks}}]
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    config = compose(["configs/experiment/cat_tinychat.yaml", str(tmp_path / "suite.yaml")], [])
+    check(config, "test")
+    (built,) = (
+        own for own in instantiate(with_defaults(config)).trainer.callbacks if hasattr(own, "attacks")
+    )
+    assert built.attacks.keys() == attacks.keys()
+    assert all(callable(attack) for attack in built.attacks.values())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
