@@ -180,7 +180,11 @@ def _number(kinds: Any, bounds: tuple[Any, ...]) -> Test:
     def test(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, kinds):
             return False
-        return (isinstance(value, int) or math.isfinite(value)) and all(_within(value, own) for own in bounds)
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # an integer beyond all floats
+            return False
+        return finite and all(_within(value, own) for own in bounds)
 
     return test
 

@@ -95,14 +95,17 @@ class Slurm:
             raise ConfigError(f"--backend slurm: {' '.join(str(error).split())}") from error
 
     def start(self, words: Sequence[str], folder: Path) -> Command:
-        _free(folder)
         where = folder.resolve(), self.threads, [*self.program], Path.cwd()
         job = self.executor.submit(Resumable(), [*words], *where)
         return SlurmJob(job, words[0], folder)
 
     def again(self, name: str, folder: Path) -> Command | None:
         found = SlurmJob(self.executor.job_class(self.folder, name), "fit", folder)
-        return found if found.status() in (None, 0) else None
+        if found.status() in (None, 0):
+            return found
+        # A job that a kill kept from the journal may still be in the folder: it holds the lock, and stops us.
+        _free(folder)
+        return None
 
 
 class Ray:
@@ -173,8 +176,8 @@ class RayTask:
 
 
 def _free(folder: Path) -> None:
-    """Whoever held it has ended, on whatever node: where a living one of this machine does, nothing is
-    started."""
+    """Take over from a command that is known to have ended, on whatever node; of this machine's, the caller
+    has asked already."""
     RunFolder.of(folder).lock.unlink(missing_ok=True)
 
 

@@ -54,6 +54,8 @@ class Settings:
         ({"rate": 0.0}, r"Example.rate: expected a number within \(0, 1\], got 0.0"),
         ({"rate": math.nan}, "Example.rate: .* got nan"),
         ({"cutoff": math.inf}, "Example.cutoff: expected a finite number or null, got inf"),
+        ({"cutoff": 10**400}, "Example.cutoff: expected a finite number or null, got 1000"),
+        ({"count": 10**400}, "Example.count: expected an integer >= 1, got 1000"),
         ({"kind": "c"}, "Example.kind: expected 'a' | 'b', got 'c'"),
         ({"limits": {"gcg": -1}}, "Example.limits: gcg: expected an integer >= 1, got -1"),
         ({"betas": (0.9, 1.0)}, "Example.betas: expected"),
