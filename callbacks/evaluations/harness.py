@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from datamodules.sources.questions import Question
@@ -113,16 +114,24 @@ def listed(value: Any) -> list[Any]:
 
 
 @cache
-def _index() -> Any:
-    """The names that the harness knows."""
-    from lm_eval.tasks import TaskManager
+def _index(family: str | None) -> Any:
+    """The names that the harness knows, or those in one folder of its tasks: to read them all takes
+    seconds."""
+    from lm_eval import tasks
 
-    return TaskManager().task_index
+    if family is None:
+        return tasks.TaskManager().task_index
+    folder = Path(tasks.__file__).parent / family
+    if not family or not folder.is_dir():
+        return {}
+    return tasks.TaskManager(include_defaults=False, include_path=str(folder)).task_index
 
 
 def _entries(name: str) -> list[Any]:
     """The tasks behind a name; groups and tags are followed."""
-    entry = _index().get(name)
+    entry = _index(name.partition("_")[0]).get(name)
+    if entry is None or entry.kind.name == "TAG":  # whose tasks may be in any folder
+        entry = _index(None).get(name)
     if entry is None:
         raise ValueError(
             f"benchmarks: the harness knows no task {name!r}; `lm_eval ls tasks` lists those that it knows"

@@ -127,15 +127,15 @@ def test_trains_and_resumes_bit_for_bit(
     )
     whole, data = build(name, red_team, *extra)
     every = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    fitting = trainer(tmp_path, 2, every, start := Start(), micro_batches=2, enable_checkpointing=True)
+    fitting = trainer(tmp_path, 3, every, start := Start(), micro_batches=2, enable_checkpointing=True)
     fitting.fit(whole, datamodule=data)
     assert any(not torch.equal(value, start.weights[key]) for key, value in weights(whole).items())
     start_of_resume = tmp_path / "checkpoints" / "step=1.ckpt"
     resumed, data = build(name, red_team, *extra)
     every = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    again = trainer(tmp_path / "again", 2, every, micro_batches=2, enable_checkpointing=True)
+    again = trainer(tmp_path / "again", 3, every, micro_batches=2, enable_checkpointing=True)
     again.fit(resumed, datamodule=data, ckpt_path=start_of_resume)
-    assert again.global_step == 2
+    assert again.global_step == 3
     for key, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[key]), key
     if lora:

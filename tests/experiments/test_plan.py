@@ -97,7 +97,7 @@ def test_the_peak_is_the_allocator_s(name: str, tmp_path: Path) -> None:
         ragged_batch(size=harmful, prompt=30, harmful=20, safe=24), utility(size=chats, length=60)
     )
     full = full_rows({"harmful": harmful, "utility": chats}, 40, 20, VOCABULARY)
-    batches = [full] if shape["base"]["dtype"] == "bfloat16" else [ragged, full]
+    batches = [ragged, full]
     plan = planned(shape, folder, batches)
     assert plan.peak == pytest.approx(measured(shape, folder, batches), rel=0.1)
 
@@ -177,8 +177,9 @@ def test_a_plan_of_the_packaged_model(thundercat: Run) -> None:
     assert found["largest_rows"] == 0
 
 
-def test_the_rows_that_are_said_to_fit_do(tmp_path: Path) -> None:
-    shape = SHAPES["adapters on bf16, mixed"]
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_rows_that_are_said_to_fit_do(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
     folder = folder_of(tmp_path, shape["layers"])
 
     def peak(rows: int) -> Any:
