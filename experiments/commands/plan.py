@@ -159,10 +159,15 @@ def check_plannable(module: AdversarialFineTuning) -> None:
 
 
 def largest_rows(cost: StepCost, memory: int, rows: int) -> int:
-    """Rows of a micro-batch that fit: what a step holds beyond its weights, merged ones among them, gradients
-    and optimiser's state grows at most in proportion to its rows."""
-    fixed = cost.persistent.total() + cost.at_peak[MERGED]
-    return max(0, int((memory - fixed) * rows // max(1, cost.peak - fixed)))
+    """Rows of a micro-batch that fit: whatever a step works on, what it holds beyond its weights, merged ones
+    among them, gradients and optimiser's state grows at most in proportion to its rows. Which of its parts
+    needs the most may change with the rows: merged weights are there in the attack alone."""
+    fits = []
+    for held in cost.peaks.values():
+        fixed = cost.persistent.total() + held[MERGED]
+        growing = max(1, held.total() - fixed)
+        fits.append((memory - fixed) * rows // growing)
+    return max(0, min(fits))
 
 
 def assumptions(

@@ -61,10 +61,8 @@ class Counted(TorchDispatchMode):
         self.part = ACTIVATIONS
         self.live: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
-        self.peaks: dict[str, int] = {}
-        """The most bytes alive at once, by the part that was worked on."""
-        self.at_peak: Counter[str] = Counter()
-        """What was alive at the highest of them."""
+        self.peaks: dict[str, Counter[str]] = {}
+        """What was alive, bytes by part, when it was the most while a part was worked on."""
         self._vocabulary = vocabulary
         self._parts: dict[int, str] = {}
         self._weights: set[int] = set()
@@ -123,10 +121,8 @@ class Counted(TorchDispatchMode):
         self._parts[key] = part
         self.live[part] += size
         weakref.finalize(storage, self._leave, key, size).atexit = False
-        total = sum(self.live.values())
-        if total > max(self.peaks.values(), default=0):
-            self.at_peak = Counter(self.live)
-        self.peaks[self.part] = max(self.peaks.get(self.part, 0), total)
+        if self.part not in self.peaks or self.live.total() > self.peaks[self.part].total():
+            self.peaks[self.part] = self.live.copy()
 
     def _leave(self, key: int, size: int) -> None:
         self.live[self._parts.pop(key)] -= size

@@ -39,10 +39,8 @@ TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
 class StepCost:
     """What a planned or measured training costs. Bytes, and floating-point operations."""
 
-    peaks: dict[str, int] = field(default_factory=dict)
-    """Bytes alive at once, at most, while a part was worked on."""
-    at_peak: Counter[str] = field(default_factory=Counter)
-    """Bytes by part at the highest peak."""
+    peaks: dict[str, Counter[str]] = field(default_factory=dict)
+    """What was alive, bytes by part, when it was the most while a part was worked on."""
     parameters: int = 0
     trained: int = 0
     persistent: Counter[str] = field(default_factory=Counter)
@@ -51,8 +49,13 @@ class StepCost:
     """Floating-point operations of all micro-batches: `attack` and `outer`."""
 
     @property
+    def at_peak(self) -> Counter[str]:
+        """Bytes by part at the highest peak."""
+        return max(self.peaks.values(), key=Counter.total)
+
+    @property
     def peak(self) -> int:
-        return max(self.peaks.values())
+        return self.at_peak.total()
 
 
 class _Batches(torch.utils.data.Dataset[TrainingBatch]):
@@ -147,8 +150,7 @@ def count_step(
         module.attack = attack
         parameters = list(model.parameters())
         return StepCost(
-            peaks=counted.peaks,
-            at_peak=+counted.at_peak,
+            peaks={part: +held for part, held in counted.peaks.items()},
             parameters=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             persistent=+counted.live,
