@@ -108,6 +108,25 @@ def test_the_likeliest_candidate_that_says_the_target_wins_over_lower_losses(
     assert search.ledger.best == [candidates[3].tolist(), candidates[4].tolist()]
 
 
+def test_every_candidate_that_could_say_the_target_is_looked_at_until_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = SuffixSearch(chat_model(), text_batch(2), 3, " x", None)
+    candidates = torch.arange(10, 70).reshape(20, 3)
+    asked: list[tuple[int, int]] = []
+
+    def saying(rows: Sequence[int], suffixes: Sequence[list[int]]) -> list[bool]:
+        asked.extend((row, (suffix[0] - 10) // 3) for row, suffix in zip(rows, suffixes, strict=True))
+        return [suffix == candidates[5].tolist() for suffix in suffixes]
+
+    monkeypatch.setattr(search, "saying", saying)
+    search.ledger.record([0, 1], candidates[[9, 19]].tolist(), torch.tensor([9.0, 9.0]))
+    found = search.finish([0] * 10 + [1] * 10, candidates, torch.ones(20).bool(), torch.arange(20.0))
+    # The sixth likeliest of the first says it, none of the second's does: 8 looks and 10.
+    assert found == {0} and search.ledger.best[0] == candidates[5].tolist()
+    assert sorted(asked) == [(0, i) for i in range(8)] + [(1, i) for i in range(10, 20)]
+
+
 def test_what_counts_is_the_target_s_first_sentence() -> None:
     batch = text_batch(2)
     search = SuffixSearch(chat_model(), batch, 3, " x", None, target_tokens=2)

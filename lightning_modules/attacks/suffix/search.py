@@ -33,8 +33,9 @@ GROUP = 6
 DRAWS = 4
 """Rounds of drawing candidates until enough of them can be typed; some tokenizers never give enough."""
 CHECKED = 4
-"""Candidates of a behaviour and step whose greedy reply is looked at, of those that could say the target. A
-look costs a forward pass, and the likeliest candidate may miss a target that another one says."""
+"""Candidates of a behaviour whose greedy reply is looked at together, of those that could say the target: the
+likeliest first, further ones while none says it. A look costs a forward pass, and the likeliest candidate may
+miss a target that another one says."""
 TokenLoss = Callable[[Float[Tensor, "row reply"], Bool[Tensor, "row reply"]], Float[Tensor, " row"]]
 """Token losses and their mask -> what a search minimises."""
 
@@ -275,21 +276,27 @@ class SuffixSearch:
         Args:
             owners: the behaviour of each candidate.
             candidates: the candidates.
-            could: from `scores`: which of them are looked at, the CHECKED likeliest of each behaviour.
+            could: from `scores`: which of them are looked at, CHECKED of a behaviour at a time until one says
+                it.
             means: attacked losses.
         """
-        looked: dict[int, list[int]] = {}
+        plausible: dict[int, list[int]] = {}
         for i in means.argsort(stable=True).tolist():
-            own = looked.setdefault(owners[i], []) if could[i] else []
-            if could[i] and len(own) < CHECKED:
-                own.append(i)
-        flat = [i for own in looked.values() for i in own]
+            if could[i]:
+                plausible.setdefault(owners[i], []).append(i)
         done: set[int] = set()
-        said = self.saying([owners[i] for i in flat], [candidates[i].tolist() for i in flat])
-        for i, hit in zip(flat, said, strict=True):
-            if hit and owners[i] not in done:
-                done.add(owners[i])
-                self.ledger.keep(owners[i], candidates[i].tolist(), float(means[i]))
+        for start in range(0, max(map(len, plausible.values()), default=0), CHECKED):
+            flat = [
+                i
+                for owner, own in plausible.items()
+                if owner not in done
+                for i in own[start : start + CHECKED]
+            ]
+            said = self.saying([owners[i] for i in flat], [candidates[i].tolist() for i in flat])
+            for i, hit in zip(flat, said, strict=True):
+                if hit and owners[i] not in done:
+                    done.add(owners[i])
+                    self.ledger.keep(owners[i], candidates[i].tolist(), float(means[i]))
         return done
 
     def result(self) -> AttackedPrompt:
