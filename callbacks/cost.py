@@ -4,6 +4,7 @@ One pass is one forward or one backward of one example. An attack says what it s
 (arXiv 2405.15589, table 1 counts 10/10 for CAT's); all else is counted at the models as it happens: a
 forward and a backward for each of an adversarial example's two replies, two for a utility example, what a
 reference or a teacher scores, and, with the first step, reference scores that are computed before training.
+What attacks took that training rows were collected with (red-team replay) stands beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lightning import Callback, LightningModule, Trainer
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.provenance import write_whole
 from datamodules.batch import TrainingBatch
+from datamodules.sources.base import Collected
 
 COUNTED = (
     "adversarial_examples",
@@ -88,6 +90,9 @@ class CostMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         summary, path = self.summary(), RunFolder.of(trainer.default_root_dir).cost
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, Collected) and data.collecting_passes:
+            summary["collecting_passes"] = data.collecting_passes
         # Asked to go on with a run that is finished: this process trained nothing whose peak could count.
         finished = path.is_file() and not self._own["tokens"]
         if trainer.is_global_zero and not finished:

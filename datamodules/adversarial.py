@@ -15,7 +15,7 @@ from datamodules.evaluation import EvaluationData, EvaluationSets, no_usable_row
 from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.overlap import find_overlap, overlap_error
 from datamodules.rows import RowProblem
-from datamodules.sources.base import ChatSource, HarmfulSource
+from datamodules.sources.base import ChatSource, Collected, HarmfulSource
 from datamodules.sources.gather import gather
 from datamodules.streams import Item, StepSampler, Stream
 from datamodules.text.chat_format import Attackable
@@ -117,6 +117,12 @@ class AdversarialData(EvaluationData):
             batch_sampler=sampler,
             collate_fn=partial(_collate, self.encoding.attackable),
         )
+
+    @property
+    def collecting_passes(self) -> int:
+        """Passes of the attacks that training rows were collected with."""
+        sources = [*self.harmful_sources, *self.utility_sources]
+        return sum(own.collecting_passes for own in sources if isinstance(own, Collected))
 
     def harmful_batches(self) -> Iterator[AdversarialBatch]:
         """All harmful training rows in order, for what is computed once per row."""

@@ -4,7 +4,7 @@ is the data module's."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
 
@@ -21,3 +21,13 @@ class ChatSource(Protocol):
     """Yields harmless requests with replies."""
 
     def rows(self) -> Iterator[ChatRow | RowProblem]: ...
+
+
+@runtime_checkable
+class Collected(Protocol):
+    """A source whose rows a model was attacked for: what that took belongs to the cost of training."""
+
+    @property
+    def collecting_passes(self) -> int:
+        """Forward and backward passes of single examples."""
+        ...

@@ -39,11 +39,7 @@ class RedTeamReplay:
 
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
         """Raises: ValueError where the run holds no results, no such attack, or no verdict of the judge."""
-        attacked = [
-            row
-            for row in read_rows(self.run)
-            if row.attack and row.stage != "attack" and row.subject == "harmful"
-        ]
+        attacked = self._attacked()
         if not attacked:
             raise ValueError(
                 f"RedTeamReplay.run: no attacked rows in {self.run}/{ROWS}; attack the training requests "
@@ -60,6 +56,16 @@ class RedTeamReplay:
             if wanted and broken and typed is not None and typed not in seen:
                 seen.add(typed)
                 yield self._replayed(row, typed)
+
+    @property
+    def collecting_passes(self) -> int:
+        """Of the attacks that it takes from, on all requests: those that failed cost as much."""
+        chosen = (row for row in self._attacked() if self.attacks is None or row.attack in self.attacks)
+        return sum(row.forward_passes + row.backward_passes for row in chosen)
+
+    def _attacked(self) -> list[Row]:
+        rows = read_rows(self.run)
+        return [row for row in rows if row.attack and row.stage != "attack" and row.subject == "harmful"]
 
     def _replayed(self, row: Row, prompt: str) -> HarmfulRow:
         key = "/".join(["replay", *(str(part) for part in row.identity)])

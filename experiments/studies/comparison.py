@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from callbacks.metrics.names import Metric
 from callbacks.report.events import Events, events
 from callbacks.report.load import load
 from callbacks.report.measured import select
+from callbacks.report.under_attack import under_attack
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import last_step, read_measurements, read_rows
 from experiments.studies.definition import Claim, Column
@@ -32,10 +34,12 @@ class Compared:
     """Column -> mean over the seeds of what is no rate (a perplexity, passes of an attack); the interval
     reaches over all of the seeds' own."""
     passes: float
-    """Forward and backward passes of single examples in training, the reference's included; mean over
-    seeds."""
+    """Forward and backward passes of single examples in training, the reference's and those of collecting
+    the data included; mean over seeds."""
     by_seed: dict[int, Happened] = field(default_factory=dict, repr=False)
     """What occurred on every example: two runs with one seed are compared pair by pair."""
+    carrying: dict[str, int] = field(default_factory=dict)
+    """Attack -> seeds whose model refuses or fails benign prompts that carry it (report/under_attack.py)."""
 
     def cell(self, label: str) -> SeedRate | None:
         return self.rates.get(label, self.means.get(label))
@@ -58,13 +62,15 @@ class Answer:
     is_rate: bool
 
 
-def happened(folder: Path) -> Happened:
-    """What occurred on every test example of a run. Raises: ValueError where nothing was tested."""
+def happened(folder: Path) -> tuple[Happened, list[str]]:
+    """What occurred on every test example of a run, and the attacks that its model refuses, or fails, benign
+    prompts for carrying. Raises: ValueError where nothing was tested."""
     step = last_step(folder, "test")
     if step is None:
         raise ValueError(f"{folder}: no results of `test`; run the study again")
     measured = select(read_measurements(folder), read_rows(folder), "test", step)
-    return {event.metric: event for event in events(measured)}
+    signs = [name for name, own in under_attack(measured).items() if own.refuses_what_carries_it]
+    return {event.metric: event for event in events(measured)}, signs
 
 
 def read(
@@ -83,7 +89,9 @@ def read(
     """
     found = {}
     for name, folders in runs.items():
-        by_seed = {seed: happened(folder) for seed, folder in folders.items()}
+        told = {seed: happened(folder) for seed, folder in folders.items()}
+        by_seed = {seed: own for seed, (own, _) in told.items()}
+        carrying = Counter(attack for _, signs in told.values() for attack in signs)
         rates, means = {}, {}
         for label, column in columns.items():
             metric = column.metric
@@ -100,7 +108,7 @@ def read(
                     f"{missing[0]}: no {label!r} ({metric.key}) among its results of `test`; test it again "
                     "with the evaluation that measures it, or make the column optional"
                 )
-        found[name] = Compared(rates, means, _passes(folders.values()), by_seed)
+        found[name] = Compared(rates, means, _passes(folders.values()), by_seed, dict(carrying))
     return found
 
 
@@ -129,7 +137,7 @@ def _over_seeds(own: list[Estimate]) -> SeedRate:
 def _passes(folders: object) -> float:
     paths = [RunFolder.of(folder).cost for folder in folders]  # type: ignore[attr-defined]
     costs = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    return fmean(cost["passes"] for cost in costs) if costs else 0.0
+    return fmean(cost["passes"] + cost.get("collecting_passes", 0) for cost in costs) if costs else 0.0
 
 
 def answers(rows: Mapping[str, Compared], claims: list[Claim], columns: Mapping[str, Column]) -> list[Answer]:

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from callbacks.judges.card import line
 from callbacks.metrics.hierarchical import SeedRate
 from callbacks.report.cells import MISSING, Cell, Table, p_value
 from callbacks.report.drawing import Drawing, Point, save, scatter
 from callbacks.report.escape import markdown
 from callbacks.report.markdown import table_text
 from callbacks.report.page import study_page
+from callbacks.report.signs import words
+from callbacks.report.under_attack import FALL, REFUSED
 from callbacks.run_folder.provenance import environment_facts
 from experiments.studies.archive import archive, revisions
 from experiments.studies.comparison import Answer, Compared, answers, read
@@ -25,7 +28,7 @@ INTERVALS = (
     "Means over seeds, rates in percent; in brackets 95 % intervals over seeds and examples (bootstrap of "
     "both, never narrower than one seed's own; of what is no rate, from the lowest to the highest of the "
     "seeds' own); in parentheses each seed's value, where they differ. Passes are forward and backward "
-    "passes of single examples in training, the reference's included."
+    "passes of single examples in training, the reference's and those of collecting the data included."
 )
 
 
@@ -66,19 +69,21 @@ def write_study(
     if missing:
         lost = [[Cell(name), Cell(reason)] for name, reason in missing.items()]
         tables.append(Table("Not reported", ["run", "why"], lost))
-    text = document(study, tables, {own.title: f"{stem}.svg" for stem, own in drawings.items()})
+    signs = [*carrying(rows), *judges(study, rows)]
+    text = document(study, tables, signs, {own.title: f"{stem}.svg" for stem, own in drawings.items()})
     (out / "report.md").write_text(text, encoding="utf-8")
-    page = study_page(study.title, [study.about, INTERVALS], tables, drawings)
+    page = study_page(study.title, [study.about, INTERVALS, *signs], tables, drawings)
     (out / "report.html").write_text(page, encoding="utf-8")
     return text
 
 
-def document(study: Study, tables: list[Table], figures: Mapping[str, str]) -> str:
-    """The Markdown report."""
+def document(study: Study, tables: list[Table], signs: list[str], figures: Mapping[str, str]) -> str:
+    """The Markdown report; `signs` are what must be known of the numbers: who judged, what is misleading."""
     parts = [f"# {markdown(study.title)}", study.about.strip(), INTERVALS]
     for table in tables:
         parts += [f"## {table.title}", table_text(table)]
     parts.append(verdicts_line(study))
+    parts.append("\n".join(f"- {markdown(sign)}" for sign in signs))
     parts += [f"![{markdown(title)}]({path})" for title, path in figures.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,6 +98,31 @@ def verdicts_line(study: Study) -> str:
         'distinguishable" where it holds 0 and more than that. The last column is the smallest true '
         "difference that would have been found in four of five repetitions."
     )
+
+
+def carrying(rows: Mapping[str, Compared]) -> list[str]:
+    """The runs whose models refuse, or fail, benign prompts for what an attack leaves on them: its success on
+    harmful requests says little about harm there."""
+    found = []
+    for name, own in rows.items():
+        signs = [f"{words(attack)} ({seeds} of {len(own.by_seed)})" for attack, seeds in own.carrying.items()]
+        if signs:
+            found.append(f"{name}: {', '.join(signs)}")
+    title = (
+        f"Refuses what carries it (done to benign prompts, {100 * REFUSED:.0f} % or more are refused, or "
+        f"utility falls by {100 * FALL:.0f} points or more; in so many of its seeds):"
+    )
+    return [title, *found] if found else []
+
+
+def judges(study: Study, rows: Mapping[str, Compared]) -> list[str]:
+    """A line on every judge that has decided a column: what its card says, or that it has none."""
+    metrics = [column.metric for column in study.columns.values()]
+    told = [own for run in rows.values() for own in run.by_seed.values()]
+    named = dict.fromkeys(own[metric].judge for metric in metrics for own in told if metric in own)
+    # A worst case joins what its attacks' judges said.
+    single = dict.fromkeys(judge for joined in named for judge in joined.split(" or "))
+    return [line(judge) for judge in single if judge]
 
 
 def cells(study: Study, rows: Mapping[str, Compared]) -> Table:

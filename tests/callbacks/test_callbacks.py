@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from callbacks.cost import peak_memory_mib, reset_peak_memory
+from callbacks.cost import CostMonitor, peak_memory_mib, reset_peak_memory
 from callbacks.evaluations.refusal import RefusalEvaluation
 from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.undisturbed import undisturbed
@@ -28,6 +30,17 @@ from datamodules.sources.files import read_records
 from datamodules.sources.tables import ChatTable
 from lightning_modules.attacks.base import AttackedPrompt
 from tests.conftest import tiny_model
+
+# --- cost
+
+
+@pytest.mark.parametrize("collected", [0, 12])
+def test_what_collecting_the_data_took_is_written_beside_the_cost(tmp_path: Path, collected: int) -> None:
+    data = SimpleNamespace(collecting_passes=collected)
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path), is_global_zero=True, datamodule=data)
+    CostMonitor().on_train_end(trainer, None)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "cost.json").read_text()).get("collecting_passes", 0) == collected
+
 
 # --- judges
 

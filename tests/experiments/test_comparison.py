@@ -92,6 +92,22 @@ def test_seeds_become_one_rate_with_its_interval_and_both_seeds_are_shown(tmp_pa
     assert table(rows).splitlines()[2].startswith("| no defence | 0 [0, 7] |")
 
 
+def test_who_judged_and_who_refuses_what_carries_an_attack_stand_beneath_the_tables(tmp_path: Path) -> None:
+    clean = {"over-refusal": 0.0, "utility": 1.0, "benign refused, adaptive": 0.0, "utility, adaptive": 1.0}
+    told = {
+        0: clean | {"benign refused, embedding": 0.2, "utility, embedding": 1.0},
+        1: clean | {"benign refused, embedding": 0.18, "utility, embedding": 0.8},
+        2: clean | {"benign refused, embedding": 0.18, "utility, embedding": 0.82},
+    }
+    folders = {"cat": {s: finished(tmp_path / str(s), "test", GOOD | own) for s, own in told.items()}}
+    rows = read(folders)
+    assert rows["cat"].carrying == {"embedding": 2}
+    text = write_study(comparison(["cat"], [0, 1, 2], {}), folders, tmp_path / "out", OPTIONAL)
+    for written in (text, (tmp_path / "out" / "report.html").read_text()):
+        assert written.count("cat: embedding (2 of 3)") == 1
+        assert written.count("target prefix alone is called a trend, not success; not calibrated") == 1
+
+
 def test_claims_are_differences_with_what_could_have_been_seen(tmp_path: Path) -> None:
     lines = claims(read(runs(tmp_path))).splitlines()
     robust = next(line for line in lines if line.startswith(f"| CAT makes the model robust | {EMBEDDING}"))
@@ -175,6 +191,13 @@ def test_a_setting_that_gives_up_the_model_is_not_chosen_for_its_robustness(tmp_
     found = search_table({"cat": {"1e-4": kept, "1e-3": better}}, {"cat": "1e-3"})
     assert found["cat"]["chosen"] == "1e-3"
     assert found["cat"]["1e-4"][EMBEDDING] == 0.5
+
+
+def test_what_collecting_the_data_took_is_part_of_the_cost(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "cat_0", "test", GOOD, passes=100.0)
+    cost = json.loads((folder / "cost.json").read_text())
+    (folder / "cost.json").write_text(json.dumps(cost | {"collecting_passes": 11}))
+    assert read({"cat": {0: folder}})["cat"].passes == 111
 
 
 def test_report_and_figure_are_written(tmp_path: Path) -> None:

@@ -224,14 +224,27 @@ def test_replay_takes_successes_that_can_be_typed(tmp_path: Path) -> None:
     run = stored(
         tmp_path / "run",
         row("won", prompt="p1", attacked="p1 x x", verdicts=verdicts(True)),
-        row("lost", prompt="p2", attacked="p2 x x", verdicts=verdicts(False)),
+        row(
+            "lost",
+            prompt="p2",
+            attacked="p2 x x",
+            verdicts=verdicts(False),
+            forward_passes=7,
+            backward_passes=4,
+        ),
         row("embedding", attacked=None, verdicts=verdicts(True)),
         row("forced", attacked="p3", prefill="Sure", verdicts=verdicts(True)),
         row("turns", attacked="p4", history=[["q", "a"]], verdicts=verdicts(True)),
         row("judged again", prompt="p5", attacked="p5 x", verdicts=verdicts(False)),
         row("judged again", prompt="p5", attacked="p5 x", verdicts=verdicts(True)),
-        row("beast", attack="beast", prompt="p6", attacked="p6 y", verdicts=verdicts(True)),
+        row(
+            "beast", attack="beast", prompt="p6", attacked="p6 y", verdicts=verdicts(True), forward_passes=100
+        ),
+        row("benign", subject="harmless", prompt="b", attacked="b x x", forward_passes=1000),
     )
+    # What lost has cost too; benign prompts under an attack are measured, not collected.
+    assert RedTeamReplay(run).collecting_passes == 7 + 4 + 100
+    assert RedTeamReplay(run, attacks=["beast"]).collecting_passes == 100
     found = [r for r in RedTeamReplay(run, "No.").rows() if isinstance(r, HarmfulRow)]
     assert [(r.prompt, r.origin, r.safe_reply, r.target) for r in found] == [
         ("p1 x x", "p1", "No.", "t"), ("p5 x", "p5", "No.", "t"), ("p6 y", "p6", "No.", "t"),
