@@ -9,10 +9,7 @@ from typing import Any
 from callbacks.judges.card import line
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.report.cells import MISSING, Cell, Table, change, count, earlier_cell, estimate, measures
-from callbacks.report.results import (
-    RunResults,
-    Snapshot,
-)
+from callbacks.report.results import Estimate, RunResults, Snapshot
 from callbacks.report.signs import carried, ungraded, unmatched, words
 from callbacks.report.tables_beside import grades, paired, perplexities, replies
 
@@ -194,7 +191,13 @@ def _beside(snapshot: Snapshot, metric: Metric) -> list[Cell]:
         return []
     own = snapshot.benign.get(metric.attack) if metric.quantity == "success_rate" else None
     shares = (own.refused, own.utility) if own is not None else (None, None)
-    return [estimate(share) if share is not None else Cell(MISSING, math.nan) for share in shares]
+    return [_of(share) if share is not None else Cell(MISSING, math.nan) for share in shares]
+
+
+def _of(share: Estimate) -> Cell:
+    """A share with its own n, which is not that of the row."""
+    own = estimate(share)
+    return Cell(f"{own.text}, n = {share.n}", own.order)
 
 
 def arguments(block: Any) -> Mapping[str, Any]:

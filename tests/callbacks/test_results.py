@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from callbacks.metrics.estimates import mean, newcombe_interval, paired_difference, rate, wilson_interval
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
@@ -106,6 +107,8 @@ def test_wilson_interval_by_hand() -> None:
 def test_wilson_interval_holds_the_share(successes: int, more: int) -> None:
     low, high = wilson_interval(successes, successes + more)
     assert 0 <= low <= successes / (successes + more) <= high <= 1
+    theirs = binomtest(successes, successes + more).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 def test_mean_with_interval_by_hand() -> None:

@@ -28,16 +28,21 @@ def test_c01_no_attack_success_is_shown_with_the_refusals_that_explain_it(tmp_pa
     assert any("suffix: refuses what carries it" in text for text in warnings(load(tmp_path, "test")))
 
 
-@pytest.mark.parametrize("name", ["tinychat", "methods", "suite", "adaptive"])
-def test_c01_every_suite_asks_benign_prompts_too(name: str) -> None:
-    callbacks = yaml.safe_load((ROOT / "configs" / "evaluation" / f"{name}.yaml").read_text())
+SUITES = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "path", [own for own in SUITES if "RobustnessEvaluation" in own.read_text()], ids=lambda p: p.stem
+)
+def test_c01_every_suite_asks_benign_prompts_too(path: Path) -> None:
+    trainer = yaml.safe_load(path.read_text())["trainer"]
     suites = [
         own
-        for own in callbacks["trainer"]["callbacks+"]
+        for own in trainer.get("callbacks+") or trainer["callbacks"]
         if own["class_path"].endswith("RobustnessEvaluation")
     ]
     assert suites
-    assert all(own["init_args"]["benign"]["limit"] >= 50 for own in suites)
+    assert all(own["init_args"]["benign"]["limit"] >= 12 for own in suites)
 
 
 def test_c06_over_refusal_counts_prompts_that_could_be_refused() -> None:
