@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import secrets
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -237,8 +238,7 @@ class ResultsStore:
 
 
 def read_rows(folder: str | Path) -> list[Row]:
-    """The rows of all processes (published ones may be compressed), the latest of every identity. Raises:
-    ValueError naming file and line."""
+    """The latest row of every identity, of all processes. Raises: ValueError naming file and line."""
     paths = sorted((Path(folder) / ROWS).glob("rows_rank*.jsonl*"))
     return list({row.identity: row for path in paths for row in _read(path, Row)}.values())
 
@@ -294,7 +294,10 @@ def _dumped(line: Row | Measurement) -> str:
 
 def _read(path: Path, kind: type[Line]) -> Iterator[Line]:
     content = path.read_bytes()
-    *whole, _torn = (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n")
+    try:
+        *whole, _torn = (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged ({error}); fetch or write the file again") from error
     for number, line in enumerate(whole, start=1):
         yield _parsed(line, f"{path}:{number}", kind)
 

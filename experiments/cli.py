@@ -155,6 +155,12 @@ def _other(call: argparse.Namespace) -> int:
         return study(
             StudyCall(**{own.name: getattr(call, own.name) for own in dataclasses.fields(StudyCall)})
         )
+    elif call.command == "compare":
+        from experiments.commands.compare import CompareCall, compare
+
+        return compare(
+            CompareCall(**{own.name: getattr(call, own.name) for own in dataclasses.fields(CompareCall)})
+        )
     elif call.command == "sweep":
         from experiments.commands.sweep import SweepCall, sweep
         from experiments.config.classes import search_working_directory

@@ -20,6 +20,7 @@ RUNS = {
 OTHERS = {
     "sweep": "search a configuration's fields: trials, the best of them on test, what mattered",
     "study": "train and judge every run of a study, and compare them",
+    "compare": "runs side by side on one page, down to their rows",
     "chat": "talk to a run's model in the terminal",
     "export": "write a run's model: PEFT adapters or merged weights, with a model card",
     "report": "write the reports of a finished run again, from its rows",
@@ -54,6 +55,7 @@ def build_parser() -> Parser:
     report.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
     _add_sweep(commands.add_parser("sweep", help=OTHERS["sweep"], description=OTHERS["sweep"]))
     _add_study(commands.add_parser("study", help=OTHERS["study"], description=OTHERS["study"]))
+    _add_compare(commands.add_parser("compare", help=OTHERS["compare"], description=OTHERS["compare"]))
     _add_chat(commands.add_parser("chat", help=OTHERS["chat"], description=OTHERS["chat"]))
     _add_export(commands.add_parser("export", help=OTHERS["export"], description=OTHERS["export"]))
     listing = commands.add_parser("list", help=OTHERS["list"], description=OTHERS["list"])
@@ -65,7 +67,7 @@ def build_parser() -> Parser:
     for other in (
         report,
         listing,
-        *(commands.choices[name] for name in ("schema", "chat", "export", "study", "sweep")),
+        *(commands.choices[name] for name in ("schema", "chat", "export", "study", "sweep", "compare")),
     ):
         other.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
     return parser
@@ -102,6 +104,20 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     add("--runs", metavar="FOLDER", default="runs/sweeps", help="the sweeps' folders [runs/sweeps]")
     add("--dry_run", action="store_true", help="check, and list the trials and what became of them")
     add("--report_only", action="store_true", help="run nothing: the report of what is done")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", nargs="+", help="run folders, or patterns of them: runs/a runs/b 'runs/cat_*'")
+    add("--out", metavar="FOLDER", default="runs/compare", help="page, its data, tables [runs/compare]")
+    add(
+        "--stage",
+        choices=("test", "validate", "fit"),
+        help="what is shown [the first of these that all runs have]",
+    )
+    add("--baseline", metavar="RUN", help="run that differences are taken against at first [the first one]")
+    add("--csv", action="store_true", help="leaderboard.csv too: every number with judge card and budget")
+    add("--markdown", action="store_true", help="leaderboard.md too: the page's own columns")
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:

@@ -167,6 +167,32 @@ def line(judge: str, folder: Path = CARDS) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How far a judge's verdicts are to be believed, beside a number of theirs."""
+
+    text: str
+    """`91 % [88, 93], n = 414 held out`, `by definition` or `not calibrated`."""
+    accuracy: Estimate | None = None
+    """Agreement with people's labels, on held-out replies where there are any; None without a card."""
+
+
+def calibration(judge: str, folder: Path = CARDS) -> Calibration:
+    """What the card of `name@revision` says in a word. Raises: ValueError naming a damaged file."""
+    if judge.partition("@")[0] in RULES:
+        return Calibration("by definition")
+    card = read_card(judge, folder)
+    if card is None:
+        return Calibration(NOT_CALIBRATED)
+    if card.classes:
+        of, held_out = _judged_by(card)
+        accuracy = of.accuracy
+    else:
+        accuracy = (card.unseen or card.overall).accuracy
+        held_out = " held out" if card.unseen is not None else ""
+    return Calibration(f"{share(accuracy)}, n = {accuracy.n}{held_out}", accuracy)
+
+
 def document(card: Card) -> str:
     """The card as Markdown."""
     held_out = [(HELD_OUT, card.unseen)] if card.unseen is not None else []

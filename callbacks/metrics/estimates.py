@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from scipy.stats import binomtest
@@ -42,6 +43,19 @@ class Difference:
     """Examples with the event before and not after."""
     p_value: float
     """Exact McNemar: two-sided binomial on gained against lost."""
+
+    @property
+    def reversed(self) -> Difference:
+        """before - after: the method has no direction."""
+        return Difference(
+            0.0 - self.difference,  # no -0.0
+            0.0 - self.high,
+            0.0 - self.low,
+            self.n,
+            self.lost,
+            self.gained,
+            self.p_value,
+        )
 
 
 def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[float, float]:
@@ -90,16 +104,22 @@ def paired_difference(before: Mapping[str, bool], after: Mapping[str, bool]) -> 
     The interval is Newcombe's for paired shares (Newcombe 1998, Statistics in Medicine 17:2635, method 10:
     score intervals of both shares, joined with their corrected correlation); the p value is exact.
     """
-    shared = sorted(before.keys() & after.keys())
+    shared = before.keys() & after.keys()
     if not shared:
         return None
     n = len(shared)
     pairs = [(before[key], after[key]) for key in shared]
     both, gained = sum(b and a for b, a in pairs), sum(a and not b for b, a in pairs)
     lost = sum(b and not a for b, a in pairs)
-    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    p_value = exact_mcnemar(gained, lost)
     low, high = newcombe_interval(both, gained, lost, n - both - gained - lost)
     return Difference((gained - lost) / n, low, high, n, gained, lost, p_value)
+
+
+@lru_cache(maxsize=4096)  # Many runs side by side ask for few pairs of counts again and again.
+def exact_mcnemar(gained: int, lost: int) -> float:
+    """Two-sided binomial p of the pairs that disagree; 1 without any."""
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def newcombe_interval(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:

@@ -113,6 +113,16 @@ def scatter(
     return figure
 
 
+def staircase(axes: Axes, points: Sequence[tuple[float, float]], rising: bool = True) -> None:
+    """The Pareto front through its points by their x: what they dominate lies on the line's other side.
+
+    Args:
+        rising: whether more of x is better.
+    """
+    x, y = [own[0] for own in points], [own[1] for own in points]
+    axes.step(x, y, where="pre" if rising else "post", color=BEFORE, linewidth=1.2, zorder=0)
+
+
 @functools.lru_cache(maxsize=16)  # A file of its own and the page hold the same picture.
 def svg(drawing: Drawing, prefix: str) -> str:
     """An `<svg>` to put into a page: titled, its ids beginning with `prefix`, its ink the page's."""

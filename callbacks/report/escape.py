@@ -22,6 +22,9 @@ def printable(text: str, one_line: bool = False) -> str:
 
     Newlines and tabs stay, unless `one_line` is set: a carriage return never does, it would overwrite a line.
     """
+    # Pages of many runs print texts by the million, nearly all of them plain.
+    if (text if one_line else text.replace("\n", "").replace("\t", "")).isprintable():
+        return text
     kept = JOINERS if one_line else JOINERS + "\n\t"
     return "".join(char if char in kept or _visible(char) else _escape(char) for char in text)
 

@@ -19,7 +19,7 @@ import yaml
 from callbacks.metrics.estimates import paired_difference
 from callbacks.metrics.names import Metric
 from callbacks.report import perplexities
-from callbacks.report.events import events
+from callbacks.report.events import Events, events
 from callbacks.report.grades import grade_differences
 from callbacks.report.measured import Measured, select
 from callbacks.report.results import (
@@ -44,6 +44,14 @@ EXPORT_SCHEMA = 3
 def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
     """All that one stage of a run has measured.
 
+    Raises: see `load_measured`.
+    """
+    return load_measured(folder, stage)[0]
+
+
+def load_measured(folder: str | Path, stage: Stage = "fit") -> tuple[RunResults, dict[int, list[Measured]]]:
+    """The same, and by step the rows that it was computed from, for what compares several runs.
+
     Raises: FileNotFoundError where the stage has measured nothing; ValueError naming file and line of a line
         that is no result, or the file that is damaged.
     """
@@ -62,14 +70,14 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
     training = stage == "fit"
     snapshots, set_aside = comparable([snapshot(own, stage, step) for step, own in measured.items()])
     compared = 0 in steps and steps[-1] > 0 and (training or _began(measurements, stage))
-    return RunResults(
+    results = RunResults(
         folder=folder,
         stage=stage,
         snapshots=snapshots,
         set_aside=set_aside,
         compared=compared,
-        differences=_differences(measured[0], measured[steps[-1]]) if compared else [],
-        perplexity_differences=_of_texts(measured[0], measured[steps[-1]]) if compared else [],
+        differences=rate_differences(events(measured[0]), events(measured[steps[-1]])) if compared else [],
+        perplexity_differences=text_differences(measured[0], measured[steps[-1]]) if compared else [],
         cost=_read(RunFolder.of(folder).cost) if training else {},
         training=[
             {name: float(value) for name, value in row.items() if value} for row in read_training_log(folder)
@@ -79,6 +87,7 @@ def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
         configuration=_read(RunFolder.of(folder).config(stage)),
         environment=_read(RunFolder.of(folder).environment(stage)),
     )
+    return results, measured
 
 
 def _began(measurements: Sequence[Measurement], stage: Stage) -> bool:
@@ -123,11 +132,11 @@ def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]
     return [*found, last], titles
 
 
-def _differences(before: Sequence[Measured], after: Sequence[Measured]) -> list[PairedDifference]:
+def rate_differences(before: Sequence[Events], after: Sequence[Events]) -> list[PairedDifference]:
     """What is a rate in both, measured in the same way by the same judge, on the examples that both have."""
-    earlier = {(e.metric, e.judge, e.settings): e.outcome for e in events(before)}
+    earlier = {(e.metric, e.judge, e.settings): e.outcome for e in before}
     found = []
-    for event in events(after):
+    for event in after:
         outcome = earlier.get((event.metric, event.judge, event.settings))
         difference = paired_difference(outcome, event.outcome) if outcome is not None else None
         if difference is not None:
@@ -135,7 +144,7 @@ def _differences(before: Sequence[Measured], after: Sequence[Measured]) -> list[
     return found
 
 
-def _of_texts(before: Sequence[Measured], after: Sequence[Measured]) -> list[PerplexityDifference]:
+def text_differences(before: Sequence[Measured], after: Sequence[Measured]) -> list[PerplexityDifference]:
     """The same of the texts whose windows were scored in both, in the same way."""
     earlier = {
         (item.measurement.block, item.measurement.judge, item.measurement.settings): item

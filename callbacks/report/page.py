@@ -51,7 +51,7 @@ class Samples:
 
 def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
     """The page's HTML."""
-    return _rendered(
+    return rendered(
         "page.html.jinja",
         name=results.folder.name,
         stage=results.stage,
@@ -60,7 +60,7 @@ def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
         tables=tables(results),
         notes=[INTERVALS, *([DIFFERENCES] if results.differences else [])],
         judges=judges(results),
-        figures=_pictures(figures),
+        figures=pictures(figures),
         attacks=list(results.after.attacks.values()) if results.after is not None else [],
         samples=samples(results),
         configuration=_whole(
@@ -70,20 +70,40 @@ def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
 
 
 def study_page(
-    title: str, notes: Sequence[str], tables: Sequence[Table], figures: Mapping[str, Drawing]
+    title: str,
+    notes: Sequence[str],
+    tables: Sequence[Table],
+    figures: Mapping[str, Drawing],
+    links: Mapping[str, str] | None = None,
 ) -> str:
-    """The HTML of several runs side by side: notes, tables that can be sorted, figures."""
-    return _rendered("study.html.jinja", title=title, notes=notes, tables=tables, figures=_pictures(figures))
+    """The HTML of several runs side by side: notes, tables that can be sorted, figures, and links (text ->
+    path relative to the page)."""
+    return rendered(
+        "study.html.jinja",
+        title=title,
+        notes=notes,
+        tables=tables,
+        figures=pictures(figures),
+        links=links or {},
+    )
 
 
-def _rendered(template: str, **values: Any) -> str:
-    script = _file("page.js")
+def rendered(template: str, scripts: Sequence[str] = (), styles: Sequence[str] = (), **values: Any) -> str:
+    """A page of the template folder.
+
+    Args:
+        template: its name.
+        scripts: files of the template folder after the page's own script.
+        styles: files after its own style.
+        values: what the template shows; all texts are escaped.
+    """
+    script = "".join(map(_file, ("page.js", *scripts)))
     return (
         _environment()
         .get_template(template)
         .render(
             **values,
-            style=Markup(_file("page.css")),
+            style=Markup("".join(map(_file, ("page.css", *styles)))),
             script=Markup(script),
             # Only this script runs, and nothing is loaded: not even markup that got past the escaping could.
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -91,7 +111,8 @@ def _rendered(template: str, **values: Any) -> str:
     )
 
 
-def _pictures(figures: Mapping[str, Drawing]) -> list[tuple[Drawing, Markup]]:
+def pictures(figures: Mapping[str, Drawing]) -> list[tuple[Drawing, Markup]]:
+    """Drawings with their SVG."""
     return [(drawing, Markup(svg(drawing, stem))) for stem, drawing in figures.items()]
 
 

@@ -79,13 +79,13 @@ def grades(results: RunResults) -> Table:
             continue
         own = [estimate(m.estimate)]
         if results.before is not None:
-            own = [earlier_cell(results.before, m.metric), *own, _shift(changes.get(m.metric))]
+            own = [earlier_cell(results.before, m.metric), *own, shift(changes.get(m.metric))]
         rows.append([Cell(m.title), *own, count(m.estimate.n), Cell(m.judge)])
     columns = ("before", "after", "difference") if results.before is not None else ("mean",)
     return Table("Grades", ("metric", *columns, "n", "judge"), rows)
 
 
-def _shift(value: Estimate | None) -> Cell:
+def shift(value: Estimate | None) -> Cell:
     """`+0.45 [+0.12, +0.78]`, of a difference of means."""
     if value is None:
         return Cell(MISSING, math.nan)

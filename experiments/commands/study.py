@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from callbacks.report.escape import printable
 from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
+from experiments.compare.comparison import write_comparison
 from experiments.config.compose import ConfigError
 from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
@@ -114,9 +115,25 @@ def _report(own: Study, jobs: Sequence[Job], out: Path, failed: Mapping[str, str
         _say(f"not reported: {name} ({reason})")
     if not folders:
         return False
-    print(write_study(own, folders, out, missing=missing))
+    links = _side_by_side(own.title, folders, out)
+    print(write_study(own, folders, out, missing=missing, links=links))
     print(f"report: {out / 'report.html'}")
     return True
+
+
+def _side_by_side(title: str, runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, str]:
+    """The comparison of all runs, down to their rows, beside the report; its link, none where it failed."""
+    named = [
+        (f"{name}, seed {seed}" if len(folders) > 1 else name, folder)
+        for name, folders in runs.items()
+        for seed, folder in folders.items()
+    ]
+    try:
+        page = write_comparison(named, "test", out / "compare", title=f"{title}: runs side by side")
+    except ConfigError as error:
+        _say(f"no comparison: {error}")
+        return {}
+    return {"Runs side by side, down to their rows": page.relative_to(out).as_posix()}
 
 
 @dataclass

@@ -39,6 +39,7 @@ def write_study(
     optional: Mapping[str, tuple[str, ...]] | None = None,
     settings: Mapping[str, str] | None = None,
     missing: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> str:
     """Write report.md, report.html, cells.csv, results.json, environment.json, figures and raw rows.
 
@@ -49,6 +50,7 @@ def write_study(
         optional: columns that a run may lack, by its name.
         settings: what was chosen for a run, by its name, where a search chose it.
         missing: runs of the study that are not among `runs`, and why.
+        links: what the page leads to, text -> path relative to it.
 
     Returns: the Markdown report. Raises: ValueError without runs, or where a run lacks a column.
     """
@@ -72,7 +74,7 @@ def write_study(
     signs = [*carrying(rows), *judges(study, rows)]
     text = document(study, tables, signs, {own.title: f"{stem}.svg" for stem, own in drawings.items()})
     (out / "report.md").write_text(text, encoding="utf-8")
-    page = study_page(study.title, [study.about, INTERVALS, *signs], tables, drawings)
+    page = study_page(study.title, [study.about, INTERVALS, *signs], tables, drawings, links)
     (out / "report.html").write_text(page, encoding="utf-8")
     return text
 

@@ -13,29 +13,25 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial
 
 from callbacks.metrics.names import Metric
-from callbacks.report.drawing import AFTER, BEFORE, INK, Drawing, Point, canvas, label, legend, mark
+from callbacks.metrics.pareto import front
+from callbacks.report.drawing import (
+    AFTER,
+    BEFORE,
+    INK,
+    Drawing,
+    Point,
+    canvas,
+    label,
+    legend,
+    mark,
+    staircase,
+)
 from experiments.studies.definition import TradeOff
 from experiments.sweeps.search import CELLS, Search, feasible
 from experiments.sweeps.space import Dimension
 
 BROKEN = "#9aa3ad"
 """Trials that break a constraint."""
-
-
-def front(points: Mapping[int, tuple[float, float]], signs: tuple[int, int]) -> list[int]:
-    """The points that no other is at least as good as in both and better in one, by their x.
-
-    Args:
-        points: number -> x, y.
-        signs: of either axis, 1 where more is better, -1 where less is.
-    """
-    scored = {number: (signs[0] * x, signs[1] * y) for number, (x, y) in points.items()}
-    found = [
-        number
-        for number, (x, y) in scored.items()
-        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in scored.values())
-    ]
-    return sorted(found, key=lambda number: points[number])
 
 
 def trade_off(search: Search, figure: TradeOff) -> Drawing | None:
@@ -52,14 +48,7 @@ def trade_off(search: Search, figure: TradeOff) -> Drawing | None:
     with canvas(height=4.6) as (picture, axes):
         for number, (x, y) in points.items():
             mark(axes, Point(x, y, str(number), color=AFTER if number in kept else BROKEN))
-        axes.step(
-            [points[number][0] for number in best],
-            [points[number][1] for number in best],
-            where="pre" if signs[0] > 0 else "post",  # what the front dominates lies on its other side
-            color=BEFORE,
-            linewidth=1.2,
-            zorder=0,
-        )
+        staircase(axes, [points[number] for number in best], rising=signs[0] > 0)
         for number in best:
             axes.annotate(
                 str(number), points[number], (5, 5), textcoords="offset points", fontsize=9, color=INK

@@ -56,7 +56,7 @@ def test_commands_are_accepted(
         (tmp_path / file).write_text(text)
     monkeypatch.chdir(tmp_path)
     _, command, *rest = shlex.split(call)
-    if command in ("chat", "export"):
+    if command in ("chat", "export", "compare"):
         rest.append("--help")
     if command in ("study", "sweep"):
         rest.append("--dry_run")

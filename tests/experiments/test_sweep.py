@@ -9,12 +9,12 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from callbacks.metrics.pareto import front
 from experiments.cli import split_overrides
 from experiments.config.compose import compose
 from experiments.config.errors import ConfigError
 from experiments.sweeps.best import write_best
 from experiments.sweeps.definition import Constraint, Sweep, load_sweep
-from experiments.sweeps.figures import front
 from experiments.sweeps.search import Search
 from experiments.sweeps.space import Space, space_of
 from experiments.sweeps.trials import check_all, configuration, identity, job_of
