@@ -42,6 +42,7 @@ from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults, with_plain_defaults
 from experiments.config.seeds import seeds_of, with_seeds
 from experiments.process import ENDS_WITH, STARTED_BY, end_if_asked
+from experiments.studies.processes import NO_SPACE
 from lightning_modules.pretrained import PretrainedModel
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -223,7 +224,7 @@ def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) 
             traceback.print_exc()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             remedy = "make room, then go on with --ckpt_path last (fit) or the same command (others)"
-            _say(f"{error.filename or folder.path}: no space left on the disk; {remedy}")
+            _say(f"{error.filename or folder.path}: {NO_SPACE}; {remedy}")
             return 1
         _say(one_line(error))
         return 1

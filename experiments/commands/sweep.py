@@ -6,6 +6,7 @@ trial is chosen on validation, under the file's constraints, and evaluated once 
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from callbacks.report.escape import printable
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.stopping import Stopped
 from experiments.config.compose import ConfigError
+from experiments.studies.processes import NO_SPACE
 from experiments.sweeps.definition import Sweep, load_sweep
 
 if TYPE_CHECKING:
@@ -59,13 +61,13 @@ def sweep(call: SweepCall) -> int:
     own = load_sweep(call.sweep)
     try:
         space = space_of(own)
-        check_all(own, space)
+        corners = check_all(own, space)
     except ConfigError as error:
         raise ConfigError(f"{call.sweep}: {error}") from error
     place = Path(call.runs) / Path(call.sweep).stem
     if call.backend == "wandb":
         return _wandb(call, own, place)
-    name = identity(own, space, place)
+    name = identity(own, corners, place)
     if call.dry_run or call.report_only:
         try:
             there = Search(own, space, place, name, reads=True) if (place / JOURNAL).is_file() else None
@@ -96,7 +98,8 @@ def _listed(space: Space, own: Sweep, search: Search | None) -> int:
     from experiments.sweeps.sweep_report import state_of
 
     for dimension in space.dimensions:
-        print(dimension.text())
+        where = space.conditions.get(dimension.key)
+        print(dimension.text() + (f" (where {where.text()})" if where is not None else ""))
     trials = search.trials() if search is not None else []
     for trial in trials:
         print(f"{state_of(trial):<12}  trial {trial.number}  {dict(trial.params)}")
@@ -131,12 +134,19 @@ def _run(call: SweepCall, search: Search, place: Path) -> int:
     try:
         engine.run()
         failure = engine.judge()
+        if failure:
+            _say(f"the best trial on test: {failure}; go on with the same command")
+        _write(call, search, place)
     except Stopped as stop:
         _say(f"{stop}; go on with the same command")
         return stop.exit_status
-    if failure:
-        _say(f"the best trial on test: {failure}; go on with the same command")
-    _write(call, search, place)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _say(f"{place}: {NO_SPACE}; make room, then go on with the same command")
+        return 1
+    except ConfigError as error:
+        raise ConfigError(f"{call.sweep}: {error}") from error
     return 1 if failure or search.best() is None else 0
 
 

@@ -17,6 +17,8 @@ from typing import Any
 from experiments.process import ENDS_WITH
 
 LOG = "log.txt"
+NO_SPACE = "no space left on the disk"
+"""What a command says whose disk is full."""
 POLL_SECONDS = 0.2
 PROGRAM = (sys.executable, "-m", "experiments.cli")
 

@@ -8,6 +8,8 @@
       model.optimizer.lr: {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-3}
       seed_everything: {value: 0}
     # Ours:
+    conditions:                                         # elsewhere it is neither drawn nor set
+      model.attack.num_steps: {model.attack: [EmbeddingPGD]}
     config: [configs/experiment/cat_tinychat.yaml]      # as `thundercat fit --config` takes them
     test: [configs/data/tinychat_test.yaml]             # on top, where the best trial is evaluated on test
     columns:
@@ -30,7 +32,6 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
 
-from callbacks.metrics.names import BETTER
 from datamodules.fields import Count, NonNegative, NonNegativeInt, Positive, checked
 from experiments.config.errors import ConfigError
 from experiments.config.files import find, read
@@ -39,6 +40,10 @@ from experiments.studies.reading import known, made
 
 STAGE = "eval"
 """What loggers put in front of what `fit` has measured."""
+BOUNDS = ("at_least", "at_most", "falls_at_most", "rises_at_most")
+"""What a constraint can ask for."""
+RATES = ("_rate", "exact_match", "accuracy", "_at_1", "_at_k")
+"""Ends of the quantities that are shares of examples."""
 OWN = {
     "trainer.default_root_dir": "folders are the sweep's; use --runs",
     "ckpt_path": "a trial goes on with its own checkpoint by itself",
@@ -147,6 +152,8 @@ class Sweep:
     columns: dict[str, Column]
     test: list[str] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    """Parameter -> the values of others where it exists (conditions.py)."""
     figures: list[TradeOff] = field(default_factory=list)
     """One column against another, a point a trial, with the Pareto front of the two."""
     early_terminate: EarlyTermination | None = None
@@ -179,6 +186,8 @@ def logged(column: Column) -> str:
     return f"{STAGE}/{column.metric.key}"
 
 
+MAPPINGS = ("parameters", "conditions", "slurm", "ray")
+"""Fields whose content is told elsewhere."""
 NESTED: dict[str, type] = {
     "metric": Objective,
     "columns": Column,
@@ -192,11 +201,21 @@ def load_sweep(path: str | Path) -> Sweep:
     """Raises: ConfigError naming the file and the field that is wrong."""
     node = read(find(str(path), None, "sweep"))
     try:
+        for name in MAPPINGS:
+            _check_mapping(node.get(name) or {}, name)
         sweep = made(Sweep, node, NESTED)
         _check(sweep, node)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return sweep
+
+
+def _check_mapping(node: Any, place: str) -> None:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{place}: expected names with fields, got {node!r:.60}")
+    for key in node:
+        if not isinstance(key, str) or not key:
+            raise ConfigError(f"{place}: expected a name, got {key!r}")
 
 
 def _check(sweep: Sweep, node: Mapping[str, Any]) -> None:
@@ -212,17 +231,11 @@ def _check(sweep: Sweep, node: Mapping[str, Any]) -> None:
     known(sweep.metric.name, names, "metric.name")
     if names[sweep.metric.name].optional:
         raise ConfigError(f"columns.{sweep.objective}.optional: it is the metric, which every trial measures")
-    better = BETTER.get(names[sweep.metric.name].quantity)
+    better = names[sweep.metric.name].metric.better
     if better == "higher" and "goal" not in node["metric"]:
         raise ConfigError("metric.goal: left out it means minimize, and here more is better; write one")
     for number, constraint in enumerate(sweep.constraints):
-        known(constraint.column, sweep.columns, f"constraints.{number}.column")
-        bounds = (constraint.at_least, constraint.at_most, constraint.falls_at_most, constraint.rises_at_most)
-        if all(own is None for own in bounds):
-            raise ConfigError(
-                f"constraints.{number}: expected one of at_least, at_most, falls_at_most, rises_at_most, got "
-                "none"
-            )
+        _check_constraint(constraint, sweep.columns, f"constraints.{number}")
     for number, figure in enumerate(sweep.figures):
         known(figure.x, sweep.columns, f"figures.{number}.x")
         known(figure.y, sweep.columns, f"figures.{number}.y")
@@ -231,6 +244,22 @@ def _check(sweep: Sweep, node: Mapping[str, Any]) -> None:
     stop = sweep.early_terminate
     if stop is not None and stop.min_iter is None and (stop.max_iter is None or stop.s is None):
         raise ConfigError("early_terminate: expected min_iter, or max_iter and s, got neither")
+    if sweep.command and sweep.conditions:
+        raise ConfigError("command: it is for `wandb sweep`, whose format has no conditions; leave one out")
     for file in sweep.config if sweep.command else []:
         if not any(word.partition("=")[2] == file for word in sweep.command or []):
             raise ConfigError(f"command: expected --config={file}, which `config` names, it is missing")
+
+
+def _check_constraint(own: Constraint, columns: Mapping[str, Column], place: str) -> None:
+    known(own.column, columns, f"{place}.column")
+    bounds = {name: getattr(own, name) for name in BOUNDS if getattr(own, name) is not None}
+    if not bounds:
+        raise ConfigError(f"{place}: expected one of {', '.join(BOUNDS)}, got none")
+    for name, value in bounds.items():
+        if columns[own.column].metric.quantity.endswith(RATES) and not 0 <= value <= 1:
+            raise ConfigError(f"{place}.{name}: expected a share within [0, 1], got {value:g}; 0.9 is 90 %")
+    if own.at_least is not None and own.at_most is not None and own.at_least > own.at_most:
+        raise ConfigError(
+            f"{place}: expected at_least below at_most, got {own.at_least:g} and {own.at_most:g}"
+        )

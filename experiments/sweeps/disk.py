@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,11 +15,14 @@ from callbacks.run_folder.folder import RunFolder
 from experiments.sweeps.search import FOLDER, Search
 from experiments.sweeps.trials import TRIALS
 
+PROBE = 1 << 20
+"""Bytes that a disk which is not full takes."""
+
 
 def tidy(search: Search, place: Path, busy: Collection[Path]) -> None:
     """Remove models and checkpoints of trials that are over and not among the best.
 
-    A trial that failed keeps what it has. Nothing outside the sweep's own folder is touched, nor what a link
+    Nothing outside the sweep's own folder is touched, nor what a link
     in it leads to.
 
     Args:
@@ -27,10 +33,10 @@ def tidy(search: Search, place: Path, busy: Collection[Path]) -> None:
     if search.sweep.keep is None:
         return
     ranked = [own.user_attrs[FOLDER] for own in search.ranked()]
-    pruned = [own for own in search.trials() if own.state == TrialState.PRUNED]
+    useless = [own for own in search.trials() if own.state in (TrialState.PRUNED, TrialState.FAIL)]
     # Trials with the same values share a folder.
     kept = {*list(dict.fromkeys(ranked))[: search.sweep.keep], *(path.name for path in busy)}
-    for name in {*ranked, *(own.user_attrs[FOLDER] for own in pruned)} - kept:
+    for name in {*ranked, *(own.user_attrs[FOLDER] for own in useless if FOLDER in own.user_attrs)} - kept:
         folder = place / TRIALS / name
         if (
             folder.is_dir()
@@ -38,6 +44,18 @@ def tidy(search: Search, place: Path, busy: Collection[Path]) -> None:
             and folder.resolve().parent == (place / TRIALS).resolve()
         ):
             _slim(folder)
+
+
+def is_full(place: Path) -> bool:
+    """Whether a small file finds no room any more."""
+    try:
+        with tempfile.TemporaryFile(dir=place) as stream:
+            stream.write(bytes(PROBE))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def _slim(folder: Path) -> None:

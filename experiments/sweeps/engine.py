@@ -6,6 +6,8 @@ on from there: a trial that was running is taken up again in its folder, from it
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -19,13 +21,14 @@ from tqdm.auto import tqdm
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
-from experiments.studies.processes import POLL_SECONDS
+from experiments.config.errors import ConfigError
+from experiments.studies.processes import NO_SPACE, POLL_SECONDS
 from experiments.studies.scheduling import Job
 from experiments.sweeps.backends import Backend, Command
-from experiments.sweeps.disk import tidy
-from experiments.sweeps.measured import cells, excesses, periodic, stamp
+from experiments.sweeps.disk import is_full, tidy
+from experiments.sweeps.measured import Unmeasured, cells, excesses, periodic, stamp
 from experiments.sweeps.search import COMMAND, FOLDER, INTERRUPTED, Search
-from experiments.sweeps.trials import job_of
+from experiments.sweeps.trials import fingerprint, job_of
 
 ATTEMPTS = 3
 """A trial that is killed so often has failed; until then it goes on from its last checkpoint."""
@@ -34,6 +37,12 @@ FROM_OUTSIDE = {status for number in SIGNALS for status in (-number, 128 + numbe
 """Exit statuses of a process that somebody or something else has ended."""
 LOOK_SECONDS = 5.0
 """Between two looks at a running trial's evaluations."""
+
+
+CHANGED = (
+    "the files of `config` have changed since the sweep was begun: what is finished is kept; the same "
+    "command begins another sweep with them, or goes on with this one where the change is taken back"
+)
 
 
 @dataclass
@@ -64,17 +73,23 @@ class Engine:
     workers: int
     place: Path
     _attempts: list[Attempt] = field(default_factory=list)
+    _fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        self._fingerprint = fingerprint(self.search.sweep, self.search.space, self.place)
 
     def run(self) -> None:
-        """Raises: Stopped, when all commands have ended."""
+        """Raises, when all commands have ended: Stopped; OSError where the disk is full; ConfigError where
+        the sweep's files have changed meanwhile, or no trial can be counted."""
         over = len(self.search.trials()) - len(self.search.unfinished())
         bar = tqdm(total=self.search.total, initial=over, desc="sweep", unit="trial", disable=None)
         with stoppable(), bar:
             try:
-                self._attempts = [self._attempt(own) for own in self.search.unfinished()]
+                for trial in self.search.unfinished():
+                    self._take_up(trial)
                 while self._step(bar):
                     time.sleep(POLL_SECONDS)
-            except (Stopped, KeyboardInterrupt):
+            except BaseException:
                 self._stop_all()
                 raise
         self._tidy()
@@ -82,7 +97,7 @@ class Engine:
     def _step(self, bar: tqdm[Any]) -> bool:
         """Look after every trial once; whether anything is left to do."""
         while len(self._attempts) < self.workers and self._another():
-            self._attempts.append(self._attempt(self.search.begin()))
+            self._take_up(self.search.begin())
         for own in list(self._attempts):
             if own.command is None:
                 self._begin(own)
@@ -97,12 +112,25 @@ class Engine:
     def _another(self) -> bool:
         return len(self.search.trials()) < self.search.total and not self.search.reached()
 
-    def _attempt(self, trial: Trial) -> Attempt:
-        job = job_of(self.search.sweep, self.search.drawn(trial), trial.number, self.place)
+    def _take_up(self, trial: Trial) -> None:
+        """Make a trial's folder, and wait for its turn."""
+        values = self.search.drawn(trial)
+        self._refuse_changed()
+        try:
+            job = job_of(self.search.sweep, values, trial.number, self.place)
+        except ConfigError as error:  # two values that do not go together
+            self.search.fail(trial, str(error))
+            return
         # From now on the next trial with the same values finds it.
         job.folder.mkdir(parents=True, exist_ok=True)
         trial.set_user_attr(FOLDER, job.folder.name)
-        return Attempt(trial, job)
+        self._attempts.append(Attempt(trial, job))
+
+    def _refuse_changed(self) -> None:
+        """Raises: ConfigError where a file of the sweep says something else than at its beginning: its trials
+        would be of two sweeps."""
+        if fingerprint(self.search.sweep, self.search.space, self.place) != self._fingerprint:
+            raise ConfigError(CHANGED)
 
     def _begin(self, own: Attempt) -> None:
         """Start it where its folder is free: another trial with the same values may be in it, or a process
@@ -144,8 +172,12 @@ class Engine:
             own.command = None
             return False
         elif status != 0:
-            self.search.fail(own.trial, own.command.failure())
+            error = own.command.failure()
+            if NO_SPACE in error or os.strerror(errno.ENOSPC) in error or is_full(self.place):
+                raise OSError(errno.ENOSPC, NO_SPACE)  # not the trial's own doing: it will go on
+            self.search.fail(own.trial, error)
         else:
+            self._refuse_changed()
             own.job.finish("fit")
             self._tell(own)
         return True
@@ -163,7 +195,10 @@ class Engine:
             broken = excesses(sweep, found)
             value = found[sweep.objective].after
         except (ValueError, OSError, KeyError) as error:
-            self.search.fail(own.trial, " ".join(str(error).split()))
+            text = " ".join(str(error).split())
+            self.search.fail(own.trial, text)
+            if isinstance(error, Unmeasured) and not self.search.ranked():
+                raise ConfigError(f"trial {own.trial.number}, and so any other: {text}") from error
             return
         self.search.complete(own.trial, value, broken, {label: asdict(cell) for label, cell in found.items()})
 

@@ -38,6 +38,7 @@ def trade_off(search: Search, figure: TradeOff) -> Drawing | None:
     """A point a complete trial; None where no two can be compared."""
     columns = search.sweep.columns
     shown = [own for own in search.ranked() if {figure.x, figure.y} <= own.user_attrs[CELLS].keys()]
+    shown = [own for own in shown if all(math.isfinite(_value(own, axis)) for axis in (figure.x, figure.y))]
     if len(shown) < 2:
         return None
     points = {own.number: (_value(own, figure.x), _value(own, figure.y)) for own in shown}
@@ -111,7 +112,7 @@ class Axis:
     """One axis of the parallel coordinates: a value a trial.
 
     Args:
-        values: numbers, or the texts of `choices`.
+        values: numbers, or the texts of `choices`; None of a trial that does not have the parameter.
         choices: everything that an axis of texts shows, in order.
         log: whether numbers stand by their logarithms.
     """
@@ -122,19 +123,26 @@ class Axis:
 
     @classmethod
     def of(cls, dimension: Dimension, trials: Sequence[FrozenTrial]) -> Axis:
-        drawn = [own.params[dimension.key] for own in trials]
+        drawn = [own.params.get(dimension.key) for own in trials]
         own = dimension.distribution
         if isinstance(own, CategoricalDistribution):
             return cls(drawn, [str(choice) for choice in own.choices])
-        return cls([dimension.value(raw) for raw in drawn], log=own.log)
+        return cls([None if raw is None else dimension.value(raw) for raw in drawn], log=own.log)
 
     def heights(self) -> list[float]:
-        """Places between 0 and 1."""
+        """Places between 0 and 1; NaN, a gap in its line, where there is no finite value."""
         if self.choices is not None:
-            return [self.choices.index(value) / max(1, len(self.choices) - 1) for value in self.values]
-        scaled = [math.log(value) if self.log else value for value in self.values]
-        low, high = min(scaled), max(scaled)
-        return [(value - low) / (high - low) if high > low else 0.5 for value in scaled]
+            places = {
+                choice: number / max(1, len(self.choices) - 1) for number, choice in enumerate(self.choices)
+            }
+            return [places.get(value, math.nan) for value in self.values]
+        numbers = [math.nan if value is None else float(value) for value in self.values]
+        scaled = [math.log(value) if self.log else value for value in numbers]
+        there = [value for value in scaled if math.isfinite(value)]
+        low, high = min(there, default=0.0), max(there, default=0.0)
+        if high == low:
+            return [0.5 if math.isfinite(value) else math.nan for value in scaled]
+        return [(value - low) / (high - low) if math.isfinite(value) else math.nan for value in scaled]
 
     def ends(self) -> dict[str, float]:
         """What is written at it, and where: the lowest and the highest number, or every text."""

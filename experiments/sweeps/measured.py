@@ -14,6 +14,10 @@ from experiments.studies.definition import Column
 from experiments.sweeps.definition import Sweep
 
 
+class Unmeasured(ValueError):
+    """The sweep asks for what its evaluations do not measure: no trial of it can be counted."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One column of one trial."""
@@ -30,21 +34,29 @@ class Cell:
 def cells(sweep: Sweep, folder: Path) -> dict[str, Cell]:
     """Column -> what a finished trial has measured; an optional column may be missing.
 
-    Raises: ValueError naming a column that was not measured.
+    Raises: Unmeasured naming a column that was not measured; ValueError where its value is no number.
     """
-    results = load(folder, "fit")
+    try:
+        results = load(folder, "fit")
+    except FileNotFoundError as error:
+        raise Unmeasured(f"{error}; no evaluation of `config` has measured anything") from error
     assert results.after is not None
+    if results.after.step == 0:
+        raise Unmeasured("its last evaluation was before training; set schedule.at_end of the evaluations")
     found = {}
     for label, column in sweep.columns.items():
         after = results.after.measures.get(column.metric)
         if after is None or math.isnan(after.estimate.value):
             if column.optional:
                 continue
-            raise ValueError(
+            if after is not None:
+                raise ValueError(f"{label!r} ({column.metric.key}) is not a number at the end of training")
+            raise Unmeasured(
                 f"no {label!r} ({column.metric.key}) among its results of `fit`; add the evaluation that "
                 "measures it to `config`, or make the column optional"
             )
         before = _value(results.before, column)
+        before = None if before is None or math.isnan(before) else before
         own = after.estimate
         found[label] = Cell(own.value, own.low, own.high, own.n, before, own.kind == "rate")
     return found

@@ -7,10 +7,10 @@ that were finished by then, never from how often the sweep was started.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiments.sweeps.definition import Sweep
-from experiments.sweeps.space import Space
+from experiments.sweeps.space import Raw, Space
 
 JOURNAL = "journal.jsonl"
 FOLDER, CELLS, ERROR, INTERRUPTED, COMMAND = "folder", "cells", "error", "interrupted", "command"
@@ -50,7 +50,6 @@ class Search:
     ) -> None:
         self.sweep, self.space, self.parallel = sweep, space, parallel
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.grid = space.grid() if sweep.method == "grid" else None
         self.total = total(sweep, space)
         path = place / JOURNAL if reads else mended(place / JOURNAL)
         with quiet():
@@ -78,19 +77,26 @@ class Search:
         with quiet():
             self.study.sampler = self._sampler(number)
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if self.grid is not None and not waiting:
-                self.study.enqueue_trial(self.grid[number])
+            if self.sweep.method == "grid" and not waiting:
+                self.study.enqueue_trial(next(islice(self.space.grid(), number, None)))
             return self.study.ask()
 
     def drawn(self, trial: Trial) -> dict[str, Any]:
         """Dotted key -> value of a trial; a kill may have come before all of them were drawn."""
+        raw: dict[str, Raw] = {}
         with quiet():
-            return self.space.values({own.key: own.suggest(trial) for own in self.space.dimensions})
+            self.study.sampler = self._sampler(trial.number)
+            _ = trial.relative_params  # drawn together; not with the sampler of whichever comes first
+            for place, own in enumerate(self.space.dimensions):
+                if self.space.exists(own.key, raw):
+                    # Each from a seed of its own: those before it may have been drawn by another process.
+                    self.study.sampler = self._sampler(trial.number, place)
+                    raw[own.key] = own.suggest(trial)
+        return self.space.values(raw)
 
     def values_of(self, trial: FrozenTrial) -> dict[str, Any] | None:
         """The same of one that is over; None where it was never drawn."""
-        keys = {own.key for own in self.space.dimensions}
-        return self.space.values(trial.params) if keys <= trial.params.keys() else None
+        return self.space.values(trial.params) if self.space.whole(trial.params) else None
 
     def complete(
         self, trial: Trial, value: float, excesses: Mapping[str, float], cells: Mapping[str, Any]
@@ -139,10 +145,13 @@ class Search:
             return False
         return best.value >= target if self.sweep.metric.goal == "maximize" else best.value <= target
 
-    def _sampler(self, number: int) -> BaseSampler:
-        seed = int(np.random.SeedSequence([self.sweep.seed, number]).generate_state(1)[0])
+    def _sampler(self, *numbers: int) -> BaseSampler:
+        seed = int(np.random.SeedSequence([self.sweep.seed, *numbers]).generate_state(1)[0])
         if self.sweep.method == "bayes":
-            return TPESampler(seed=seed, constant_liar=self.parallel > 1)
+            with quiet():  # in groups of those that exist together
+                return TPESampler(
+                    seed=seed, constant_liar=self.parallel > 1, group=bool(self.space.conditions)
+                )
         return RandomSampler(seed=seed)
 
 
@@ -150,7 +159,7 @@ def total(sweep: Sweep, space: Space) -> int:
     """How many trials there will be."""
     if sweep.method != "grid":
         return sweep.run_cap or 0
-    size = math.prod(len(own.grid or ()) for own in space.dimensions)
+    size = space.size()
     return min(size, sweep.run_cap or size)
 
 
@@ -196,4 +205,5 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message=".* is ignored because this")
+        warnings.filterwarnings("ignore", message="Some regimes for parameter .* have less than 2 trials")
         yield

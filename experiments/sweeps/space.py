@@ -6,11 +6,10 @@ so that they may be lists and mappings; normal ones are drawn through their quan
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from optuna import Trial
@@ -19,11 +18,14 @@ from scipy.stats import norm
 
 from experiments.config.errors import ConfigError
 from experiments.studies.reading import known, made
+from experiments.sweeps.conditions import Condition, conditions_of, in_order
 from experiments.sweeps.definition import Parameter, Sweep
 
 Raw = float | int | str
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 TAIL = 1e-3
+MOST_STEPS = 10**12
+"""Between the ends of a range that is counted."""
 
 
 @dataclass(frozen=True)
@@ -67,29 +69,80 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Space:
-    """All parameters of a sweep."""
+    """All parameters of a sweep.
+
+    Args:
+        constants: dotted key -> value of those that do not vary.
+        dimensions: the others. Both stand behind those that decide whether they exist.
+        conditions: dotted key -> when that parameter exists; the others always do.
+    """
 
     constants: Mapping[str, Any]
     dimensions: Sequence[Dimension]
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+
+    def exists(self, key: str, raw: Mapping[str, Any]) -> bool:
+        """Whether a point that holds the parameters before this one has it."""
+        return key not in self.conditions or self.conditions[key].holds(self.values(raw))
 
     def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Dotted key -> value of one trial, constants first."""
-        return {**self.constants, **{own.key: own.value(raw[own.key]) for own in self.dimensions}}
+        """Dotted key -> value of one trial, in an order in which they can be set: a field of a class would be
+        lost to the class that came after it."""
+        found = {own.key: own.value(raw[own.key]) for own in self.dimensions if own.key in raw}
+        for key, value in self.constants.items():
+            if key not in self.conditions or self.conditions[key].holds(found):
+                found[key] = value
+        return dict(sorted(found.items(), key=lambda item: item[0].count(".")))
 
-    def grid(self) -> list[dict[str, Raw]]:
-        """All combinations, the last parameter changing fastest."""
-        keys = [own.key for own in self.dimensions]
-        return [
-            dict(zip(keys, point, strict=True))
-            for point in itertools.product(*(own.grid or () for own in self.dimensions))
-        ]
+    def whole(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a point holds every parameter that it has; a kill may have come before all were drawn."""
+        return all(own.key in raw or not self.exists(own.key, raw) for own in self.dimensions)
 
-    def corners(self) -> list[dict[str, Raw]]:
-        """Points that together hold every extreme of every parameter, the others at their first."""
-        first = {own.key: own.extremes()[0] for own in self.dimensions}
-        found = [first]
+    def grid(self, only: Collection[str] | None = None) -> Iterator[dict[str, Raw]]:
+        """All combinations (of some of the parameters), the last parameter changing fastest."""
+        yield from self._combined([own for own in self.dimensions if only is None or own.key in only], {})
+
+    def _combined(self, left: Sequence[Dimension], raw: dict[str, Raw]) -> Iterator[dict[str, Raw]]:
+        if not left:
+            yield raw
+            return
+        own, *others = left
+        if not self.exists(own.key, raw):
+            yield from self._combined(others, raw)
+            return
+        for value in own.grid or ():
+            yield from self._combined(others, {**raw, own.key: value})
+
+    def size(self) -> int:
+        """How many points the grid has."""
+        deciding = {other for own in self.conditions.values() for other in own.needs}
+        free = [own for own in self.dimensions if own.key not in deciding]
+        return sum(
+            math.prod(len(own.grid or ()) for own in free if self.exists(own.key, point))
+            for point in self.grid(deciding)
+        )
+
+    def point(self, wanted: Mapping[str, Raw]) -> dict[str, Raw]:
+        """A point with the wanted values, where they exist, and the first of every other parameter."""
+        found: dict[str, Raw] = {}
         for own in self.dimensions:
-            found += [{**first, own.key: value} for value in own.extremes()[1:]]
+            if self.exists(own.key, found):
+                found[own.key] = wanted.get(own.key, own.extremes()[0])
+        return found
+
+    def corners(self, own: Dimension) -> list[dict[str, Raw]]:
+        """A point for every extreme of a parameter. Raises: ConfigError where there is none that has it."""
+        needed = self._needed(own.key)
+        found = [self.point({**needed, own.key: value}) for value in own.extremes()]
+        if own.key not in found[0]:
+            raise ConfigError(f"conditions.{own.key}: no trial fulfils it, with those that it depends on")
+        return found
+
+    def _needed(self, key: str) -> dict[str, Raw]:
+        """Values with which a parameter exists."""
+        found: dict[str, Raw] = {}
+        for other, allowed in self.conditions[key].needs.items() if key in self.conditions else ():
+            found |= {**self._needed(other), other: allowed[0]}
         return found
 
 
@@ -99,9 +152,11 @@ def space_of(sweep: Sweep) -> Space:
     dimensions = []
     for key, node in sweep.parameters.items():
         place = f"parameters.{key}"
-        if isinstance(node, Mapping) and "parameters" in node:
+        if "parameters" in node:
             raise ConfigError(f"{place}.parameters: nested parameters are not known; write dotted keys")
         parameter = made(Parameter, node, {}, place)
+        if "values" in node and not isinstance(parameter.values, list):
+            raise ConfigError(f"{place}.values: expected a list, got {parameter.values!r:.60}")
         if "value" in node:
             _only(node, {"value", "distribution"}, place)
             constants[key] = parameter.value
@@ -112,7 +167,10 @@ def space_of(sweep: Sweep) -> Space:
         dimensions.append(own)
     if not dimensions:
         raise ConfigError("parameters: expected one that varies, got constants alone")
-    return Space(constants, dimensions)
+    conditions = conditions_of(sweep.conditions, sweep.parameters)
+    order = in_order([*sweep.parameters], conditions)
+    constants = {key: constants[key] for key in order if key in constants}
+    return Space(constants, sorted(dimensions, key=lambda own: order.index(own.key)), conditions)
 
 
 def _only(node: Mapping[str, Any], allowed: set[str], place: str) -> None:
@@ -153,7 +211,13 @@ def _uniform(key: str, low: float, high: float, q: float) -> Dimension:
 def _int_uniform(key: str, low: float, high: float, q: float) -> Dimension:
     if not (isinstance(low, int) and isinstance(high, int)):
         raise ConfigError(f"expected integers as min and max, got {low} and {high}")
+    _countable(high - low)
     return Dimension(key, IntDistribution(low, high), int, range(low, high + 1))
+
+
+def _countable(steps: float) -> None:
+    if steps > MOST_STEPS:
+        raise ConfigError(f"expected at most {MOST_STEPS} steps between min and max, got {steps:.3g}")
 
 
 def _q_uniform(key: str, low: float, high: float, q: float) -> Dimension:
@@ -161,6 +225,7 @@ def _q_uniform(key: str, low: float, high: float, q: float) -> Dimension:
     first, last = low / q, high / q
     if any(abs(end - round(end)) > 1e-9 for end in (first, last)):
         raise ConfigError(f"expected multiples of q ({q}) as min and max, got {low} and {high}")
+    _countable(last - first)
     counts = range(round(first), round(last) + 1)
     return Dimension(key, IntDistribution(counts[0], counts[-1]), _Multiple(q), counts)
 

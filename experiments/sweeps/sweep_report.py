@@ -105,7 +105,7 @@ def trials_table(search: Search, best: FrozenTrial | None) -> Table:
             [
                 Cell(str(own.number), own.number),
                 Cell(state_of(own, best)),
-                *(Cell(MISSING) if values is None else _setting(values[key]) for key in keys),
+                *(_setting(values[key]) if values and key in values else Cell(MISSING) for key in keys),
                 *(_cell(found.get(label)) for label in labels),
                 Cell(own.user_attrs.get(FOLDER, MISSING)),
             ]
@@ -207,7 +207,7 @@ def _write_csv(search: Search, path: Path) -> None:
                     own.number,
                     own.state.name.lower(),
                     feasible(own) if complete else "",
-                    *("" if values is None else json.dumps(values[key]) for key in keys),
+                    *(json.dumps(values[key]) if values and key in values else "" for key in keys),
                     *(found.get(label, {}).get(part, "") for label in labels for part in parts),
                     own.user_attrs.get(ERROR, ""),
                     own.user_attrs.get(FOLDER, ""),

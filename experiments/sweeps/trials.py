@@ -6,7 +6,9 @@ two trials with the same values share one training, and a sweep that has changed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.studies.scheduling import Job, check_attacks, digest, of_all, text_of
 from experiments.sweeps.definition import Sweep
-from experiments.sweeps.space import Space
+from experiments.sweeps.space import Dimension, Raw, Space
 
 TRIALS = "trials"
 """Folder of the run folders within the sweep's."""
@@ -44,7 +46,7 @@ def job_of(sweep: Sweep, values: Mapping[str, Any], number: int, place: Path, ju
     """
     config = configuration(sweep, values)
     name = of_all(config, place)
-    there = sorted((place / TRIALS).glob(f"*-{name}"))
+    there = sorted((place / TRIALS).glob(f"trial_[0-9]*-{name}"))
     folder = there[0] if there else place / TRIALS / f"trial_{number:04d}-{name}"
     options = [f"--{key}={text}" for key, text in overrides_of(values)]
     options.append(f"--trainer.default_root_dir={folder}")
@@ -62,24 +64,58 @@ def job_of(sweep: Sweep, values: Mapping[str, Any], number: int, place: Path, ju
     )
 
 
-def check_all(sweep: Sweep, space: Space) -> None:
+def check_all(sweep: Sweep, space: Space) -> list[dict[str, Any]]:
     """Compose and check every extreme of every parameter, so that an impossible one fails before the first
-    trial. Raises: ConfigError naming the parameters."""
-    for number, corner in enumerate(space.corners()):
-        values = space.values(corner)
-        try:
-            config = configuration(sweep, values)
-            check(config, "fit")
-        except ValueError as error:
-            varied = space.dimensions[0].key if not number else _changed(space, corner)
-            raise ConfigError(f"parameters (at {varied} = {values[varied]!r}): {error}") from error
-        if not number:
-            _check_evaluations(sweep, config, values)
+    trial. Returns the configurations. Raises: ConfigError naming the parameter."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def at(point: Mapping[str, Raw]) -> dict[str, Any]:
+        label = json.dumps(point, sort_keys=True)
+        if label not in found:
+            found[label] = configuration(sweep, space.values(point))
+            check(found[label], "fit")
+        return found[label]
+
+    for own in space.dimensions:
+        for point in space.corners(own):
+            try:
+                at(point)
+            except ValueError as error:
+                value = own.value(point[own.key])
+                raise ConfigError(f"parameters (at {own.key} = {value!r}): {error}") from error
+    first = space.point({})
+    _check_evaluations(sweep, at(first), space.values(first))
+    for own in space.dimensions:
+        _check_effect(space, own, at)
+    return [*found.values()]
 
 
-def _changed(space: Space, corner: Mapping[str, Any]) -> str:
-    first = space.corners()[0]
-    return next(key for key, value in corner.items() if value != first[key])
+def _check_effect(space: Space, own: Dimension, at: Callable[[Mapping[str, Raw]], dict[str, Any]]) -> None:
+    """Raises: ConfigError where two values of a parameter are the same training, whatever the others are."""
+    corners = space.corners(own)
+    others = [point for other in space.dimensions if other != own for point in space.corners(other)]
+    for first, second in pairwise(corners):
+        if _placed(at(first)) != _placed(at(second)):
+            continue
+        for other in others:
+            pair = [space.point({**other, own.key: corner[own.key]}) for corner in (first, second)]
+            try:
+                if own.key in pair[0] and _placed(at(pair[0])) != _placed(at(pair[1])):
+                    break
+            except ConfigError:  # these do not go together: such a trial will have failed
+                continue
+        else:
+            texts = [json.dumps(own.value(corner[own.key])) for corner in (first, second)]
+            raise ConfigError(
+                f"parameters.{own.key}: {' and '.join(texts)} are the same training: nothing reads it, or "
+                "another parameter sets it; leave it out"
+            )
+
+
+def _placed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the folder, which every trial is given."""
+    trainer = {key: value for key, value in config.get("trainer", {}).items() if key != "default_root_dir"}
+    return {**config, "trainer": trainer}
 
 
 def _check_evaluations(sweep: Sweep, config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -102,18 +138,29 @@ def _check_evaluations(sweep: Sweep, config: Mapping[str, Any], values: Mapping[
         check(compose([*sweep.config, *sweep.test], overrides_of(values)), "test")
 
 
-def identity(sweep: Sweep, space: Space, place: Path) -> str:
-    """Digest of what decides a search: another one counts none of its trials."""
-    first = space.values(space.corners()[0])
+def fingerprint(sweep: Sweep, space: Space, place: Path) -> str:
+    """Changes with what the sweep's files say of a trial. Raises: ConfigError."""
+    return of_all(configuration(sweep, space.values(space.point({}))), place)
+
+
+def identity(sweep: Sweep, corners: Sequence[Mapping[str, Any]], place: Path) -> str:
+    """Digest of what decides a search: another one counts none of its trials.
+
+    Args:
+        sweep: the sweep.
+        corners: what `check_all` has composed: all that a change of its files can do to a trial.
+        place: the sweep's folder.
+    """
     return digest(
         {
-            "config": of_all(configuration(sweep, first), place),
+            "config": [of_all(dict(own), place) for own in corners],
             "parameters": sweep.parameters,
+            "conditions": sweep.conditions,
             "method": sweep.method,
             "seed": sweep.seed,
             "metric": [sweep.metric.name, sweep.metric.goal],
             "columns": {label: own.metric.key for label, own in sweep.columns.items()},
-            "constraints": [own.text for own in sweep.constraints],
+            "constraints": [repr(own) for own in sweep.constraints],
             "early_terminate": str(sweep.early_terminate),
         }
     )

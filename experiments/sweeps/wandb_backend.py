@@ -25,6 +25,8 @@ def wandb_sweep(path: str, sweep: Sweep, place: Path) -> dict[str, Any]:
     Raises: ConfigError for a value that the agent cannot hand on.
     """
     node = read(find(path, None, "sweep"))
+    if sweep.conditions:
+        raise ConfigError("conditions: W&B's format has none; use --backend local, slurm or ray")
     for key, own in sweep.parameters.items():
         if None in (own.get("values") or [own.get("value", "")]):
             raise ConfigError(f"parameters.{key}: the agent would write null as None; leave the value out")

@@ -67,6 +67,21 @@ def read(folder: Path, **changes: Any) -> Sweep:
             {"constraints": [{"column": "utility", "falls_at_most": -1}]},
             "constraints.0.falls_at_most: expected a number >= 0 or null, got -1",
         ),
+        (
+            {"constraints": [{"column": "utility", "at_least": 90}]},
+            r"constraints.0.at_least: .*got 90; 0.9 is",
+        ),
+        (
+            {"constraints": [{"column": "utility", "at_least": 0.9, "at_most": 0.1}]},
+            "constraints.0: expected at_least below at_most, got 0.9 and 0.1",
+        ),
+        ({"parameters": [1]}, r"parameters: expected names with fields, got \[1\]"),
+        ({"parameters": {3: {"values": [1, 2]}}}, "parameters: expected a name, got 3"),
+        ({"slurm": [1]}, r"slurm: expected names with fields, got \[1\]"),
+        (
+            {"conditions": {"vars.epsilon": {"vars.x": 1}}, "command": ["--config=" + own for own in CAT]},
+            "command: it is for `wandb sweep`, whose format has no conditions",
+        ),
         ({"figures": [{"x": "utility", "y": "loss"}]}, "figures.0.y: expected one of embedding, utility"),
         ({"keep": 0}, "keep: expected an integer >= 1 or null, got 0"),
         ({"early_terminate": {"type": "median"}}, "early_terminate.type: expected 'hyperband'"),
@@ -95,6 +110,8 @@ def test_what_a_sweep_may_not_say_is_told_in_one_line(
         ({"min": 0.1, "max": 1, "q": 0.1}, "k.q: does not go with max, min"),
         ({"min": 0.1, "max": 1, "q": 0, "distribution": "q_uniform"}, "k.q: expected a number > 0 or null"),
         ({"values": []}, "k.values: expected different values"),
+        ({"values": 3}, "k.values: expected a list, got 3"),
+        ({"min": 0, "max": 10**30}, "k: expected at most .* steps between min and max, got 1e\\+30"),
         ({"values": [1, 1]}, "k.values: expected different values"),
         ({"values": [1], "min": 0}, "k.min: does not go with values"),
         ({"value": 1, "max": 0}, "k.max: does not go with value"),
@@ -200,6 +217,22 @@ def test_an_impossible_value_fails_before_the_first_trial(in_root: Path, tmp_pat
         parameters={"vars.epsilon": {"values": [0.1]}, "model.attack.num_steps": {"values": [3, 0]}},
     )
     refused("vars.epslion: unknown variable", parameters={"vars.epslion": {"min": 0.1, "max": 0.2}})
+    # A constant is set behind the class that it is a field of, wherever the file has it.
+    refused(
+        r"at model.attack = .*NoAttack'\): model.attack.epsilon: unknown field",
+        parameters={
+            "model.attack": {"values": ["EmbeddingPGD", "lightning_modules.attacks.base.NoAttack"]},
+            "model.attack.epsilon": {"value": 0.1},
+        },
+    )
+    refused(
+        r"parameters.vars.layers: \[1\] and \[2\] are the same training: nothing reads it",
+        parameters={"vars.layers": {"values": [[1], [2]]}},
+    )
+    refused(
+        "parameters.vars.epsilon: 0.1 and 0.2 are the same training: .* or another parameter sets it",
+        parameters={"vars.epsilon": {"values": [0.1, 0.2]}, "model.attack.epsilon": {"values": [0.3, 0.4]}},
+    )
     refused("no file 'none.yaml'", test=["none.yaml"])
     refused(
         "columns.e.attack: 'embeding' is in none of its evaluations",
@@ -235,7 +268,7 @@ def test_a_trial_is_named_by_all_of_its_configuration(in_root: Path, tmp_path: P
 def test_a_sweep_that_searches_something_else_is_another(in_root: Path, tmp_path: Path) -> None:
     def name(**changes: Any) -> str:
         sweep = read(tmp_path, **changes)
-        return identity(sweep, space_of(sweep), tmp_path)
+        return identity(sweep, check_all(sweep, space_of(sweep)), tmp_path)
 
     assert name() == name(run_cap=9, keep=2, test=["configs/data/tinychat_test.yaml"], name="x")
     others = [

@@ -25,7 +25,7 @@ from experiments.sweeps.engine import Engine
 from experiments.sweeps.search import COMMAND, ERROR, FOLDER, JOURNAL
 from experiments.sweeps.sweep_report import write_sweep
 from experiments.sweeps.trials import TRIALS
-from tests.support.sweeping import COLUMNS, Sweeping
+from tests.support.sweeping import Sweeping
 
 
 @pytest.fixture
@@ -129,11 +129,11 @@ def test_no_further_trial_is_begun_once_the_target_is_reached(sweeping: Sweeping
     assert [own.value for own in engine.search.trials()] == pytest.approx([0.7, 0.5])
 
 
-def test_a_trial_without_results_has_failed(sweeping: Sweeping) -> None:
-    columns = {**COLUMNS, "gcg": {"quantity": "success_rate", "subject": "harmful", "attack": "gcg"}}
-    engine = sweeping.engine(columns=columns, parameters=parameters(["works"], [0.3]))
+def test_a_trial_without_results_has_failed_and_does_not_stop_the_rest(sweeping: Sweeping) -> None:
+    engine = sweeping.engine(parameters=parameters(["works", "untrained"], [0.3, 0.4]))
     engine.run()
-    assert engine.search.trials()[0].user_attrs[ERROR].startswith("no 'gcg' (harmful/gcg/success_rate) among")
+    assert states(engine) == ["COMPLETE"] * 2 + ["FAIL"] * 2
+    assert engine.search.trials()[2].user_attrs[ERROR].startswith("its last evaluation was before training")
 
 
 def test_a_trial_that_lags_behind_is_ended(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from experiments.commands import sweep as sweep_module
 from experiments.config.errors import ConfigError
 from experiments.process import ENDS_WITH
 from experiments.sweeps import backends
+from experiments.sweeps.engine import Engine
 
 UTILITY = {"quantity": "exact_match", "subject": "utility"}
 SUITE = {
@@ -113,11 +115,16 @@ def test_a_sweep_trains_chooses_and_tests(
     assert yaml.safe_load((place / "best.yaml").read_text())["trainer"] == {"max_steps": 1}
     # Another question to the same trials counts none of them, and trains none again.
     content = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump({**content, "constraints": [{"column": "utility", "at_least": 1.1}]}))
+    never = [{"column": "utility", "at_least": 0.6}, {"column": "utility", "at_most": 0.4}]
+    file.write_text(yaml.safe_dump({**content, "constraints": never}))
     status, text, error = thundercat("sweep", str(file), "--runs", str(tmp_path))
     assert status == 1 and "no trial is the best" in text
     assert "mine.yaml has changed: 2 trials of what it was are not counted" in error
     assert len([*place.glob("trials/*")]) == 2
+
+
+def disk_is_full(self: Engine) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "journal.jsonl")
 
 
 def test_a_wrong_call_is_told_in_one_line(
@@ -138,6 +145,12 @@ def test_a_wrong_call_is_told_in_one_line(
     assert "--backend wandb: no key of Weights & Biases was found; `wandb login`" in told(
         "--backend", "wandb"
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", disk_is_full)
+        status, _, said = thundercat("sweep", str(file), "--runs", str(tmp_path))
+        place = tmp_path / "mine"
+        remedy = "make room, then go on with the same command"
+        assert (status, said) == (1, f"thundercat: {place}: no space left on the disk; {remedy}\n")
     monkeypatch.setattr(sweep_module, "find_spec", lambda name: None)
     assert "sweep: needs optuna, which is not installed; pip install optuna (the project's extra" in told()
 

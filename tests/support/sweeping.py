@@ -1,5 +1,6 @@
 """A sweep whose trials are a program that behaves as the parameter `vars.method` tells it: it works, fails,
-lags, is slow, is killed, stops the sweep. It writes rows as a run does."""
+lags, is slow, is killed, stops the sweep, edits its recipe, finds the disk full. It writes rows as a run
+does."""
 
 from __future__ import annotations
 
@@ -26,6 +27,11 @@ with open("calls.txt", "a") as stream:
     stream.write(f"{command} {folder.name[:10]}\\n")
 if how == "fails":
     sys.exit("thundercat: broken on purpose")
+if how == "edits":  # somebody changes the recipe meanwhile
+    path = pathlib.Path("place/recipe.yaml")
+    path.write_text(path.read_text().replace("name_or_path:", "load_seed: 7\\n      name_or_path:"))
+if how == "full" and not pathlib.Path("room").exists():
+    sys.exit("thundercat: x: no space left on the disk; make room, then go on with --ckpt_path last")
 if how == "stops" and not pathlib.Path("stopped").exists():
     pathlib.Path("stopped").touch()
     os.kill(os.getppid(), signal.SIGTERM)
@@ -65,7 +71,9 @@ def measure(step, robust, utility):
     write(step, "exact_match", "utility", "", "exact_match@1", utility)
 
 measure(0, 0.2, 1.0)
-epsilon = float(given["vars.epsilon"])
+epsilon = float(given.get("vars.epsilon", 0.1))
+if how == "untrained":
+    sys.exit(0)
 if how == "lags":
     measure(10, 0.1, 1.0)
     time.sleep(60)
@@ -73,6 +81,7 @@ measure(20, epsilon, 1.3 - epsilon)
 """
 PGD = "lightning_modules.attacks.embedding.pgd.EmbeddingPGD"
 RECIPE = {
+    "vars": {"method": "works", "epsilon": 0.1, "b": 0, "c": 0},
     "trainer": {"default_root_dir": "runs/x"},
     "model": {
         "class_path": "lightning_modules.adversarial.AdversarialFineTuning",
