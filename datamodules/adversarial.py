@@ -7,17 +7,19 @@ import logging
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import AdversarialBatch, TrainingBatch
+from datamodules.division import STREAMS, Division
 from datamodules.evaluation import EvaluationData, EvaluationSets, no_usable_rows
 from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.overlap import find_overlap, overlap_error
 from datamodules.rows import RowProblem
 from datamodules.sources.base import ChatSource, Collected, HarmfulSource
 from datamodules.sources.gather import gather
-from datamodules.streams import Item, StepSampler, Stream
+from datamodules.streams import ATTACKED, Item, StepSampler, Stream
 from datamodules.text.chat_format import Attackable
 from datamodules.text.encoding import (
     EncodedChat,
@@ -46,7 +48,12 @@ class AdversarialData(EvaluationData):
         harmful_per_step: harmful rows per optimiser step, over all micro-batches and devices.
         utility_per_step: utility rows per optimiser step, likewise.
         micro_batches: forward-backward passes per optimiser step; must equal trainer.accumulate_grad_batches.
-        bucket_window: micro-batches that are sorted by length together; 1 switches bucketing off.
+        attack_batch: harmful rows per call of the attack, over all devices; null attacks all of a step's at
+            once, however many micro-batches they are trained on in.
+        outer_batch: harmful rows per forward-backward pass, over all devices; null divides them evenly among
+            the micro-batches. They fill the last micro-batches, utility rows the first ones.
+        utility_batch: utility rows per pass, likewise.
+        bucket_window: optimiser steps whose rows are sorted by length together; 1 sorts within a step only.
         on_overlap: a training row whose prompt is also evaluated on is an `error`, or left out and listed
             (`skip`).
         allow_overlap: evaluation sets (e.g. evaluation.harmful) that may overlap the training data.
@@ -63,6 +70,9 @@ class AdversarialData(EvaluationData):
         harmful_per_step: NonNegativeInt = 8,
         utility_per_step: NonNegativeInt = 56,
         micro_batches: Count = 1,
+        attack_batch: Count | None = None,
+        outer_batch: Count | None = None,
+        utility_batch: Count | None = None,
         bucket_window: Count = 8,
         on_overlap: OnBadRow = "error",
         allow_overlap: list[str] | None = None,
@@ -71,8 +81,10 @@ class AdversarialData(EvaluationData):
         super().__init__(tokenizer, evaluation, encoding)
         self.harmful_sources = harmful or []
         self.utility_sources = utility or []
-        self.per_step = {"harmful": harmful_per_step, "utility": utility_per_step}
         self.micro_batches = micro_batches
+        self.division = Division(
+            harmful_per_step, utility_per_step, micro_batches, attack_batch, outer_batch, utility_batch
+        )
         self.bucket_window = bucket_window
         self.on_overlap: OnBadRow = on_overlap
         self.allow_overlap = allow_overlap or []
@@ -94,28 +106,27 @@ class AdversarialData(EvaluationData):
         """Micro-batches from where training stands; an epoch is one pass over the harmful rows (or else the
         utility rows)."""
         assert self.trainer is not None and self._training is not None
-        world = self.trainer.world_size
-        streams = {}
-        for i, (name, count) in enumerate(self.per_step.items()):
-            if count % (self.micro_batches * world):
-                raise ValueError(
-                    f"data.{name}_per_step: expected a multiple of micro_batches x devices = "
-                    f"{self.micro_batches} x {world}, got {count}"
-                )
-            if count:
-                lengths = [example.length for example in self._training.rows[name]]
-                streams[name] = Stream(
-                    lengths, count // self.micro_batches, self.seed + i, self.bucket_window
-                )
+        world, division = self.trainer.world_size, self.division
+        division.check_devices(world)
+        streams = {
+            name: Stream(
+                [example.length for example in self._training.rows[name]],
+                count,
+                self.seed + i,
+                self.bucket_window,
+            )
+            for i, name in enumerate(STREAMS)
+            if (count := division.per_step(name))
+        }
         leading = next(iter(streams))
-        steps = math.ceil(len(self._training.rows[leading]) / self.per_step[leading])
+        steps = math.ceil(len(self._training.rows[leading]) / division.per_step(leading))
         sampler = StepSampler(
-            streams, steps * self.micro_batches, self._position, self.trainer.global_rank, world
+            streams, division, steps * self.micro_batches, self._position, self.trainer.global_rank, world
         )
         return _StepLoader(
             self._training,  # type: ignore[arg-type]
             batch_sampler=sampler,
-            collate_fn=partial(_collate, self.encoding.attackable),
+            collate_fn=partial(_collate, self.encoding.attackable, division),
         )
 
     @property
@@ -139,18 +150,14 @@ class AdversarialData(EvaluationData):
 
     def _check_counts(self) -> None:
         sources = {"harmful": self.harmful_sources, "utility": self.utility_sources}
-        for name, count in self.per_step.items():
-            if count % self.micro_batches:
-                raise ValueError(
-                    f"data.{name}_per_step: expected a multiple of micro_batches {self.micro_batches}, "
-                    f"got {count}; every micro-batch must hold the same number of rows"
-                )
+        counts = {name: self.division.per_step(name) for name in STREAMS}
+        for name, count in counts.items():
             if count and not sources[name]:
                 raise ValueError(
                     f"data.{name}: expected at least one source for {name}_per_step {count}, got "
                     "none; add one or set it to 0"
                 )
-        if not any(self.per_step.values()):
+        if not any(counts.values()):
             raise ValueError(
                 "data.harmful_per_step and data.utility_per_step: expected a positive count, got 0 for "
                 "both; an evaluation alone takes datamodules.evaluation.EvaluationData"
@@ -167,8 +174,8 @@ class AdversarialData(EvaluationData):
     def _encode_training(self, encoder: Encoder) -> _Examples:
         """Encode the evaluation rows, then the training rows that are not among them."""
         evaluated = self._encode_evaluation(encoder)
-        harmful = gather("harmful", self.harmful_sources if self.per_step["harmful"] else [])
-        utility = gather("utility", self.utility_sources if self.per_step["utility"] else [])
+        harmful = gather("harmful", self.harmful_sources if self.division.harmful_per_step else [])
+        utility = gather("utility", self.utility_sources if self.division.utility_per_step else [])
         trained = [row for row in (*harmful, *utility) if not isinstance(row, RowProblem)]
         overlaps = find_overlap(trained, evaluated, self.allow_overlap)  # type: ignore[arg-type]
         if overlaps and self.on_overlap == "error":
@@ -181,7 +188,8 @@ class AdversarialData(EvaluationData):
                 "utility": encoder.chats(row for row in utility if row not in left_out),
             }
         )
-        for name, count in self.per_step.items():
+        for name in STREAMS:
+            count = self.division.per_step(name)
             if count and not examples.rows[name]:
                 raise no_usable_rows(name, encoder)
             log.info("%s stream: %d rows, %d per step", name, len(examples.rows[name]), count)
@@ -196,7 +204,7 @@ class _Examples(Dataset[tuple[str, EncodedHarmful | EncodedChat]]):
 
     def __getitem__(self, item: Item) -> tuple[str, EncodedHarmful | EncodedChat]:  # type: ignore[override]
         name, index = item
-        return name, self.rows[name][index]
+        return name, self.rows["harmful" if name == ATTACKED else name][index]
 
 
 class _StepLoader(DataLoader[TrainingBatch]):
@@ -210,7 +218,11 @@ class _StepLoader(DataLoader[TrainingBatch]):
         """Nothing to restore: the position is a pure function of the optimiser steps taken."""
 
 
-def _collate(attackable: Attackable, items: list[tuple[str, EncodedHarmful | EncodedChat]]) -> TrainingBatch:
-    harmful = [example for _, example in items if isinstance(example, EncodedHarmful)]
-    utility = [example for _, example in items if isinstance(example, EncodedChat)]
-    return training_batch(harmful, utility, attackable)
+def _collate(
+    attackable: Attackable, division: Division, items: list[tuple[str, EncodedHarmful | EncodedChat]]
+) -> TrainingBatch:
+    rows: dict[str, list[Any]] = {name: [] for name in (ATTACKED, *STREAMS)}
+    for name, example in items:
+        rows[name].append(example)
+    weights = division.weight("harmful"), division.weight("utility")
+    return training_batch(rows["harmful"], rows["utility"], attackable, rows[ATTACKED], weights)

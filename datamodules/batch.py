@@ -138,6 +138,12 @@ class TrainingBatch(_Movable):
 
     adversarial: AdversarialBatch | None
     utility: UtilityBatch | None
+    attack: AdversarialBatch | None = None
+    """Rows to attack now: `adversarial` and, in their order, those of the following micro-batches that come
+    without this field. None: `adversarial` alone, or it has been attacked with an earlier micro-batch."""
+    weights: tuple[float, float] = (1.0, 1.0)
+    """Of the two streams' mean losses: the step's loss is a mean over all micro-batches, and some may lack a
+    stream."""
 
 
 @dataclass(eq=False)

@@ -2,9 +2,9 @@
 anywhere.
 
 Each stream is the concatenation of seeded permutations of its rows (one per pass over the data), cut into
-windows of a fixed number of micro-batches. Within a window the rows are sorted by length and cut into
-micro-batches, whose order is then shuffled: rows of like length meet, and every row still occurs once per
-pass.
+windows of a fixed number of optimiser steps. Within a window the rows are sorted by length and cut into
+steps, whose order is then shuffled: rows of like length meet, and every row still occurs once per pass. How a
+step's rows are divided (division.py) changes none of them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import Sampler
 
+from datamodules.division import Division
+
+ATTACKED = "attacked"
+"""Name of harmful rows that are attacked now, for this micro-batch and for following ones."""
+
 Item = tuple[str, int]
 
 
 class Stream:
-    """A seeded, endless, length-bucketed order of rows in micro-batches of fixed size.
+    """A seeded, endless, length-bucketed order of rows in batches of fixed size, one for each optimiser step.
 
     Args:
         lengths: length of every row, in tokens.
-        batch_size: rows per micro-batch, over all ranks.
+        batch_size: rows per step, over all ranks.
         seed: seed of the order.
-        window: micro-batches sorted by length together; 1 switches bucketing off.
+        window: steps sorted by length together; 1 switches bucketing off.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 8) -> None:
@@ -37,8 +42,8 @@ class Stream:
         self._pass_order = lru_cache(maxsize=4)(self._permutation)
         self._window_order = lru_cache(maxsize=2)(self._bucketed)
 
-    def micro_batch(self, number: int) -> list[int]:
-        """Row indices of the micro-batch with this absolute number."""
+    def batch(self, number: int) -> list[int]:
+        """Row indices of the step with this absolute number, the shortest first."""
         window, place = divmod(number, self.window)
         return [int(row) for row in self._window_order(window)[place]]
 
@@ -61,7 +66,8 @@ class StepSampler(Sampler[list[Item]]):
     """Yields micro-batches as lists of (stream name, row index), starting where training stands.
 
     Args:
-        streams: the streams by name, each with its own fixed count per micro-batch.
+        streams: the streams by name.
+        division: how each step's rows are divided.
         length: micro-batches per epoch.
         position: returns the absolute number of the next micro-batch, read each time iteration starts.
         rank: number of this process; rows are dealt out in turn.
@@ -71,12 +77,14 @@ class StepSampler(Sampler[list[Item]]):
     def __init__(
         self,
         streams: dict[str, Stream],
+        division: Division,
         length: int,
         position: Callable[[], int],
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.streams = streams
+        self.division = division
         self.length = length
         self.position = position
         self.rank = rank
@@ -89,9 +97,19 @@ class StepSampler(Sampler[list[Item]]):
         # A run that resumes within an epoch has only the rest of it left.
         start = self.position()
         for number in range(start, start - start % self.length + self.length):
-            yield [
-                (name, row)
-                for name, stream in self.streams.items()
-                # In turn and not in blocks: the rows stand by length, and all processes wait for the slowest.
-                for row in stream.micro_batch(number)[self.rank :: self.world_size]
-            ]
+            step, place = divmod(number, self.division.micro_batches)
+            yield [item for name in self.streams for item in self._items(name, step, place)]
+
+    def _items(self, name: str, step: int, place: int) -> Iterator[Item]:
+        """A stream's rows in one micro-batch of this process, before them those to be attacked with them."""
+        part = self.division.part(name, place)
+        if part is None:
+            return
+        # In turn and not in blocks: the rows stand by length, and all processes wait for the slowest.
+        own = self.streams[name].batch(step)[self.rank :: self.world_size]
+        size = self.division.rows(name) // self.world_size
+        begin = part * size
+        if name == "harmful" and self.division.begins_attack(part):
+            attacked = own[begin : begin + self.division.attacked // self.world_size]
+            yield from ((ATTACKED, row) for row in attacked)
+        yield from ((name, row) for row in own[begin : begin + size])

@@ -8,13 +8,15 @@ A method is attack x objective x terms x data: nothing here knows any by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from datamodules.batch import TrainingBatch
+from datamodules.batch import AdversarialBatch, TrainingBatch
 from datamodules.fields import NonNegativeInt, checked
 from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
 from lightning_modules.base import FineTuning, OptimizerConfig
@@ -22,6 +24,7 @@ from lightning_modules.losses.base import LossTerms, Objective, Step, Term
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.passes import PassCounter
+from lightning_modules.pretrained import step_seed
 from lightning_modules.reference_scores import ReferenceTable
 from lightning_modules.scoring import score_replies, score_utility
 
@@ -65,6 +68,9 @@ class AdversarialFineTuning(FineTuning):
         self.reference_cache = reference_cache
         self._reference_table: ReferenceTable | None = None
         self._passes = PassCounter()
+        self._attacked: AttackedPrompt | None = None
+        """Of several micro-batches, those that have had their turn left out."""
+        self._told = _Told()
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -73,6 +79,7 @@ class AdversarialFineTuning(FineTuning):
     def on_train_start(self) -> None:
         """Compute or look up the reference log-probabilities. Raises: ValueError where a cached one is not
         this model's."""
+        self._attacked, self._told = None, _Told()
         if self.objective is None or not self.objective.needs_reference:
             return
         assert self._harmful_batches is not None, "attach() has not been called"
@@ -94,38 +101,50 @@ class AdversarialFineTuning(FineTuning):
                 )
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
-        """One micro-batch: attack the harmful prompts, then all losses under that perturbation."""
-        attacked = (
-            None
-            if batch.adversarial is None
-            else self.attack(self.language_model, batch.adversarial, self._rng())
-        )
+        """One micro-batch: attack the harmful prompts, those of the whole step at once, then all losses under
+        that perturbation."""
+        attacked = None if batch.adversarial is None else self._perturbed(batch, batch.adversarial)
         # The first step's counter holds what was scored before training began.
         passes, self._passes = self._passes, PassCounter()
         with passes:
             terms = self._losses(batch, attacked)
-        loss = torch.stack([term.loss.mean() for term in terms]).sum()
+        loss = torch.stack([weight * term.loss.mean() for weight, term in terms]).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.global_step}; lower optimizer.lr, or set a "
                 "cutoff_away"
             )
-        parts = {f"train/{name}": value.mean() for term in terms for name, value in term.parts.items()}
+        parts = {f"train/{name}": value.mean() for _, term in terms for name, value in term.parts.items()}
+        parts = self._told.so_far(self.global_step, {**parts, "train/loss": loss.detach()})
         # Of all processes: one process's mean is another number (every process has the same parts).
+        self.log(
+            "train/loss", parts.pop("train/loss"), on_step=True, prog_bar=True, batch_size=1, sync_dist=True
+        )
         self.log_dict(parts, on_step=True, batch_size=1, sync_dist=True)
-        self.log("train/loss", loss.detach(), on_step=True, prog_bar=True, batch_size=1, sync_dist=True)
         return {"loss": loss, "attacked": attacked, "passes": passes}
 
-    def _losses(self, batch: TrainingBatch, attacked: AttackedPrompt | None) -> list[LossTerms]:
-        """The objective on both replies and on the utility rows, then the further terms. Raises: ValueError
-        where none is left."""
-        terms: list[LossTerms] = []
+    def _perturbed(self, batch: TrainingBatch, rows: AdversarialBatch) -> AttackedPrompt:
+        """The micro-batch's rows under attack: attacked now, or with an earlier micro-batch of the step."""
+        if batch.attack is not None:
+            self._attacked = self.attack(self.language_model, batch.attack, self._rng())
+        elif self._attacked is None:
+            return self.attack(self.language_model, rows, self._rng())
+        assert self._attacked is not None
+        own, size = self._attacked, len(self._attacked.prompt_ids)
+        self._attacked = own.select(len(rows), size) if size > len(rows) else None
+        return own.select(0, len(rows))
+
+    def _losses(self, batch: TrainingBatch, attacked: AttackedPrompt | None) -> list[tuple[float, LossTerms]]:
+        """The objective on both replies and on the utility rows, then the further terms, each with its
+        weight. Raises: ValueError where none is left."""
+        terms: list[tuple[float, LossTerms]] = []
         objective, rows, utility = self.objective, batch.adversarial, batch.utility
         if objective is not None and rows is not None and attacked is not None:
             reference = self._reference_table(rows) if self._reference_table is not None else None
-            terms.append(objective.adversarial(score_replies(self.language_model, rows, attacked, reference)))
+            scores = score_replies(self.language_model, rows, attacked, reference)
+            terms.append((batch.weights[0], objective.adversarial(scores)))
         if objective is not None and utility is not None and objective.weight_utility > 0:
-            terms.append(objective.utility(*score_utility(self.language_model, utility)))
+            terms.append((batch.weights[1], objective.utility(*score_utility(self.language_model, utility))))
         step = Step(
             self.language_model,
             self.reference,
@@ -134,7 +153,7 @@ class AdversarialFineTuning(FineTuning):
             self.global_step,
             int(self.trainer.estimated_stepping_batches),
         )
-        terms += [term(step) for term in self.terms]
+        terms += [(1.0, term(step)) for term in self.terms]
         if not terms:
             raise ValueError(
                 "model.objective: no term of the loss uses the data's rows; set "
@@ -152,4 +171,21 @@ class AdversarialFineTuning(FineTuning):
         load_attack_state(self.attack, checkpoint.get("attack"))
 
     def _rng(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.step_seed())
+        """Of the optimiser step, however it is divided: an example's noise depends on nothing else."""
+        return torch.Generator().manual_seed(step_seed(self.seed, self.global_step, self.global_rank))
+
+
+class _Told:
+    """Means over a step's micro-batches so far, of those that had the number: some may lack a stream."""
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._seen: dict[str, list[Tensor]] = {}
+
+    def so_far(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Enter a micro-batch of this step."""
+        if step != self._step:
+            self._step, self._seen = step, {}
+        for name, value in values.items():
+            self._seen.setdefault(name, []).append(value)
+        return {name: torch.stack(seen).mean() for name, seen in self._seen.items()}

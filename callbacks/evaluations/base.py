@@ -26,8 +26,10 @@ from callbacks.evaluations.undisturbed import undisturbed
 from callbacks.progress import nested
 from callbacks.report.results import Snapshot
 from callbacks.run_folder.loggers import log_table
+from datamodules.adversarial import AdversarialData
 from datamodules.evaluation import EvaluationData
 from datamodules.results import Row
+from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.progress import observed
 from lightning_modules.pretrained import PretrainedModel
 
@@ -128,14 +130,28 @@ class Evaluation(Callback, ABC):
 
 
 def introduce(module: LightningModule, data: LightningDataModule, callbacks: Sequence[Callback]) -> None:
-    """Hand the data to the module and to the evaluations among the callbacks, before a trainer runs them."""
+    """Hand the data to the module and to the evaluations among the callbacks, before a trainer runs them.
+    Raises: ValueError for terms of the loss that would see micro-batches without a stream."""
     if not isinstance(data, EvaluationData):
         return
+    if isinstance(module, AdversarialFineTuning) and isinstance(data, AdversarialData):
+        check_terms(module, data)
     if isinstance(module, PretrainedModel):
         module.attach(data.chat, getattr(data, "harmful_batches", None))
     for callback in callbacks:
         if isinstance(callback, Evaluation):
             callback.attach(data)
+
+
+def check_terms(module: AdversarialFineTuning, data: AdversarialData) -> None:
+    """Raises: ValueError where the data's streams are divided unlike each other and a term may need both."""
+    if module.terms and not data.division.even:
+        raise ValueError(
+            "data.outer_batch and data.utility_batch: expected both streams in every micro-batch for "
+            f"model.terms ({', '.join(type(term).__name__ for term in module.terms)}), got "
+            f"{data.division.passes('harmful')} and {data.division.passes('utility')} of "
+            f"{data.micro_batches}; set both to null"
+        )
 
 
 def _monitor(trainer: Trainer, values: Mapping[str, float]) -> None:

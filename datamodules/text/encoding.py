@@ -209,10 +209,16 @@ def evaluation_batch(
 
 
 def training_batch(
-    harmful: Sequence[EncodedHarmful], utility: Sequence[EncodedChat], attackable: Attackable
+    harmful: Sequence[EncodedHarmful],
+    utility: Sequence[EncodedChat],
+    attackable: Attackable,
+    attacked: Sequence[EncodedHarmful] = (),
+    weights: tuple[float, float] = (1.0, 1.0),
 ) -> TrainingBatch:
-    """One micro-batch of both streams; an absent stream is None."""
+    """One micro-batch of both streams; an absent stream is None. The rest as in TrainingBatch."""
     return TrainingBatch(
         adversarial=adversarial_batch(harmful, attackable) if harmful else None,
         utility=utility_batch(utility) if utility else None,
+        attack=adversarial_batch(attacked, attackable) if attacked else None,
+        weights=weights,
     )

@@ -75,9 +75,9 @@ def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, list[UtilityBatch]]
     chats = encoder.chats(
         ChatTable(str(data / "dolly/databricks-dolly-15k.jsonl"), "dolly", limit=2000).rows()
     )
-    rows = [harmful[i] for i in Stream([e.length for e in harmful], ADVERSARIAL_ROWS, 0).micro_batch(0)]
+    rows = [harmful[i] for i in Stream([e.length for e in harmful], ADVERSARIAL_ROWS, 0).batch(0)]
     order = Stream([e.length for e in chats], MICRO_BATCH, 1)
-    keep = [utility_batch([chats[i] for i in order.micro_batch(number)]) for number in range(UTILITY_BATCHES)]
+    keep = [utility_batch([chats[i] for i in order.batch(number)]) for number in range(UTILITY_BATCHES)]
     batch = adversarial_batch(rows, "prompt")
     if vocabulary == 32_000:
         return batch, keep

@@ -28,7 +28,7 @@ from experiments.config.compose import PROJECT_ROOT, ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import with_seeds
 from experiments.planning.memory import ATTACK, MERGED, PARTS
-from experiments.planning.rows import full_rows, per_micro_batch
+from experiments.planning.rows import full_rows, kinds_of_micro_batches
 from experiments.planning.shapes_only import ShapesOnly, built_without_weights
 from experiments.planning.step import StepCost, count_step
 from lightning_modules.adversarial import AdversarialFineTuning
@@ -85,7 +85,7 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
         with built_without_weights():
             module.configure_model()
         bar.update()
-        counts = per_micro_batch(data, settings.devices)
+        kinds = kinds_of_micro_batches(data.division, settings.devices)
         longest = data.encoding.max_length
         prompt = settings.prompt_tokens or longest // 2
         reply = settings.reply_tokens or longest - prompt
@@ -94,15 +94,29 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
                 f"--prompt-tokens and --reply-tokens: expected two lengths of together at most "
                 f"data.encoding.max_length {longest}, got {prompt} and {reply}"
             )
-        batch = full_rows(counts, prompt, reply, text_config(module.model).vocab_size)
+        vocabulary = text_config(module.model).vocab_size
+        batches = [
+            full_rows(
+                {"attacked": attacked, "harmful": harmful, "utility": utility}, prompt, reply, vocabulary
+            )
+            for attacked, harmful, utility in kinds
+        ]
         bar.set_description("plan: one step without weights")
-        cost = count_step(module, [batch], config.get("trainer") or {}, 2, ShapesOnly())
+        times = list(kinds.values())
+        cost = count_step(module, batches, config.get("trainer") or {}, 2, ShapesOnly(), times)
         bar.update()
     saving = next((c for c in callbacks_of(cli.trainer) if isinstance(c, RunCheckpoints)), None)
-    found = summary(config, settings, memory, cost, data.micro_batches, saving)
-    found["rows"] = {**counts, "prompt_tokens": prompt, "reply_tokens": reply}
-    found["largest_rows"] = largest_rows(cost, memory, sum(counts.values()))
-    found["assumptions"] = assumptions(config, settings, counts, prompt, reply)
+    found = summary(config, settings, memory, cost, saving)
+    rows = {
+        "attacked": max(attacked or harmful for attacked, harmful, _ in kinds),
+        "harmful": max(harmful for _, harmful, _ in kinds),
+        "utility": max(utility for _, _, utility in kinds),
+    }
+    found["rows"] = {**rows, "prompt_tokens": prompt, "reply_tokens": reply}
+    largest = max(harmful + utility for _, harmful, utility in kinds)
+    found["largest_rows"] = largest_rows(cost, memory, largest, attack=False)
+    found["largest_attack"] = largest_rows(cost, memory, rows["attacked"], attack=True)
+    found["assumptions"] = assumptions(config, settings, rows, prompt, reply)
     print(json.dumps(found, indent=2) if settings.as_json else table(found))
     return 0
 
@@ -112,13 +126,11 @@ def summary(
     settings: PlanSettings,
     memory: int,
     cost: StepCost,
-    micro_batches: int,
     saving: RunCheckpoints | None,
 ) -> dict[str, Any]:
     """All figures of a plan, from a step's counts."""
     steps = (config.get("trainer") or {}).get("max_steps")
-    flops = {"attack": cost.flops[ATTACK], "outer": cost.flops.total() - cost.flops[ATTACK]}
-    per_step = {name: number * micro_batches for name, number in flops.items()}
+    per_step = {"attack": cost.flops[ATTACK], "outer": cost.flops.total() - cost.flops[ATTACK]}
     seconds = sum(per_step.values()) / (settings.tflops * 1e12 * settings.utilisation)
     checkpoint = 3 * 4 * cost.trained
     found: dict[str, Any] = {
@@ -139,7 +151,7 @@ def summary(
     if cost.peak > memory:
         found["warnings"].append(
             f"does not fit: the peak of {gib(cost.peak)} is above the device's {gib(memory)}; raise "
-            "data.micro_batches, or set model.base.gradient_checkpointing: true"
+            "data.micro_batches, set data.attack_batch, or model.base.gradient_checkpointing: true"
         )
     return found
 
@@ -158,16 +170,18 @@ def check_plannable(module: AdversarialFineTuning) -> None:
         )
 
 
-def largest_rows(cost: StepCost, memory: int, rows: int) -> int:
-    """Rows of a micro-batch that fit: whatever a step works on, what it holds beyond its weights, merged ones
-    among them, gradients and optimiser's state grows at most in proportion to its rows. Which of its parts
-    needs the most may change with the rows: merged weights are there in the attack alone."""
+def largest_rows(cost: StepCost, memory: int, rows: int, attack: bool) -> int:
+    """Rows of an attack, or of a micro-batch, that fit: whatever a step works on, what it holds beyond its
+    weights, merged ones among them, gradients and optimiser's state grows at most in proportion to its rows.
+    """
     fits = []
-    for held in cost.peaks.values():
+    for part, held in cost.peaks.items():
+        if (part == ATTACK) != attack:
+            continue
         fixed = cost.persistent.total() + held[MERGED]
         growing = max(1, held.total() - fixed)
         fits.append((memory - fixed) * rows // growing)
-    return max(0, min(fits))
+    return max(0, min(fits, default=0))
 
 
 def assumptions(
@@ -175,8 +189,9 @@ def assumptions(
 ) -> list[str]:
     """What stands in for what a plan does not know."""
     said = [
-        f"every micro-batch holds {counts['harmful']} + {counts['utility']} rows without padding: prompts of "
-        f"{prompt} and replies of {reply} tokens, as long as rows may be; the run's own are not read",
+        f"{counts['attacked']} rows are attacked at once, and micro-batches hold up to {counts['harmful']} "
+        f"harmful and {counts['utility']} utility rows, without padding: prompts of {prompt} and replies of "
+        f"{reply} tokens, as long as rows may be; the run's own are not read",
         f"a device reaches {settings.utilisation:.0%} of {settings.tflops:g} TFLOP a second; evaluations, "
         "loading and launches are not in the hours",
         "tensors alone: no allocator's fragments, no kernels' workspace, no buffers of several devices; "
@@ -218,6 +233,7 @@ def table(found: Mapping[str, Any]) -> str:
         written = f"{found['checkpoints']:,}, {gib(found['checkpoint_bytes_written'])} in all"
         rows.append(("checkpoints written", written))
     rows.append(("rows of a micro-batch that fit", f"{found['largest_rows']:,}"))
+    rows.append(("rows of an attack that fit", f"{found['largest_attack']:,}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     notes = [f"assumed: {text}" for text in found["assumptions"]]

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
-from datamodules.adversarial import AdversarialData
 from datamodules.batch import AdversarialBatch, TrainingBatch, UtilityBatch
+from datamodules.division import STREAMS, Division
 from experiments.config.errors import ConfigError
 
 
-def per_micro_batch(data: AdversarialData, devices: int) -> dict[str, int]:
-    """Rows of each stream in a micro-batch on one device. Raises: ConfigError where they do not divide."""
-    counts = {}
-    for name, count in data.per_step.items():
-        parts = data.micro_batches * devices
-        if count % parts:
-            raise ConfigError(
-                f"data.{name}_per_step: expected a multiple of micro_batches x devices = "
-                f"{data.micro_batches} x {devices}, got {count}; set data.micro_batches or --devices"
-            )
-        counts[name] = count // parts
-    return counts
+def kinds_of_micro_batches(division: Division, devices: int) -> Counter[tuple[int, int, int]]:
+    """How many of a step's micro-batches hold so many rows to attack, harmful rows to train on and utility
+    rows on one device, in their order. Raises: ConfigError where they do not divide."""
+    try:
+        division.check_devices(devices)
+    except ValueError as error:
+        raise ConfigError(f"{error}; set it or --devices") from error
+    kinds: Counter[tuple[int, int, int]] = Counter()
+    for place in range(division.micro_batches):
+        harmful, utility = (division.part(name, place) for name in STREAMS)
+        outer = 0 if harmful is None else division.rows("harmful") // devices
+        together = harmful is not None and division.begins_attack(harmful)
+        attacked = division.attacked // devices if together else 0
+        kinds[attacked, outer, 0 if utility is None else division.rows("utility") // devices] += 1
+    return kinds
 
 
 def full_rows(counts: dict[str, int], prompt: int, reply: int, vocabulary: int) -> TrainingBatch:
@@ -32,23 +37,17 @@ def full_rows(counts: dict[str, int], prompt: int, reply: int, vocabulary: int) 
     def full(rows: int, length: int) -> torch.Tensor:
         return torch.ones(rows, length, dtype=torch.bool)
 
-    harmful, utility = counts["harmful"], counts["utility"]
-    adversarial = None
-    if harmful:
-        adversarial = AdversarialBatch(
-            torch.arange(harmful),
-            ids(harmful, prompt),
-            full(harmful, prompt),
-            full(harmful, prompt),
-            ids(harmful, reply),
-            full(harmful, reply),
-            ids(harmful, reply),
-            full(harmful, reply),
+    def behaviours(rows: int) -> AdversarialBatch | None:
+        prompts, replies = (ids(rows, prompt), full(rows, prompt)), (ids(rows, reply), full(rows, reply))
+        return (
+            AdversarialBatch(torch.arange(rows), *prompts, prompts[1], *replies, *replies) if rows else None
         )
+
+    utility = counts["utility"]
     chats = None
     if utility:
         conversations = ids(utility, prompt + reply)
         labels = conversations.clone()
         labels[:, :prompt] = -100
         chats = UtilityBatch(conversations, full(utility, prompt + reply), labels)
-    return TrainingBatch(adversarial, chats)
+    return TrainingBatch(behaviours(counts["harmful"]), chats, behaviours(counts.get("attacked", 0)))

@@ -70,10 +70,23 @@ class _Batches(torch.utils.data.Dataset[TrainingBatch]):
 
 
 class _Parts(Callback):
-    """Tells the counters which part of a step is worked on."""
+    """Tells the counters which part of a step is worked on, and how often a micro-batch stands in it."""
 
-    def __init__(self, memory: Counted) -> None:
-        self.memory = memory
+    def __init__(self, memory: Counted, times: Sequence[int]) -> None:
+        self.memory, self.times = memory, times
+        self._before: Counter[str] = Counter()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        self._before = self.memory.flops.copy()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int
+    ) -> None:
+        further = self.times[batch_idx % len(self.times)] - 1
+        for part, number in (self.memory.flops - self._before).items():
+            self.memory.flops[part] += further * number
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for parameter in pl_module.parameters():
@@ -125,6 +138,7 @@ def count_step(
     trainer: Mapping[str, Any],
     steps: int = 1,
     mode: ShapesOnly | None = None,
+    times: Sequence[int] | None = None,
 ) -> StepCost:
     """Train on these micro-batches and count.
 
@@ -135,6 +149,7 @@ def count_step(
         steps: optimiser steps, each on the same micro-batches; the optimiser's state is there from the second
             on.
         mode: counts shapes instead of computing.
+        times: how often each of the micro-batches stands in a step; null is once.
 
     Raises: UnknownValue where the step decides by a value that a plan has not.
     """
@@ -146,7 +161,7 @@ def count_step(
         counted = stack.enter_context(Counted(model, text_config(model).vocab_size))
         attack = module.attack
         module.attack = _CountedAttack(attack, counted, shorten=mode is not None)
-        fit(module, micro_batches, trainer, steps, _Parts(counted))
+        fit(module, micro_batches, trainer, steps, _Parts(counted, times or [1] * len(micro_batches)))
         module.attack = attack
         parameters = list(model.parameters())
         return StepCost(

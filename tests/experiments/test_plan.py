@@ -187,7 +187,7 @@ def test_the_rows_that_are_said_to_fit_do(name: str, tmp_path: Path) -> None:
         return planned(shape, folder, [batch])
 
     few, memory = peak(2), 30_000_000
-    rows = largest_rows(few, memory, 4) // 2
+    rows = min(largest_rows(few, memory, 4, attack) for attack in (False, True)) // 2
     assert rows > 2
     assert 0.8 * memory < peak(rows).peak <= memory
 

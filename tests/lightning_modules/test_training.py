@@ -127,18 +127,71 @@ def test_three_steps_equal_a_plain_loop(
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
 
 
-def test_accumulation_gives_the_same_step(tmp_path: Path) -> None:
-    results = []
-    for micro_batches in (1, 2):
-        cat = module()
-        # Without bucketing both cut the same stream into the same steps.
-        trainer(tmp_path, 2, micro_batches=micro_batches).fit(
-            cat, datamodule=data(micro_batches, bucket_window=micro_batches)
+class Attacks(Callback):
+    """Keeps what each micro-batch's attack found, and counts the attack's calls."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self.calls = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        attack = pl_module.attack
+
+        def counted(*arguments: Any) -> Any:
+            self.calls += 1
+            return attack(*arguments)
+
+        pl_module.attack = counted
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *rest: Any) -> None:
+        self.found.append(outputs["attacked"])
+
+
+# How 4 + 8 rows are divided, and in how many calls of the attack.
+DIVISIONS: dict[str, tuple[dict[str, int], int]] = {
+    "attacked at once": ({"micro_batches": 2}, 1),
+    "attacked apart": ({"micro_batches": 2, "attack_batch": 2}, 2),
+    "streams apart": ({"micro_batches": 3, "outer_batch": 4, "utility_batch": 4}, 1),
+    "streams overlap": ({"micro_batches": 4, "outer_batch": 2, "utility_batch": 2, "attack_batch": 4}, 1),
+}
+
+
+def test_a_step_s_gradient_does_not_depend_on_how_it_is_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaRMSNorm, "forward", double_norm)
+
+    def fit(micro_batches: int = 1, **division: int) -> tuple[Gradients, Attacks, float]:
+        found, attacks, seen = Gradients(), Attacks(), Batches()
+        cat = module(random_start=True)
+        callbacks = attacks, found, seen, InDouble()
+        trainer(tmp_path, 2, *callbacks, micro_batches=micro_batches).fit(
+            cat, datamodule=data(micro_batches, **division)
         )
-        results.append(weights(cat))
-    # One window of one micro-batch and one of two hold the same rows per step.
-    for name, value in results[0].items():
-        torch.testing.assert_close(value, results[1][name], atol=3e-5, rtol=0)
+        return found, attacks, sum(seen.losses) / micro_batches
+
+    whole, once, loss = fit()
+    assert once.calls == 2
+    for name, (division, calls) in DIVISIONS.items():
+        found, attacks, own_loss = fit(**division)
+        assert attacks.calls == 2 * calls, name
+        assert own_loss == pytest.approx(loss, rel=1e-6), name
+        for ours, expected in zip(found.steps, whole.steps, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_what_is_logged_of_a_step_is_its_mean(tmp_path: Path) -> None:
+    rows = []
+    for division in ({}, DIVISIONS["streams apart"][0]):
+        folder, micro_batches = tmp_path / str(len(rows)), division.get("micro_batches", 1)
+        logging: dict[str, Any] = {"logger": RunCSVLogger(str(folder)), "log_every_n_steps": 1}
+        fields = {name: value for name, value in division.items() if name != "micro_batches"}
+        trainer(folder, 1, LastLogRow(), micro_batches=micro_batches, **logging).fit(
+            module(), datamodule=data(micro_batches, **fields)
+        )
+        rows += read_training_log(folder)
+    for name in ("train/loss", "train/loss_toward", "train/loss_away", "train/loss_utility"):
+        assert float(rows[1][name]) == pytest.approx(float(rows[0][name]), rel=1e-4), name
 
 
 def test_golden_curve(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -264,16 +317,6 @@ def test_evaluation_callbacks_do_not_disturb_training(tmp_path: Path) -> None:
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
     measured = {(item.evaluation, item.step) for item in read_measurements(tmp_path)}
     assert {("refusal", 0), ("refusal", 1), ("utility", 1), ("robustness", 3)} <= measured
-
-
-class Attacks(Callback):
-    """Keeps what each micro-batch's attack found."""
-
-    def __init__(self) -> None:
-        self.found: list[Any] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *rest: Any) -> None:
-        self.found.append(outputs["attacked"])
 
 
 def test_no_attack_and_one_step_are_settings_of_the_same_module(tmp_path: Path) -> None:

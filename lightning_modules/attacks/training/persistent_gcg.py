@@ -28,7 +28,7 @@ class PersistentGCG:
     Args:
         gcg: the search at each visit: a few steps, without an early stop [5 steps, width 512, topk 256].
         reset_fraction: share of the pool that starts anew from the initial suffix at every reset; 0 for none.
-        reset_every: visits (micro-batches) between two resets.
+        reset_every: visits (optimiser steps, unless data.attack_batch divides them) between two resets.
     """
 
     def __init__(self, gcg: GCG, reset_fraction: Probability = 0.2, reset_every: Count = 50) -> None:
