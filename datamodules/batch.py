@@ -20,6 +20,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from datamodules.rows import Turn
+from datamodules.text.envelope import Envelope
+from datamodules.text.spans import Attackable
 
 
 class _Movable:
@@ -52,14 +54,24 @@ class AdversarialBatch(_Movable):
     safe_ids: Int[Tensor, "batch safe"]
     safe_mask: Bool[Tensor, "batch safe"]
     prompts: tuple[str, ...] = ()
-    """The users' texts behind `prompt_ids`; attacks that rewrite text need them, others do not. Empty where
-    unknown."""
+    """The texts behind `prompt_ids` that an attack may write: the users', or with `attackable: data` the
+    documents. Attacks that rewrite text need them, others do not. Empty where unknown."""
     systems: tuple[str | None, ...] = ()
     targets: tuple[str, ...] = ()
     """The harmful targets as text."""
+    instructions: tuple[str | None, ...] = ()
+    """The trusted instructions before `prompts` where those are documents; None elsewhere."""
+    documents: tuple[str | None, ...] = ()
+    """The documents behind `prompts` where those are the users' texts; None where there is none."""
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
+
+    def envelope(self, row: int) -> Envelope:
+        """What stands around a row's text."""
+        return Envelope(
+            *(own[row] if own else None for own in (self.systems, self.instructions, self.documents))
+        )
 
     def select(self, rows: Sequence[int]) -> Self:
         """Some of the rows, as wide as before."""
@@ -169,9 +181,32 @@ class EvaluationBatch(_Movable):
     """System message of every conversation, None where there is none."""
     histories: tuple[tuple[Turn, ...], ...] = ()
     """Earlier turns of every conversation; `prompt_ids` hold them already."""
+    documents: tuple[str | None, ...] = ()
+    """The untrusted document of every prompt, None where there is none."""
+    answers: tuple[str, ...] = ()
+    """The reply to the trusted instruction, where `expected` is what a document's hidden one wants; else
+    ''."""
+    forbidden: tuple[str, ...] = ()
+    """What must not appear in the reply; '' for what is expected of a harmful row."""
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def written(self, row: int, attackable: Attackable) -> tuple[str, Envelope]:
+        """The text of a row that an attack may write, and what it is sent in.
+
+        Raises: ValueError where that is a document and the row has none.
+        """
+        system = self.systems[row] if self.systems else None
+        document = self.documents[row] if self.documents else None
+        if attackable != "data":
+            return self.prompts[row], Envelope(system, document=document)
+        if document is None:
+            raise ValueError(
+                f"{self.keys[row]}: expected a row with a document, got none; under attackable: data set "
+                "benign: null, or use rows with documents"
+            )
+        return document, Envelope(system, self.prompts[row])
 
 
 def _is_left_padded(mask: Bool[Tensor, "batch token"]) -> bool:

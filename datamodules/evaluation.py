@@ -95,7 +95,7 @@ class EvaluationData(LightningDataModule):
     def chat(self) -> ChatFormat:
         """The chat format, loaded on first use."""
         if self._chat is None:
-            self._chat = ChatFormat(load_tokenizer(self.tokenizer_config))
+            self._chat = ChatFormat(load_tokenizer(self.tokenizer_config), self.encoding.data_marks)
         return self._chat
 
     @property

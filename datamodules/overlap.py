@@ -37,7 +37,7 @@ def find_overlap(
     evaluated: dict[str, tuple[str, Row]] = {}
     for subject, rows in evaluation.items():
         if f"evaluation.{subject}" not in allowed:
-            evaluated |= {normalised(row.prompt): (subject, row) for row in rows}
+            evaluated |= {normalised(text): (subject, row) for row in rows for text in _evaluated(row)}
     found = []
     for row in training:
         match = next((evaluated[t] for t in map(normalised, _requests(row)) if t in evaluated), None)
@@ -46,9 +46,21 @@ def find_overlap(
     return found
 
 
+def _evaluated(row: Row) -> Iterator[str]:
+    """What no training row may ask: a question about a document is another one about another document, and
+    the same one whatever text is hidden there."""
+    yield _whole(row)
+    if row.data is not None and isinstance(row, HarmfulRow) and row.origin:
+        yield row.origin
+
+
+def _whole(row: Row) -> str:
+    return row.prompt if row.data is None else f"{row.prompt}\n{row.data}"
+
+
 def _requests(row: Row) -> Iterator[str]:
     """Everything that a user asks in a row: training on any of it is training on that request."""
-    yield row.prompt
+    yield _whole(row)
     if isinstance(row, HarmfulRow):
         yield from [row.origin] if row.origin else []
     else:

@@ -23,6 +23,7 @@ from datamodules.fields import NonNegativeInt, fitting, problem
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
 ADDED = frozenset({"samples", "block", "call", "against", "base_reply", "counts"})
+ADDED |= {"document", "answer", "forbidden"}
 """Fields that came later with a default: lines written before them lack them and mean the default."""
 BASE = "base:"
 """In front of a judge's label: what it said of `base_reply`."""
@@ -82,6 +83,12 @@ class Row:
     """What the model before training replied to the same; null where it was not asked."""
     counts: dict[str, NonNegativeInt] = field(default_factory=dict)
     """Of a scored text: its `tokens`, `words` and `bytes`."""
+    document: str | None = None
+    """The untrusted document beside the prompt; where `attacked` is a document, that stood in its place."""
+    answer: str = ""
+    """The reply to the prompt, where `expected` is what a document's hidden instruction wants."""
+    forbidden: str = ""
+    """What must not appear in the reply; '' for `expected`."""
     schema: int = SCHEMA
     where: str = field(default="", compare=False)
     """file:line it was read from; not stored."""
@@ -153,15 +160,8 @@ class Measurement:
     def row(self, example: str, prompt: str, expected: str, **known: Any) -> Row:
         """The greedy row of an example, with what is known of it beside; the rest is as of a plain prompt
         without a reply."""
-        plain: dict[str, Any] = {
-            "system": None,
-            "category": "",
-            "functional": "",
-            "attacked": None,
-            "history": [],
-            "prefill": "",
-            "reply": "",
-        }
+        plain: dict[str, Any] = {"system": None, "attacked": None, "history": []}
+        plain |= dict.fromkeys(("category", "functional", "prefill", "reply"), "")
         return Row(
             settings=self.settings,
             model=self.model,

@@ -28,9 +28,14 @@ class HarmfulRow:
     functional: str = ""
     """HarmBench's functional category: standard, contextual or copyright."""
     system: str | None = None
+    data: str | None = None
+    """An untrusted document beside the prompt; the target is then what text hidden in it asks for, and the
+    safe reply the answer to the prompt."""
+    forbidden: str = ""
+    """What must not appear in a reply: the hidden request's result, a secret; '' for the target."""
     origin: str = ""
-    """The request behind a rewritten prompt; training on it is training on that request. '' where the prompt
-    is the request."""
+    """The request behind a rewritten prompt, or prompt and document before text was hidden in it; training on
+    it is training on that request. '' where the prompt is the request."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class ChatRow:
     """Whether earlier replies are learned too, or only the last."""
     cut: bool = False
     """The reply goes on beyond what is written: its end is no end of turn."""
+    data: str | None = None
+    """A document beside the prompt, trusted by nobody."""
 
 
 Row = HarmfulRow | ChatRow
@@ -75,6 +82,8 @@ def texts(row: Row) -> dict[str, str]:
     named = {"key": row.key, "prompt": row.prompt, "category": row.category}
     if row.system is not None:
         named["system message"] = row.system
+    if row.data is not None:
+        named["document"] = row.data
     if isinstance(row, HarmfulRow):
         return named | {"target": row.target, "safe reply": row.safe_reply, "origin": row.origin}
     for number, (user, reply) in enumerate(row.history, start=1):

@@ -22,7 +22,9 @@ def contents(batch: EvaluationBatch) -> list[Any]:
     if batch.adversarial is not None:
         sent = batch.adversarial
         tensors += [sent.attackable_mask, sent.harmful_ids, sent.harmful_mask]
-    return [tensor.tolist() for tensor in tensors]
+    # What a reply is compared with beside its target: of other rows there is none, as before.
+    compared = [list(own) for own in (batch.answers, batch.forbidden) if any(own)]
+    return [*(tensor.tolist() for tensor in tensors), *compared]
 
 
 def settings_digest(*things: object) -> str:

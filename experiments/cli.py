@@ -93,7 +93,7 @@ def _configured(
             print(_subparser(parser, call.command).format_help())
             print_fields(call.config, overrides)
         return 0
-    own = [(name, getattr(call, name, None)) for name in ("ckpt_path", "prompt", "target")]
+    own = [(name, getattr(call, name, None)) for name in ("ckpt_path", "prompt", "target", "document")]
     overrides = [*overrides, *((name, value) for name, value in own if value is not None)]
     flags = [f"--{name}" for name in ("print_config", "overwrite", "traceback") if getattr(call, name, False)]
     if call.command == "plan":

@@ -166,8 +166,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
             help="move an earlier run in this folder aside, to NAME.1, ...",
         )
     if name == "attack":
-        add("--prompt", metavar="TEXT", help="the harmful request")
+        add("--prompt", metavar="TEXT", help="the harmful request; with --document the trusted instruction")
         add("--target", metavar="TEXT", help="the affirmative beginning that the attack aims at")
+        add(
+            "--document",
+            metavar="FILE",
+            help="a text beside the prompt that nobody vouches for; the attack writes there and nowhere else",
+        )
     if name == "plan":
         _add_plan(parser)
     add(

@@ -27,7 +27,9 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from datamodules.batch import AdversarialBatch, UtilityBatch
+from datamodules.sources.injection.sources import Injected
 from datamodules.sources.tinychat.sources import TinyChatHarmful
+from datamodules.sources.tinychat.tickets import TinyChatTickets
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
@@ -96,6 +98,13 @@ def text_batch(size: int = 3, start: int = 0) -> AdversarialBatch:
     """Held-out requests of the packaged corpus with prompts of different lengths, texts included."""
     rows = Encoder(tinychat_format(), EncodingConfig(160)).harmful(TinyChatHarmful("validation").rows())
     return adversarial_batch(rows[3 * start : 3 * (start + size) : 3], "user")
+
+
+def data_batch(size: int = 2) -> AdversarialBatch:
+    """Documents with hidden instructions, of which attacks may write the document alone."""
+    source = Injected(TinyChatTickets("test", size), "test", kinds=["fact"])
+    rows = Encoder(tinychat_format(), EncodingConfig(200, attackable="data", system="Be brief."))
+    return adversarial_batch(rows.harmful(source.rows()), "data")
 
 
 def ragged_batch(

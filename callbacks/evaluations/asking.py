@@ -13,7 +13,7 @@ import torch
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.sampling import sample_seed
 from callbacks.health import example_flags
-from callbacks.judges.base import Judge, judge_all, label, sees
+from callbacks.judges.base import Judge, compared_with, judge_all, label, sees
 from datamodules.batch import EvaluationBatch
 from datamodules.results import Identity, Measurement, Row
 from lightning_modules.attacks.base import AttackedPrompt
@@ -152,7 +152,8 @@ def judged(rows: Sequence[Row], judges: Sequence[Judge]) -> list[Row]:
         lacking = [i for i, row in enumerate(found) if name not in row.verdicts]
         chosen = [found[i] for i in lacking]
         prompts = [_read_by(judge, row) for row in chosen]
-        verdicts = judge_all(judge, prompts, [r.reply for r in chosen], [r.expected for r in chosen])
+        compared = [compared_with(judge, r) for r in chosen]
+        verdicts = judge_all(judge, prompts, [r.reply for r in chosen], compared)
         for i, given in zip(lacking, verdicts, strict=True):
             entry = {"verdict": given.verdict, "score": given.score}
             found[i] = replace(found[i], verdicts={**found[i].verdicts, name: entry})
@@ -177,6 +178,9 @@ def _row(
         category=batch.categories[i],
         functional=batch.functional[i],
         history=[list(turn) for turn in histories[i]] if histories else [],
+        document=batch.documents[i] if batch.documents else None,
+        answer=batch.answers[i] if batch.answers else "",
+        forbidden=batch.forbidden[i] if batch.forbidden else "",
     )
     if attacked is None:
         return plain

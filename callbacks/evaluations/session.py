@@ -286,11 +286,14 @@ class Session:
         """What an attack has found on this process's harmful requests."""
         donors = self._donors(probe)
         rows = [self.store.get(identity) for job in donors for identity in job.identities]
-        sent = [(r.prompt, r.attacked) for r in rows if r is not None and not r.repetition and r.attacked]
+        span = self.data.encoding.attackable
+        sent = [
+            ((row.document or "") if span == "data" else row.prompt, row.attacked)
+            for row in rows
+            if row is not None and not row.repetition and row.attacked
+        ]
         targets = [row.expected for row in rows if row is not None]
-        return Found(
-            sent, lambda: self._attacked(donors[0]), targets, self._refusals(), self.data.encoding.attackable
-        )
+        return Found(sent, lambda: self._attacked(donors[0]), targets, self._refusals(), span)
 
     def _attacked(self, job: Job) -> tuple[AdversarialBatch, AttackedPrompt]:
         """An attack's result on its first batch: the same seed gives the same bits, so that a resumed

@@ -14,7 +14,8 @@ class Judge(Protocol):
 
     A judge that is faster on many completions at once may also have `judge_batch(prompts, completions,
     expected)`, which returns a list of `Judgement`. One with `prompt = "attacked"` is given what was sent
-    in place of the request, where there is such a text; all others are given the request.
+    in place of the request, where there is such a text; all others are given the request. One with
+    `against = "answer"` or `"forbidden"` compares with that field of a row instead of `expected`.
     """
 
     @property
@@ -50,6 +51,30 @@ def judge_all(
 def sees(judge: Judge) -> str:
     """Which prompt a judge is given: `original` or `attacked`."""
     return getattr(judge, "prompt", "original")
+
+
+class Compared(Protocol):
+    """What a row offers for comparison (datamodules/results.py)."""
+
+    @property
+    def expected(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+    @property
+    def forbidden(self) -> str: ...
+
+
+def compared_with(judge: Judge, row: Compared) -> str:
+    """The text that a judge is given as expected: of a row without an answer of its own, or without
+    forbidden text, it is what is expected."""
+    match getattr(judge, "against", "expected"):
+        case "answer":
+            return row.answer or row.expected
+        case "forbidden":
+            return row.forbidden or row.expected
+    return row.expected
 
 
 def label(judge: Judge) -> str:

@@ -32,7 +32,13 @@ class AnsweredRequests:
             else:
                 answer = row.target if self.reply == "target" else row.safe_reply
                 yield ChatRow(
-                    f"{row.key}/{self.reply}", row.prompt, answer, row.where, row.category, row.system
+                    f"{row.key}/{self.reply}",
+                    row.prompt,
+                    answer,
+                    row.where,
+                    row.category,
+                    row.system,
+                    data=row.data,
                 )
 
 
@@ -70,6 +76,7 @@ class RefusalsAsHarm:
                 where=row.where,
                 category=row.category,
                 system=row.system,
+                data=row.data,
             )
 
 

@@ -73,7 +73,8 @@ class ChatTable:
             message, then user and assistant in turn; all turns are kept), `lines` (a prompt a line, no
             replies) or `predictions` (a model's own replies as `thundercat predict` writes them; one that was
             cut off is learned without an end).
-        columns: for `columns`: which column holds `prompt` and optionally `reply`, `category`, `key`.
+        columns: for `columns`: which column holds `prompt` and optionally `reply`, `category`, `key`, and
+            `data`, an untrusted document beside the prompt.
         where: keep only rows whose columns have these values, e.g. {label: safe} for XSTest's safe half.
         limit: use only the first so many kept rows; null for all.
         train_on: for `messages`: learn `all` replies of a conversation, or only the `last`.
@@ -94,7 +95,8 @@ class ChatTable:
         self.path = path
         self.format = format
         self.columns = columns or {"prompt": "prompt", "reply": "reply"}
-        check_columns("ChatTable.columns", self.columns, {"prompt", "reply", "category", "key"}, {"prompt"})
+        known = {"prompt", "reply", "category", "key", "data"}
+        check_columns("ChatTable.columns", self.columns, known, {"prompt"})
         if turns is not None and format not in ("messages", "ultrachat"):
             raise ValueError(f"ChatTable.turns: expected null for format {format!r}, got {turns}")
         self.where = where or {}
@@ -153,6 +155,7 @@ class ChatTable:
             where,
             picked.get("category", ""),
             cut=self.format == "predictions" and record.get("cut") is True,
+            data=picked.get("data"),
         )
 
     def _pick(self, record: dict[str, Any], where: str) -> dict[str, str] | RowProblem:

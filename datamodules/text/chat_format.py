@@ -11,64 +11,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from enum import IntEnum
 from itertools import product
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.rows import Turn as Turn
+from datamodules.text.data_part import DataMarks
+from datamodules.text.spans import Attackable as Attackable
+from datamodules.text.spans import PromptTokens as PromptTokens
+from datamodules.text.spans import Role as Role
+from datamodules.text.spans import Span, divided, fill, placeholder, role_of, stripped
 from datamodules.text.templates import MAX_CHARACTERS, EndlessTemplateError, check_operators, limited
 
-Attackable = Literal["user", "prompt"]
-
-
-class Role(IntEnum):
-    """Whose text a prompt token carries. A token that merges two texts counts as the last one's here, so the
-    user's before all."""
-
-    TEMPLATE = 0
-    HISTORY = 1
-    """An earlier turn, the user's or the assistant's."""
-    SYSTEM = 2
-    USER = 3
-
-
-Span = tuple[int, int, Role]
-"""Characters [start, end) of a rendered prompt, and whose they are."""
-
-
-@dataclass(frozen=True)
-class PromptTokens:
-    """A tokenised prompt: ids and the role of every token."""
-
-    ids: list[int]
-    roles: list[Role]
-    text: str
-    system: str | None
-    user_span: tuple[int, int]
-    """Characters of `text` that are the (last) user's."""
-    offsets: list[tuple[int, int]]
-    """Characters of `text` behind every token."""
-    reply_spans: tuple[tuple[int, int], ...] = ()
-    """Characters of the earlier replies, each with its end of turn."""
-
-    def attackable(self, span: Attackable) -> list[bool]:
-        """True where an attack may act: the user's tokens, or every prompt token as in the CAT authors'
-        code."""
-        return [span == "prompt" or role is Role.USER for role in self.roles]
-
-    def replied(self) -> list[bool]:
-        """True on the tokens of earlier replies and their ends of turn: what a model had to generate."""
-        return [
-            any(start < right and max(end, start + 1) > left for left, right in self.reply_spans)
-            for start, end in self.offsets
-        ]
-
-
 _USER, _SYSTEM, _REPLY = "QusertextQ", "QsystemtextQ", "QreplytextQ"
-_NAMES = {Role.USER: "the user's text", Role.SYSTEM: "the system message", Role.HISTORY: "an earlier turn"}
+_NAMES = {
+    Role.USER: "the user's text",
+    Role.SYSTEM: "the system message",
+    Role.HISTORY: "an earlier turn",
+    Role.DATA: "the document",
+}
 
 
 class ChatFormat:
@@ -76,13 +37,15 @@ class ChatFormat:
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
+        marks: what stands around a document.
 
     Raises: ValueError if the template does not show the user's text, no end of turn follows a reply, or the
         template does not come to an end.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, marks: DataMarks | None = None) -> None:
         self.tokenizer = tokenizer
+        self.marks = marks or DataMarks()
         self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._special = sorted(
             set(tokenizer.all_special_tokens) | _added_special(tokenizer), key=len, reverse=True
@@ -107,23 +70,40 @@ class ChatFormat:
         border."""
         return self._encode(self._after_reply)
 
-    def prompt(self, user: str, system: str | None = None, history: Sequence[Turn] = ()) -> PromptTokens:
+    def prompt(
+        self,
+        user: str,
+        system: str | None = None,
+        history: Sequence[Turn] = (),
+        data: str | None = None,
+    ) -> PromptTokens:
         """Tokenise a prompt, after earlier turns if there are any, up to where the assistant's reply starts.
 
+        Args:
+            data: a document that belongs to the user's text; it stands behind it, between the marks.
+
         Raises: ValueError if the template rewrites the text, or if any text contains one of its special
-            tokens.
+            tokens (a document's are broken up or refused, as the marks say).
         """
+        document, user_length = None, len(user)
+        if data is not None:
+            document, user = self.as_data(data), user.strip()
+            user_length = len(user)
+            user = self._with_data(user, document)
         shapes = [(len(history), True)] if system is not None else []
         # Some templates leave an empty system message out, so the shape without one may fit too.
         skeletons = [self._skeleton(*shape) for shape in [*shapes, (len(history), False)]]
         text = self._render(user, system, None, history)
         spans = self._spans(text, user, system, history, skeletons)
+        data_span = None
+        if document is not None:
+            spans, data_span = divided(spans, user_length, len(self.marks.before), len(document))
         encoding = self._backend.encode(text, add_special_tokens=False)
-        roles = [_role(start, end, spans) for start, end in encoding.offsets]
+        roles = [role_of(start, end, spans) for start, end in encoding.offsets]
         for i, (token, (start, _)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
             if token not in self._special_ids or roles[i] is Role.TEMPLATE:
                 continue
-            if _role(start, start, spans) is not Role.TEMPLATE:
+            if role_of(start, start, spans) is not Role.TEMPLATE:
                 raise self._control_token(_NAMES[roles[i]], self.tokenizer.convert_ids_to_tokens(token))
             # A special token that swallows the white space after it (Phi-3's do) is the template's.
             roles[i] = Role.TEMPLATE
@@ -136,7 +116,36 @@ class ChatFormat:
             user_span,
             list(encoding.offsets),
             tuple(self._reply_spans(text, spans)),
+            document,
+            data_span,
         )
+
+    def as_data(self, text: str) -> str:
+        """A document as it may stand between the marks: nothing in it ends its part or its turn.
+
+        Raises: ValueError for an empty document, and under `on_mark: refuse` for one that would have to be
+            changed.
+        """
+        text = text.strip()
+        if not text:
+            raise ValueError("the document is empty")
+        if self.marks.on_mark == "refuse":
+            control = self._any_special.search(text)
+            if control is not None:
+                raise self._control_token("the document", control.group())
+            mark = self.marks.within(text)
+            if mark is not None:
+                raise ValueError(
+                    f"the document contains the mark {mark!r}; remove it there, set other data_marks, or "
+                    "data_marks.on_mark: escape"
+                )
+        return self.marks.broken(self.neutralised(text))
+
+    def _with_data(self, user: str, document: str) -> str:
+        mark = self.marks.within(user)
+        if mark is not None:
+            raise ValueError(f"the user's text contains the mark of a document {mark!r}; remove it there")
+        return f"{user}{self.marks.before}{document}{self.marks.after}"
 
     def reply(self, prompt: PromptTokens, reply: str) -> list[int]:
         """Ids of a reply, end of turn included, as they continue `prompt.ids`.
@@ -245,7 +254,7 @@ class ChatFormat:
         """
         shape = turns, with_system
         if shape not in self._skeletons:
-            history = [(_placeholder(i, "user"), _placeholder(i, "reply")) for i in range(turns)]
+            history = [(placeholder(i, "user"), placeholder(i, "reply")) for i in range(turns)]
             system = _SYSTEM if with_system else None
             self._skeletons[shape] = self._render(_USER, system, None, history, probe=True)
         return self._skeletons[shape]
@@ -259,9 +268,9 @@ class ChatFormat:
         """
         for skeleton, strip_asked, strip_replied in product(skeletons, (False, True), (False, True)):
             asked = {_USER: (user, Role.USER), _SYSTEM: (system or "", Role.SYSTEM)}
-            asked |= {_placeholder(i, "user"): (turn[0], Role.HISTORY) for i, turn in enumerate(history)}
-            replied = {_placeholder(i, "reply"): (turn[1], Role.HISTORY) for i, turn in enumerate(history)}
-            built, spans = _fill(skeleton, _stripped(asked, strip_asked) | _stripped(replied, strip_replied))
+            asked |= {placeholder(i, "user"): (turn[0], Role.HISTORY) for i, turn in enumerate(history)}
+            replied = {placeholder(i, "reply"): (turn[1], Role.HISTORY) for i, turn in enumerate(history)}
+            built, spans = fill(skeleton, stripped(asked, strip_asked) | stripped(replied, strip_replied))
             if built == text:
                 return spans
         raise ValueError(
@@ -290,32 +299,6 @@ class ChatFormat:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _placeholder(turn: int, whose: str) -> str:
-    return f"Q{whose}text{turn}Q"
-
-
-def _stripped(shown: dict[str, tuple[str, Role]], strip: bool) -> dict[str, tuple[str, Role]]:
-    return {name: (text.strip(), role) for name, (text, role) in shown.items()} if strip else shown
-
-
-def _fill(skeleton: str, shown: dict[str, tuple[str, Role]]) -> tuple[str, list[Span]]:
-    """Replace the placeholders of a rendered skeleton once each, keeping the character spans of what was put
-    in."""
-    text, spans, rest = "", [], skeleton
-    order = sorted((name for name in shown if name in skeleton), key=skeleton.index)
-    for name in order:
-        before, _, rest = rest.partition(name)
-        start = len(text) + len(before)
-        text += before + shown[name][0]
-        spans.append((start, len(text), shown[name][1]))
-    return text + rest, spans
-
-
-def _role(start: int, end: int, spans: list[Span]) -> Role:
-    overlapping = [role for left, right, role in spans if start < right and max(end, start + 1) > left]
-    return max(overlapping, default=Role.TEMPLATE)
 
 
 def _added_special(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from datamodules.batch import AdversarialBatch, EvaluationBatch, TrainingBatch, 
 from datamodules.fields import checked
 from datamodules.rows import BadRowError, ChatRow, HarmfulRow, Row, RowProblem, example_id, texts
 from datamodules.text.chat_format import Attackable, ChatFormat, PromptTokens
+from datamodules.text.data_part import DataMarks
 
 OnBadRow = Literal["error", "skip"]
 _IGNORED = -100
@@ -26,13 +27,15 @@ class EncodingConfig:
     max_length: Annotated[int, Ge(2)] = 256
     """Longest allowed prompt + reply, in tokens."""
     attackable: Attackable = "user"
-    """Which prompt tokens attacks may perturb: the user's (`user`), or all of them (`prompt`) as in the CAT
-    authors' code."""
+    """Which prompt tokens attacks may perturb: the user's (`user`), those of the untrusted document (`data`),
+    or all of them (`prompt`) as in the CAT authors' code."""
     system: str | None = None
     """System message of every conversation that has none of its own; null for none, '' for an empty one."""
     on_bad_row: OnBadRow = "error"
     """`error` stops at a bad row; `skip` leaves such rows out, counts them and lists them in the run
     folder."""
+    data_marks: DataMarks = field(default_factory=DataMarks)
+    """What stands around a row's document, and what happens to a document that holds it."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,13 @@ class Encoder:
         if not row.prompt.strip():
             raise ValueError("the prompt is empty")
         system = row.system if row.system is not None else self.config.system
-        prompt = self.chat.prompt(row.prompt, system, () if isinstance(row, HarmfulRow) else row.history)
-        if not any(prompt.attackable(self.config.attackable)):
-            raise ValueError("the prompt has no attackable token")
+        history = () if isinstance(row, HarmfulRow) else row.history
+        prompt = self.chat.prompt(row.prompt, system, history, row.data)
+        # Nothing attacks a conversation, so one without a document may stand beside rows that have one.
+        span = "user" if isinstance(row, ChatRow) and row.data is None else self.config.attackable
+        if not any(prompt.attackable(span)):
+            hint = "; attackable: data needs a document in every row" if span == "data" else ""
+            raise ValueError(f"the prompt has no attackable token{hint}")
         return prompt
 
     def _collect(self, rows: Iterable[R | RowProblem], encode: Callable[[R], E]) -> list[E]:
@@ -174,10 +181,17 @@ def adversarial_batch(examples: Sequence[EncodedHarmful], attackable: Attackable
         harmful_mask=harmful_mask,
         safe_ids=safe_ids,
         safe_mask=safe_mask,
-        prompts=tuple(e.row.prompt for e in examples),
+        prompts=tuple(_written(e, attackable) for e in examples),
         systems=tuple(e.prompt.system for e in examples),
         targets=tuple(e.row.target for e in examples),
+        instructions=tuple(e.row.prompt if attackable == "data" else None for e in examples),
+        documents=tuple(None if attackable == "data" else e.prompt.data for e in examples),
     ).validate()
+
+
+def _written(example: EncodedHarmful, attackable: Attackable) -> str:
+    """The text of an example that an attack may write."""
+    return (example.prompt.data or "") if attackable == "data" else example.row.prompt
 
 
 def utility_batch(examples: Sequence[EncodedChat]) -> UtilityBatch:
@@ -205,7 +219,15 @@ def evaluation_batch(
         adversarial=adversarial_batch(harmful, attackable) if harmful else None,
         systems=tuple(e.prompt.system for e in examples),
         histories=tuple(() if isinstance(e.row, HarmfulRow) else e.row.history for e in examples),
+        documents=tuple(e.prompt.data for e in examples),
+        answers=tuple(_answer(e.row) for e in examples),
+        forbidden=tuple(e.row.forbidden if isinstance(e.row, HarmfulRow) else "" for e in examples),
     )
+
+
+def _answer(row: Row) -> str:
+    """What the trusted instruction is to be answered with, where a hidden one has a target of its own."""
+    return row.safe_reply if isinstance(row, HarmfulRow) and row.data is not None else ""
 
 
 def training_batch(

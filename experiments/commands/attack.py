@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from tqdm.auto import tqdm
 
 from callbacks.evaluations.asking import Job, judged, measure
 from callbacks.evaluations.probe import Probe
-from callbacks.judges.base import label
+from callbacks.judges.base import Judge, label
 from callbacks.judges.exact import TargetPrefix
+from callbacks.judges.injection import InjectedText
 from callbacks.judges.keyword import KeywordRefusal
 from callbacks.report.escape import printable
 from callbacks.run_folder.folder import RunFolder
@@ -30,6 +32,7 @@ from datamodules.rows import HarmfulRow
 from datamodules.settings import contents, settings_digest
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
 from datamodules.text.encoding import Encoder, evaluation_batch
+from datamodules.text.spans import Attackable
 from experiments.commands.loaded import build, loaded, node_of
 from experiments.commands.run import guarded
 from experiments.config.check import check
@@ -65,7 +68,7 @@ class AttackedModel(PretrainedModel):
 def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Sequence[str]) -> int:
     """Compose, load the model, attack, show, save. Returns the exit status. Raises: ConfigError for a wrong
     call."""
-    texts = {key: value for key, value in overrides if key in ("prompt", "target")}
+    texts = {key: value for key, value in overrides if key in ("prompt", "target", "document")}
     config = compose(files, [(key, value) for key, value in overrides if key not in texts])
     node = node_of(config, AttackedModel, ("base", "attack", "seed"))
     if not isinstance(node["init_args"].get("attack"), Mapping):
@@ -80,20 +83,33 @@ def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Se
         if not texts.get(name, "").strip():
             raise ConfigError(f'--{name}: expected a text, got none; write --{name} "..."')
     folder = RunFolder.of(config["trainer"]["default_root_dir"])
-    row = HarmfulRow(KEY, texts["prompt"], texts["target"], DEFAULT_SAFE_REPLY, "--prompt")
+    document = _document(texts["document"]) if "document" in texts else None
+    row = HarmfulRow(KEY, texts["prompt"], texts["target"], DEFAULT_SAFE_REPLY, "--prompt", data=document)
     return guarded(lambda: _attack(config, folder, row), folder, "--traceback" in flags)
+
+
+def _document(path: str) -> str:
+    """Raises: ConfigError for a file that is none, or that holds no text."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--document: expected a text file, got {path!r}: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"--document: expected a text, got an empty file {path!r}")
+    return text
 
 
 def _attack(config: dict[str, Any], folder: RunFolder, row: HarmfulRow) -> int:
     module, data = build(config, AttackedModel)
     with RunLock(folder.path), loaded(config, "attack", module, data, folder) as (step, precision):
-        encoder = Encoder(data.chat, replace(data.encoding, on_bad_row="error"))
-        batch = evaluation_batch(encoder.harmful([row]), data.encoding.attackable)
+        span: Attackable = data.encoding.attackable if row.data is None else "data"
+        encoder = Encoder(data.chat, replace(data.encoding, on_bad_row="error", attackable=span))
+        batch = evaluation_batch(encoder.harmful([row]), span)
         plain, attacked = measured(module, batch, step, precision)
         Provenance(config, seeds_of(config)).write(folder, "attack")
         store = ResultsStore(folder.path)
         store.add([plain, attacked])
-    show(plain, attacked, label(TargetPrefix()))
+    show(plain, attacked)
     print(f"saved: {printable(str(store.path), one_line=True)}")
     return 0
 
@@ -103,6 +119,7 @@ def measured(
 ) -> tuple[Row, Row]:
     """The reply to the request as it is, and to the attacked one; every improvement is shown as it is
     found."""
+    judge: Judge = TargetPrefix() if batch.documents[0] is None else InjectedText()
     plan = Measurement(
         evaluation=KEY,
         stage="attack",
@@ -112,14 +129,14 @@ def measured(
         subject="harmful",
         attack=type(module.attack).__name__,
         quantity="success_rate",
-        judge=label(TargetPrefix()),
+        judge=label(judge),
         refusal=label(KeywordRefusal()),
         judges=[],
         n=1,
     )
     rows = []
     for name, attack in (("", None), (plan.attack, module.attack)):
-        probe = Probe("harmful", "success_rate", TargetPrefix(), name, attack, KeywordRefusal())
+        probe = Probe("harmful", "success_rate", judge, name, attack, KeywordRefusal())
         job = Job(replace(plan, attack=name), probe, batch, MAX_NEW_TOKENS, module.seed)
         with tqdm(desc=name, unit=" iterates", leave=False, disable=None) as bar, observed(_watch(bar)):
             rows += judged(measure(module.language_model, job), probe.asked)
@@ -146,12 +163,14 @@ def _watch(bar: tqdm[Any]) -> Callable[[torch.Tensor, Callable[[], list[str]]], 
     return watch
 
 
-def show(plain: Row, attacked: Row, judge: str) -> None:
+def show(plain: Row, attacked: Row) -> None:
     """What was sent, all of it, and what came back."""
+    judge = next(name for name in attacked.verdicts if name != label(KeywordRefusal()))
     sent = attacked.attacked if attacked.attacked is not None else "(embeddings, nobody can type them)"
     earlier = [line for user, reply in attacked.history for line in (("user", user), ("assistant", reply))]
     lines = [
         ("request", plain.prompt),
+        *([("document", plain.document)] if plain.document is not None else []),
         ("reply", plain.reply),
         *((f"turn: {who}", text) for who, text in earlier),
         ("attacked", sent),

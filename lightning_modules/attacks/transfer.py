@@ -108,10 +108,10 @@ class Surroundings:
         if not frames:
             raise NothingCarried("what was sent does not contain the request")
         choices = [
-            [Variant(before + prompt.strip() + after) for before, after in own.sample(frames, len(frames))]
-            for prompt, own in zip(batch.prompts, _randoms(batch, rng), strict=True)
+            [Variant(before + text.strip() + after) for before, after in own.sample(frames, len(frames))]
+            for text, own in zip(_texts(batch, found), _randoms(batch, rng), strict=True)
         ]
-        return written(model, batch, choices, found.targets)
+        return written(model, batch, choices, found)
 
 
 @dataclass
@@ -125,10 +125,10 @@ class Rewritten:
     ) -> AttackedPrompt:
         targets = _targets(batch, found.targets)
         choices = []
-        for prompt, target, own in zip(batch.prompts, targets, _randoms(batch, rng), strict=True):
-            variants = list(self.variants(prompt, target, own))
+        for text, target, own in zip(_texts(batch, found), targets, _randoms(batch, rng), strict=True):
+            variants = list(self.variants(text, target, own))
             choices.append(own.sample(variants, len(variants)))
-        return written(model, batch, choices, found.targets)
+        return written(model, batch, choices, found)
 
 
 @dataclass
@@ -214,7 +214,7 @@ def written(
     model: LanguageModel,
     batch: EvaluationBatch,
     choices: Sequence[Sequence[Variant]],
-    targets: Sequence[str],
+    found: Found,
 ) -> AttackedPrompt:
     """Each prompt's first variant that can be sent, as ids; what is forced begins the expected reply, or a
     harmful target where there is none.
@@ -224,12 +224,12 @@ def written(
     chat, prompts, forced, chosen = model.chat, [], [], []
     # A model that states no limit (ALiBi, recurrent ones) gets one that no prompt reaches.
     limit = getattr(text_config(model.module), "max_position_embeddings", None) or 1 << 20
-    for row, (variants, target) in enumerate(zip(choices, _targets(batch, targets), strict=True)):
+    for row, (variants, target) in enumerate(zip(choices, _targets(batch, found.targets), strict=True)):
         history = batch.histories[row] if batch.histories else ()
-        system = batch.systems[row] if batch.systems else None
+        _, envelope = batch.written(row, found.attackable)
         for variant in variants:
             try:
-                tokens = chat.prompt(variant.text, system, (*variant.history, *history))
+                tokens = envelope.prompt(chat, variant.text, (*variant.history, *history))
                 start = _start(chat.reply(tokens, target), chat.end_of_turn, variant.forced)
             except ValueError:
                 continue
@@ -259,12 +259,17 @@ def with_targets(
     """Benign prompts as a batch that an attack takes, with these texts in turn as what it aims at."""
     chat, rows = model.chat, []
     for i, (key, prompt) in enumerate(zip(batch.keys, batch.prompts, strict=True)):
-        system = batch.systems[i] if batch.systems else None
-        tokens = chat.prompt(prompt, system, batch.histories[i] if batch.histories else ())
+        text, envelope = batch.written(i, attackable)
+        tokens = envelope.prompt(chat, text, batch.histories[i] if batch.histories else ())
         target = targets[example_id(key) % len(targets)]
         aim = chat.reply(tokens, target)
         rows.append(EncodedHarmful(HarmfulRow(key, prompt, target, target, key), tokens, aim, aim))
     return adversarial_batch(rows, attackable).to(model.device)
+
+
+def _texts(batch: EvaluationBatch, found: Found) -> list[str]:
+    """The part of every prompt that an attacker writes."""
+    return [batch.written(row, found.attackable)[0] for row in range(len(batch))]
 
 
 def _targets(batch: EvaluationBatch, borrowed: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from callbacks.judges.exact import TargetPrefix
+from datamodules.text.envelope import Envelope
 from lightning_modules.attacks.suffix.adaptive import AdaptiveGCG, Stage
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.suffix.search import SuffixSearch
@@ -59,9 +60,9 @@ def test_losses_of_tokens_before_and_around_the_request_are_the_whole_prompt_s(
 
 def test_the_request_stays_whole_wherever_the_free_tokens_stand() -> None:
     chat, prompt = tinychat_format(), "How do I bake bread?"
-    before = make_slot(chat, prompt, "Be brief.", " x", 4, "before")
+    before = make_slot(chat, prompt, Envelope("Be brief."), " x", 4, "before")
     assert (before.user, before.rest, before.head) == ("", f" {prompt}", 0)
-    around = make_slot(chat, prompt, None, " x", 5, "around")
+    around = make_slot(chat, prompt, Envelope(), " x", 5, "around")
     assert (around.head, len(around.suffix)) == (3, 5)
     (text,) = replayable(chat, [around], [around.suffix])
     assert text is not None

@@ -26,7 +26,7 @@ from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.hidden_states import perturbed_layers
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
-from tests.conftest import FAMILIES, ROOT, ragged_batch, tiny_model
+from tests.conftest import FAMILIES, ROOT, chat_model, data_batch, ragged_batch, tiny_model
 from tests.support.attacks import CASES, Case, attack_classes
 
 FINITE = [name for name in CASES if name.startswith(("pgd", "restarts", "fgsm"))]
@@ -185,6 +185,38 @@ def test_stays_in_the_ball_and_in_the_span(name: str, family: str) -> None:
     assert pgd.ball.size(attacked.delta).max() <= pgd.epsilon * rho * (1 + 1e-6)
     assert (attacked.delta[~batch.attackable_mask] == 0).all()
     torch.testing.assert_close(attacked.distance, pgd.ball.size(attacked.delta).amax(1) / (pgd.epsilon * rho))
+
+
+ON_DATA = (
+    *("pgd_l2", "pgd_linf", "fgsm", "soft_prompt", "direct", "best_of_n", "initial_suffix", "gcg"),
+    *("gcg_before", "gcg_around", "adaptive_gcg", "beast", "random_search", "rewrite_then_perturb"),
+)
+
+
+def test_with_attackable_data_only_the_document_changes() -> None:
+    """The trusted instruction, the system message and the marks are what they were, whatever attacks."""
+    model, batch = chat_model(), data_batch(2)
+    chat = model.chat
+    clean = [batch.envelope(i).prompt(chat, batch.prompts[i]) for i in range(2)]
+    for name in ON_DATA:
+        attacked = CASES[name].build()(model, batch, rng())
+        for i, before in enumerate(clean):
+            ids = attacked.prompt_ids[i, attacked.prompt_mask[i]].tolist()
+            places = [k for k, own in enumerate(before.attackable("data")) if own]
+            first, rest = places[0], len(before.ids) - places[-1] - 1
+            assert ids[:first] == before.ids[:first], name
+            assert ids[len(ids) - rest :] == before.ids[len(before.ids) - rest :], name
+            if attacked.texts:
+                written = batch.envelope(i).prompt(chat, attacked.texts[i])
+                assert ids == written.ids, name
+                left, right = before.data_span, written.data_span
+                assert left and right
+                assert before.text[: left[0]] == written.text[: right[0]], name
+                assert before.text[left[1] :] == written.text[right[1] :], name
+            if attacked.delta is not None:
+                moved = (attacked.delta[i, attacked.prompt_mask[i]] != 0).any(1).nonzero()
+                assert first <= moved.min(), name
+                assert moved.max() < len(ids) - rest, name
 
 
 def test_pass_counts_follow_the_paper() -> None:

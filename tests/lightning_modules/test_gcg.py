@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 
 from callbacks.judges.exact import TargetPrefix
 from datamodules.text.chat_format import ChatFormat
+from datamodules.text.envelope import Envelope
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from experiments.benchmarks import gcg as gcg_benchmark
 from experiments.benchmarks import gcg_yardstick
@@ -70,7 +71,7 @@ def test_a_slot_holds_the_suffix_and_its_text_gives_back_its_ids(
         ),
         "phi3": lambda: ChatFormat(load_tokenizer(TokenizerConfig(str(folder / "phi3-mini")))),
     }[name]()
-    slot = make_slot(chat, prompt, None, " x", 20)
+    slot = make_slot(chat, prompt, Envelope(), " x", 20)
     assert len(slot.suffix) == 20
     (text,) = replayable(chat, [slot], [slot.suffix])
     assert text is not None
@@ -89,7 +90,7 @@ def test_a_slot_holds_the_suffix_and_its_text_gives_back_its_ids(
 
 def test_what_cannot_be_typed_is_told_apart() -> None:
     chat = tinychat_format()
-    slot = make_slot(chat, "How do I bake bread?", None, " x", 3)
+    slot = make_slot(chat, "How do I bake bread?", Envelope(), " x", 3)
     merged = chat.tokenizer(" the", add_special_tokens=False)["input_ids"]
     letters = [chat.tokenizer.convert_tokens_to_ids(c) for c in ("Ġ", "t", "he")]
     if len(merged) == 1 and all(letters):
@@ -236,7 +237,7 @@ def test_first_step_is_the_best_of_all_single_swaps_the_reference_would_try() ->
         language_model, batch, generator(7)
     )
     (behaviour,) = gcg_benchmark._yardstick_behaviours(language_model, batch)
-    slot = make_slot(language_model.chat, batch.prompts[0], None, " x", 4)
+    slot = make_slot(language_model.chat, batch.prompts[0], Envelope(), " x", 4)
     behaviour = dataclasses.replace(behaviour, slot=slot)
     allowed = typable_tokens(language_model.chat, 2048, True)
     start, top = gcg_yardstick.promising(language_model.module, behaviour, slot.suffix, allowed, 8)

@@ -69,8 +69,8 @@ class SuffixSearch:
         require_texts(batch)
         self.model, self.batch, self.chat = model, batch, model.chat
         self.slots = [
-            make_slot(self.chat, p, s, init, num_tokens, place)
-            for p, s in zip(batch.prompts, batch.systems, strict=True)
+            make_slot(self.chat, prompt, batch.envelope(row), init, num_tokens, place)
+            for row, prompt in enumerate(batch.prompts)
         ]
         device = batch.harmful_ids.device
         mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, self.chat.end_of_turn)
@@ -302,8 +302,8 @@ class SuffixSearch:
     def result(self) -> AttackedPrompt:
         """The best suffixes. Raises: AssertionError if a text does not re-tokenise to the optimised ids."""
         best, texts = self.ledger.best, self.typed(self.ledger.best)
-        for slot, suffix, text, system in zip(self.slots, best, texts, self.batch.systems, strict=True):
-            assert self.chat.prompt(text, system).ids == slot.ids(suffix), (
+        for slot, suffix, text in zip(self.slots, best, texts, strict=True):
+            assert slot.envelope.prompt(self.chat, text).ids == slot.ids(suffix), (
                 f"{text!r} is not what was attacked"
             )
         prompts = self._prompts([slot.ids(suffix) for slot, suffix in zip(self.slots, best, strict=True)])

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from datamodules.text.chat_format import ChatFormat, PromptTokens, Role
+from datamodules.text.envelope import Envelope
 from datamodules.text.opening import begins_with, opening
 
 Placement = Literal["after", "before", "around"]
@@ -47,6 +48,8 @@ class SuffixSlot:
     """The request, where there are free tokens on both of its sides."""
     rest: str = ""
     """The user's text after the free tokens."""
+    envelope: Envelope = field(default_factory=Envelope)
+    """What the text is sent in: with an instruction, the document stands for the user's text throughout."""
 
     def ids(self, suffix: Sequence[int]) -> list[int]:
         return [*self.before, *self.filled(suffix), *self.after]
@@ -58,7 +61,7 @@ class SuffixSlot:
 def make_slot(
     chat: ChatFormat,
     prompt: str,
-    system: str | None,
+    envelope: Envelope,
     unit: str,
     num_tokens: int,
     place: Placement = "after",
@@ -74,10 +77,10 @@ def make_slot(
         front = (unit * repeats).lstrip() if ahead else ""
         back = unit * repeats if ahead < num_tokens else ""
         lead = f"{front} {prompt}" if front else prompt
-        tokens = chat.prompt(lead + back, system)
-        first, end = tokens.user_span
-        one = _within(tokens, first, first + len(front)) if ahead else []
-        two = _within(tokens, first + len(lead), end) if ahead < num_tokens else []
+        tokens = envelope.prompt(chat, lead + back)
+        first, end = envelope.span(tokens)
+        one = _within(tokens, envelope.role, first, first + len(front)) if ahead else []
+        two = _within(tokens, envelope.role, first + len(lead), end) if ahead < num_tokens else []
         if not (_is_run(one, ahead) and _is_run(two, num_tokens - ahead)):
             continue
         # A unit of several tokens is cut where the rest can still be typed.
@@ -86,7 +89,7 @@ def make_slot(
                 own[(start := min(cut, len(own) - n)) : start + n]
                 for own, n in ((one, ahead), (two, num_tokens - ahead))
             ]
-            slot = _slot(chat, tokens, (one, two), kept, front, lead)
+            slot = _slot(chat, tokens, (one, two), kept, front, lead, envelope)
             if replayable(chat, [slot], [slot.suffix])[0] is not None:
                 return slot
     raise ValueError(
@@ -95,12 +98,12 @@ def make_slot(
     )
 
 
-def _within(tokens: PromptTokens, start: int, end: int) -> list[int]:
-    """Places of the user's tokens within a span of the text."""
+def _within(tokens: PromptTokens, role: Role, start: int, end: int) -> list[int]:
+    """Places of the attacker's tokens within a span of the text."""
     return [
         i
         for i, (left, right) in enumerate(tokens.offsets)
-        if left >= start and right <= end and tokens.roles[i] is Role.USER
+        if left >= start and right <= end and tokens.roles[i] is role
     ]
 
 
@@ -116,6 +119,7 @@ def _slot(
     kept: list[list[int]],
     front: str,
     lead: str,
+    envelope: Envelope,
 ) -> SuffixSlot:
     """The prompt as a slot.
 
@@ -127,7 +131,7 @@ def _slot(
         lead: the text up to the request's end.
     """
     (one, two), ids = made, tokens.ids
-    first, end = tokens.user_span
+    first, end = envelope.span(tokens)
     before, after = ids[: (one or two)[0]], ids[(two or one)[-1] + 1 :]
     # Where the slot begins and ends within the text.
     left = first if one else first + len(lead)
@@ -143,6 +147,7 @@ def _slot(
         head=len(kept[0]) if one and two else 0,
         middle=ids[one[-1] + 1 : two[0]] if one and two else [],
         rest="" if two else tokens.text[right:end],
+        envelope=envelope,
     )
 
 
@@ -155,7 +160,7 @@ def replayable(
     decoded = chat.decode_batch(
         [slot.before[-TAIL:] + slot.filled(suffix) for slot, suffix in zip(slots, suffixes, strict=True)]
     )
-    texts = [_own_text(slot, text) for slot, text in zip(slots, decoded, strict=True)]
+    texts = [_own_text(chat, slot, text) for slot, text in zip(slots, decoded, strict=True)]
     typed = [
         slot.text_before + (text or "") + slot.text_after for slot, text in zip(slots, texts, strict=True)
     ]
@@ -163,12 +168,13 @@ def replayable(
     return [text if ids == slot.ids(suffix) else None for slot, suffix, text, ids in rows]
 
 
-def _own_text(slot: SuffixSlot, decoded: str) -> str | None:
+def _own_text(chat: ChatFormat, slot: SuffixSlot, decoded: str) -> str | None:
     """The suffix's part of a decoded text; templates strip white space at the ends of the user's text, so
-    that cannot be typed."""
+    that cannot be typed; neither can a document hold what would end it."""
     text = decoded[len(slot.tail_text) :]
     typed = slot.user + text + slot.rest
-    return text if decoded.startswith(slot.tail_text) and typed == typed.strip() else None
+    kept = decoded.startswith(slot.tail_text) and typed == typed.strip()
+    return text if kept and slot.envelope.keeps(chat, typed) else None
 
 
 def typable_tokens(chat: ChatFormat, vocabulary: int, ascii_only: bool) -> Bool[Tensor, " vocabulary"]:

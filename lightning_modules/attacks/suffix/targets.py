@@ -63,7 +63,7 @@ class OtherTargets:
         for i, prompt in enumerate(batch.prompts):
             listed = self._listed.get(prompt, [])
             text = listed[(number - 1) % len(listed)] if listed else batch.targets[i]
-            rows.append(chat.reply(chat.prompt(prompt, batch.systems[i]), text))
+            rows.append(chat.reply(batch.envelope(i).prompt(chat, prompt), text))
             texts.append(text)
         ids, mask = (tensor.to(batch.prompt_ids.device) for tensor in pad(rows, "right"))
         return replace(batch, harmful_ids=ids, harmful_mask=mask, targets=tuple(texts))

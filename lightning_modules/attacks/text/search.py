@@ -60,7 +60,7 @@ class TextSearch:
         """The variant as ids, None where the template refuses its text or the model cannot take its
         length."""
         try:
-            prompt = self.chat.prompt(variant.text, self.batch.systems[row], variant.history).ids
+            prompt = self.batch.envelope(row).prompt(self.chat, variant.text, variant.history).ids
         except ValueError:
             return None
         target, forced = self.targets[row], self._forced(row, variant)

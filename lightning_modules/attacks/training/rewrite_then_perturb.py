@@ -81,12 +81,11 @@ class RewriteThenPerturb:
         texts = list(batch.prompts)
         for i, row in enumerate(rows):
             history = rewritten.histories[i] if rewritten.histories else ()
-            tokens = chat.prompt(rewritten.texts[i], batch.systems[row], history)
-            prompts[row], spans[row], texts[row] = (
-                tokens.ids,
-                tokens.attackable(self.attackable),
-                rewritten.texts[i],
-            )
+            envelope = batch.envelope(row)
+            tokens = envelope.prompt(chat, rewritten.texts[i], history)
+            # Where the text is a document, the instruction before it is trusted.
+            span: Attackable = self.attackable if envelope.instruction is None else "data"
+            prompts[row], spans[row], texts[row] = tokens.ids, tokens.attackable(span), rewritten.texts[i]
         device = batch.prompt_ids.device
         ids, mask = pad(prompts, "left")
         attackable, _ = pad([[int(a) for a in span] for span in spans], "left")
