@@ -28,6 +28,7 @@ from lightning_modules.attacks.text.rewrites import (
     Templates,
 )
 from lightning_modules.attacks.text.templates import fill, read_templates
+from lightning_modules.attacks.text.variants import Variant
 from lightning_modules.models.chat import LocalChat
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_model
@@ -102,6 +103,27 @@ def test_a_judge_ends_best_of_n_at_the_first_success() -> None:
     never = BestOfN(3, chooser=FirstSuccess(Never(), max_new_tokens=4))(aligned, text_batch(2), rng_of())
     assert never.queries is not None
     assert never.queries.tolist() == [3, 3]
+
+
+def test_best_of_n_can_sample_its_replies() -> None:
+    heard: list[str] = []
+
+    class Listens:
+        def __call__(self, prompt: str, completion: str, reference: str) -> bool:
+            heard.append(completion)
+            return False
+
+    def said(temperature: float) -> list[str]:
+        heard.clear()
+        batch = text_batch(1)
+        same = [[Variant(batch.prompts[0])] * 6]
+        FirstSuccess(Listens(), 2, max_new_tokens=8, temperature=temperature)(chat_model(), batch, same)
+        return [*heard]
+
+    # The same prompt six times, two at once: greedy replies are one, sampled ones differ and can be repeated.
+    assert len(set(said(0.0))) == 1
+    assert len(set(said(1.0))) == 6
+    assert said(1.0) == said(1.0)
 
 
 class Never:

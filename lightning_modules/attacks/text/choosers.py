@@ -4,13 +4,13 @@ reply a judge accepts."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Protocol
 
 import torch
 
 from datamodules.batch import AdversarialBatch
-from datamodules.fields import Count, checked
+from datamodules.fields import Count, NonNegative, checked
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.text.search import TextSearch
 from lightning_modules.attacks.text.variants import Variant
@@ -58,15 +58,23 @@ class FirstSuccess:
         at_once: variants of a request that are sent and judged together; all of them count as queries.
         max_rows: variants per batch; halved and remembered when memory runs out.
         max_new_tokens: longest reply that the judge reads.
+        temperature: of the replies; 0 takes the greedy one, which is what an evaluation counts beside sampled
+            ones. Published Best-of-N samples at 1: let the evaluation sample too (`sampling`).
     """
 
     def __init__(
-        self, judge: Verdict, at_once: Count = 1, max_rows: Count = 64, max_new_tokens: Count = 64
+        self,
+        judge: Verdict,
+        at_once: Count = 1,
+        max_rows: Count = 64,
+        max_new_tokens: Count = 64,
+        temperature: NonNegative = 0.0,
     ) -> None:
         self.judge = judge
         self.at_once = at_once
         self.max_rows = max_rows
         self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
 
     def __call__(
         self, model: LanguageModel, batch: AdversarialBatch, variants: Sequence[Sequence[Variant]]
@@ -75,21 +83,23 @@ class FirstSuccess:
         search = TextSearch(model, batch, self.max_rows, self.max_new_tokens)
         losses = _score(search, variants)
         waiting = {row: iter(enumerate(own)) for row, own in enumerate(variants)}
-        while True:
+        for turn in count():
             tried = [(row, *entry) for row, own in waiting.items() for entry in islice(own, self.at_once)]
             if not tried:
-                return search.result()
+                break
             rows, sent = [row for row, _, _ in tried], [variant for _, _, variant in tried]
             accepted = verdicts(
                 self.judge,
                 [batch.prompts[row] for row in rows],
-                search.replies(rows, sent),
+                # A turn is at most some thousands of prompts long, so that no two share a seed.
+                search.replies(rows, sent, self.temperature, turn << 20),
                 [batch.targets[row] for row in rows],
             )
             for (row, number, variant), success in zip(tried, accepted, strict=True):
                 if success and row in waiting:
                     search.ledger.keep(row, variant, losses[row][number])
                     del waiting[row]
+        return search.result()
 
 
 def _score(search: TextSearch, variants: Sequence[Sequence[Variant]]) -> list[list[float]]:

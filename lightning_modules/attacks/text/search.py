@@ -87,18 +87,20 @@ class TextSearch:
         self.ledger.count_forward(torch.tensor([rows[i] for i in usable], dtype=torch.long))
         return found
 
-    def replies(self, rows: Sequence[int], variants: Sequence[Variant]) -> list[str]:
-        """Greedy replies, forced tokens included; '' where a variant cannot be sent."""
+    def replies(
+        self, rows: Sequence[int], variants: Sequence[Variant], temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Replies, greedy at temperature 0, forced tokens included; '' where a variant cannot be sent."""
         encoded = [self.encode(row, variant) for row, variant in zip(rows, variants, strict=True)]
         usable = [i for i, entry in enumerate(encoded) if entry is not None]
         replies = [""] * len(rows)
-        decoding = Decoding(self.max_new_tokens)
+        decoding = Decoding(self.max_new_tokens, temperature)
         for start in range(0, len(usable), self.chunked.max_rows):
             places = usable[start : start + self.chunked.max_rows]
             prompts = self._padded([encoded[i].prompt for i in places])  # type: ignore[union-attr]
             forced = tuple(tuple(self._forced(rows[i], variants[i])) for i in places)
             for place, reply in zip(
-                places, self.model.reply(Encoded(*prompts, forced), decoding), strict=True
+                places, self.model.reply(Encoded(*prompts, forced), decoding, seed + start), strict=True
             ):
                 replies[place] = reply
         self.ledger.count_queries([rows[i] for i in usable])
