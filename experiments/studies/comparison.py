@@ -64,11 +64,18 @@ class Answer:
 
 def happened(folder: Path) -> tuple[Happened, list[str]]:
     """What occurred on every test example of a run, and the attacks that its model refuses, or fails, benign
-    prompts for carrying. Raises: ValueError where nothing was tested."""
+    prompts for carrying. Raises: ValueError where not all of it was tested."""
     step = last_step(folder, "test")
     if step is None:
         raise ValueError(f"{folder}: no results of `test`; run the study again")
     measured = select(read_measurements(folder), read_rows(folder), "test", step)
+    for own in measured:
+        if not own.graded and not own.complete:  # a grade may be missing, a reply may not
+            what, n = own.measurement, own.measurement.n
+            name = " under ".join(part for part in (what.subject, what.attack) if part)
+            raise ValueError(
+                f"{folder}: {len(own.rows)} of {n} replies of {name}; test it again, or bring it back"
+            )
     signs = [name for name, own in under_attack(measured).items() if own.refuses_what_carries_it]
     return {event.metric: event for event in events(measured)}, signs
 

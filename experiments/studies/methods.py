@@ -27,7 +27,8 @@ from typing import Literal
 
 from tqdm.auto import tqdm
 
-from experiments.studies.archive import archived, slug
+from experiments.studies.archive import slug
+from experiments.studies.methods_recorded import SEARCH, recorded, searched
 from experiments.studies.methods_search import (
     BASE,
     NO_DEFENCE,
@@ -42,7 +43,6 @@ TEST = "configs/data/tinychat_test.yaml"
 TRANSFER = "configs/evaluation/transfer.yaml"
 RED_TEAM = "configs/experiment/red_team_tinychat.yaml"
 NO_ATTACK, ONE_STEP = "--config=configs/attack/none.yaml", "--config=configs/attack/one_step.yaml"
-SEARCH, RESULTS = "search.json", "results.json"
 RATES = ("2e-4", "6e-4", "1.5e-3")
 """Learning rates that the search of every method tries, each for all the steps and with one seed."""
 SEARCH_SEED = 100
@@ -275,36 +275,27 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of weights, data order and attacks")
     add("--steps", type=int, default=60, help="optimiser steps of every run")
     add("--workers", type=int, default=2, help="runs at a time, one thread each")
-    names = "; ".join(VARIANTS)
-    add("--methods", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="NAME", help=f"of: {names}")
+    known = "; ".join(VARIANTS)
+    add("--methods", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="NAME", help=f"of: {known}")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="fields of every run, for a trial")
     add("--report_only", action="store_true", help="run nothing")
     call = parser.parse_args()
     seeds, overrides = tuple(call.seeds), tuple(f"--{own}" for own in call.override)
-    before = recorded(call.out, seeds, call.steps)
+    try:
+        before = recorded(call.out, seeds, call.steps, VARIANTS)
+    except ValueError as error:
+        sys.exit(str(error))
     if before and overrides:
         parser.error(f"--override: {call.out} holds a whole comparison; name another --out for a trial")
     study = Study(call.runs, call.steps, seeds, overrides, before)
     missing = [name for name in (NO_DEFENCE, *call.methods) if name not in before]
     if not call.report_only:
         run(study, missing, call.workers)
-    report(study, [NO_DEFENCE, *(name for name in VARIANTS if name in (*before, *call.methods))], call.out)
-
-
-def recorded(out: Path, seeds: Sequence[int], steps: int) -> dict[str, dict[int, Path]]:
-    """What a comparison's folder holds, by name and seed. Raises: SystemExit where it is of other seeds or
-    steps."""
-    path = out / RESULTS
-    if not path.is_file():
-        return {}
-    found = archived(out, json.loads(path.read_text(encoding="utf-8"))["runs"])
-    for name, folders in found.items():
-        costs = [folder / "cost.json" for folder in folders.values() if name != NO_DEFENCE]
-        taken = {json.loads(own.read_text(encoding="utf-8"))["steps"] for own in costs}
-        wanted = tuple(seeds[:1] if name == NO_DEFENCE else seeds)
-        if tuple(folders) != wanted or taken - {steps}:
-            sys.exit(f"{out}: {name} has seeds {(*folders,)} and steps {taken}; name another --out")
-    return found
+    names = [NO_DEFENCE, *(name for name in VARIANTS if name in (*before, *call.methods))]
+    try:
+        report(study, names, call.out)
+    except ValueError as error:  # rows that are missing or damaged, of recorded runs too
+        sys.exit(str(error))
 
 
 def run(study: Study, names: Sequence[str], workers: int) -> None:
@@ -320,17 +311,20 @@ def run(study: Study, names: Sequence[str], workers: int) -> None:
 
 
 def report(study: Study, names: Sequence[str], out: Path) -> None:
-    """Write and print what the finished methods reached, and what their searches did."""
+    """Write and print what the finished methods reached, and what their searches did. Raises: ValueError
+    where there is none, or rows are missing."""
     found = {name: study.finished(name) for name in names}
     done = {name: folders for name, folders in found.items() if folders is not None}
+    if not done:
+        raise ValueError(f"{study.runs}: no method is finished; run without --report_only")
     trained = [name for name in done if name != NO_DEFENCE]
     new = [name for name in trained if name not in study.recorded]
     chosen = {name: str(study.chosen(name)) for name in new}
-    searched = {name: {str(own): study.searched(name, own) for own in study.tries(name)} for name in new}
+    tried = {name: {str(own): study.searched(name, own) for own in study.tries(name)} for name in new}
     out.mkdir(parents=True, exist_ok=True)
     path = out / SEARCH
-    table = json.loads(path.read_text(encoding="utf-8")) if study.recorded else {}
-    table |= search_table(searched, chosen)
+    table = searched(out) if any(name != NO_DEFENCE for name in study.recorded) else {}
+    table |= search_table(tried, chosen)
     table = {name: table[name] for name in trained}
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     settings = {name: own["chosen"] for name, own in table.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -228,8 +230,10 @@ def test_report_and_figure_are_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no results of `test`"):
         read({"cat": {0: tmp_path / "nothing"}})
     with pytest.raises(ValueError, match=r"no 'direct' \(harmful/direct/success_rate\) .* test it again"):
-        ResultsStore(tmp_path / "empty").announce([measurement(stage="test")])
-        read({"cat": {0: tmp_path / "empty"}})
+        store, plan = ResultsStore(tmp_path / "few"), measurement(stage="test")
+        store.announce([plan])
+        store.add([row("0", plan, True)])
+        read({"cat": {0: tmp_path / "few"}})
 
 
 @pytest.mark.parametrize("name", [NO_DEFENCE, *VARIANTS])
@@ -323,11 +327,52 @@ def test_what_is_recorded_is_neither_trained_nor_judged_again(
     assert all(f"| {name} |" in report for name in (NO_DEFENCE, "cat", "capo"))
     assert list(json.loads((out / "search.json").read_text())) == ["cat", "capo"]
     assert {path: path.read_bytes() for path in first} == first
-    with pytest.raises(SystemExit, match=r"out: cat has seeds \(0,\) and steps \{7\}; name another --out"):
+    with pytest.raises(SystemExit, match=r"out: cat has \{7\} steps, expected 8; name another --out"):
         call(runs, "--steps", "8")
+    refuses_what_is_not_whole(out, call, runs)
     with pytest.raises(SystemExit):
         call(runs, "--override", "data.bucket_window=2")
     assert "name another --out for a trial" in capsys.readouterr().err
+
+
+def refuses_what_is_not_whole(out: Path, call: Any, runs: Path) -> None:
+    """In one line that names the remedy, whatever of a recorded comparison is missing or damaged."""
+    cat = out / "runs" / "cat" / "seed0"
+    rows = cat / "rows" / "rows_rank0.jsonl.gz"
+    lines = gzip.decompress(rows.read_bytes()).splitlines(keepends=True)
+    results = json.loads((out / "results.json").read_text())
+    search = json.loads((out / "search.json").read_text())
+    renamed = {("kat" if name == "cat" else name): own for name, own in results["runs"].items()}
+    shutil.copytree(out / "runs" / "cat", out / "runs" / "kat")
+    cases: list[tuple[Path, bytes | None, str]] = [
+        (cat / "cost.json", None, r"cost.json: missing; bring .*out back whole .* or name another --out"),
+        (cat / "cost.json", b"{}", "cost.json: no number of steps in it; bring"),
+        (out / "search.json", None, "search.json: missing beside results.json; bring"),
+        (
+            out / "search.json",
+            json.dumps({"capo": search["capo"]}).encode(),
+            "nothing of cat, which results.json has",
+        ),
+        (out / "search.json", b'{"cat": ', "search.json: not JSON"),
+        (out / "results.json", b'{"runs"', "results.json: not the results of a comparison"),
+        (out / "results.json", b"{}", "results.json: not the results of a comparison"),
+        (out / "results.json", json.dumps({"runs": renamed}).encode(), "no method is called 'kat'; bring"),
+        (
+            out / "results.json",
+            json.dumps({"runs": {"r2d2": 0}}).encode(),
+            "r2d2 is in results.json, and its",
+        ),
+        (rows, gzip.compress(b"".join(lines[:-1])), "49 of 50 replies of .*; test it again"),
+        (rows, None, "0 of 50 replies of .*; test it again"),
+    ]
+    for path, content, said in cases:
+        before = path.read_bytes()
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(SystemExit, match=said) as caught:
+            call(runs, "--methods", "cat", "--report_only")
+        assert "\n" not in str(caught.value)
+        path.write_bytes(before)
+    shutil.rmtree(out / "runs" / "kat")
 
 
 def parts(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
