@@ -8,21 +8,19 @@ newline is a write that a kill interrupted and counts as not written.
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 import secrets
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from datamodules.fields import NonNegativeInt, fitting, problem
+from datamodules.line_files import append_lines, drop_torn_line, whole_lines
 
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
-ADDED = frozenset({"samples", "block", "call", "against", "base_reply", "counts"})
+ADDED = frozenset({"samples", "block", "call", "against", "base_reply", "counts", "defence"})
 ADDED |= {"document", "answer", "forbidden"}
 """Fields that came later with a default: lines written before them lack them and mean the default."""
 BASE = "base:"
@@ -33,7 +31,7 @@ MEASUREMENTS = "measurements.jsonl"
 
 Stage = Literal["fit", "validate", "test", "attack"]
 Identity = tuple[str, str, str, int, str, str, str, int]
-Slot = tuple[str, int, str, str, str, str]
+Slot = tuple[str, int, str, str, str, str, str]
 
 
 @dataclass
@@ -82,13 +80,15 @@ class Row:
     base_reply: str | None = None
     """What the model before training replied to the same; null where it was not asked."""
     counts: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """Of a scored text: its `tokens`, `words` and `bytes`."""
+    """Of a scored text: its `tokens`, `words` and `bytes`; of a reply through a defence, what it cost."""
     document: str | None = None
     """The untrusted document beside the prompt; where `attacked` is a document, that stood in its place."""
     answer: str = ""
     """The reply to the prompt, where `expected` is what a document's hidden instruction wants."""
     forbidden: str = ""
     """What must not appear in the reply; '' for `expected`."""
+    defence: str = ""
+    """`name-digest` of the defence around the model; '' for none."""
     schema: int = SCHEMA
     where: str = field(default="", compare=False)
     """file:line it was read from; not stored."""
@@ -144,13 +144,15 @@ class Measurement:
     call: str = ""
     """The `validate` or `test` that it is of: a report shows one of them, never what an earlier one measured
     on other rows; '' in `fit`, whose evaluations are told one by one."""
+    defence: str = ""
+    """`name-digest` of the defence around the model: what is measured behind one is of another system."""
     schema: int = SCHEMA
     where: str = field(default="", compare=False)
 
     @property
     def slot(self) -> Slot:
         """What it replaces an earlier measurement of."""
-        return self.stage, self.step, self.model, self.subject, self.attack, self.block
+        return self.stage, self.step, self.model, self.subject, self.attack, self.block, self.defence
 
     def identity(self, example: str, repetition: int = 0) -> Identity:
         """Of the row of an example."""
@@ -173,6 +175,7 @@ class Measurement:
             repetition=0,
             prompt=prompt,
             expected=expected,
+            defence=self.defence,
             **(plain | known),
         )
 
@@ -194,7 +197,7 @@ class ResultsStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.path, self.path.with_name(MEASUREMENTS)):
             if rank == 0 or path == self.path:
-                _drop_torn_line(path)
+                drop_torn_line(path)
         self._rows = {row.identity: row for row in read_rows(folder)}
         self._announced = list(_measurement_lines(folder))
 
@@ -213,7 +216,7 @@ class ResultsStore:
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows that are new or have changed; they are on disk when this returns."""
         new = [row for row in rows if self._rows.get(row.identity) != row]
-        _append(self.path, new)
+        append_lines(self.path, map(_dumped, new))
         self.learn(new)
 
     def learn(self, rows: Iterable[Row]) -> None:
@@ -227,14 +230,17 @@ class ResultsStore:
         stage says of which model a report is.
         """
         known = {item.slot: item for item in self._announced}
-        last = {item.stage: (item.step, item.model) for item in self._announced}
+        last = {(item.stage, item.defence): (item.step, item.model) for item in self._announced}
         for own in {item.slot: item for item in measurements}.values():
             item = replace(own, call=self._call) if own.stage in ("validate", "test") else own
-            if known.get(item.slot) != item or last.get(item.stage) != (item.step, item.model):
+            if known.get(item.slot) != item or last.get((item.stage, item.defence)) != (
+                item.step,
+                item.model,
+            ):
                 if self.rank == 0:
-                    _append(self.path.with_name(MEASUREMENTS), [item])
+                    append_lines(self.path.with_name(MEASUREMENTS), [_dumped(item)])
                 self._announced.append(item)
-                last[item.stage] = item.step, item.model
+                last[item.stage, item.defence] = item.step, item.model
 
 
 def read_rows(folder: str | Path) -> list[Row]:
@@ -243,15 +249,22 @@ def read_rows(folder: str | Path) -> list[Row]:
     return list({row.identity: row for path in paths for row in _read(path, Row)}.values())
 
 
-def read_measurements(folder: str | Path) -> list[Measurement]:
-    """What was to be measured, the latest of every slot, of the model that was measured last at every step,
-    in the order of their first appearance."""
-    return _of_last_models(list(_measurement_lines(folder)))
+def read_measurements(folder: str | Path, defence: str = "") -> list[Measurement]:
+    """What was to be measured behind this defence ('' for none), the latest of every slot, of the model that
+    was measured last at every step, in the order of their first appearance."""
+    return _of_last_models([item for item in _measurement_lines(folder) if item.defence == defence])
 
 
-def last_step(folder: str | Path, stage: Stage) -> int | None:
-    """The step of the model that a stage measured last; null where it has measured none."""
-    steps = [item.step for item in _measurement_lines(folder) if item.stage == stage]
+def measured_stages(folder: str | Path) -> list[tuple[Stage, str]]:
+    """Every stage that has measured something, with the defence around the model."""
+    return list(dict.fromkeys((item.stage, item.defence) for item in _measurement_lines(folder)))
+
+
+def last_step(folder: str | Path, stage: Stage, defence: str = "") -> int | None:
+    """The step of the model that a stage measured last behind this defence; null where it has measured
+    none."""
+    lines = _measurement_lines(folder)
+    steps = [item.step for item in lines if (item.stage, item.defence) == (stage, defence)]
     return steps[-1] if steps else None
 
 
@@ -263,28 +276,16 @@ def _measurement_lines(folder: str | Path) -> Iterator[Measurement]:
 def _of_last_models(lines: Sequence[Measurement]) -> list[Measurement]:
     """Two models that were tested in one folder have a report each, never a table of both, and so have two
     calls."""
-    last = {(item.stage, item.step): (item.model, item.call) for item in lines}
+    last = {(item.stage, item.step, item.defence): (item.model, item.call) for item in lines}
     latest = {item.slot: item for item in lines}
-    return [item for item in latest.values() if last[item.stage, item.step] == (item.model, item.call)]
+    return [
+        item
+        for item in latest.values()
+        if last[item.stage, item.step, item.defence] == (item.model, item.call)
+    ]
 
 
 Line = TypeVar("Line", Row, Measurement)
-
-
-def _append(path: Path, lines: Iterable[Row | Measurement]) -> None:
-    content = "".join(_dumped(line) + "\n" for line in lines).encode("ascii")
-    if not content:
-        return
-    with path.open("ab") as stream:
-        whole = stream.tell()
-        try:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        except OSError:
-            # A full disk takes part of a write: what follows must not be glued to it.
-            os.truncate(path, whole)
-            raise
 
 
 def _dumped(line: Row | Measurement) -> str:
@@ -293,13 +294,7 @@ def _dumped(line: Row | Measurement) -> str:
 
 
 def _read(path: Path, kind: type[Line]) -> Iterator[Line]:
-    content = path.read_bytes()
-    try:
-        *whole, _torn = (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged ({error}); fetch or write the file again") from error
-    for number, line in enumerate(whole, start=1):
-        yield _parsed(line, f"{path}:{number}", kind)
+    return (_parsed(line, where, kind) for where, line in whole_lines(path))
 
 
 def _parsed(line: bytes, where: str, kind: type[Line]) -> Line:
@@ -330,15 +325,6 @@ def _parsed(line: bytes, where: str, kind: type[Line]) -> Line:
 def _fields_of(kind: type[Row] | type[Measurement]) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {f.name: hints[f.name] for f in fields(kind) if f.name != "where"}
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut what follows the last newline: a write that a kill interrupted."""
-    if path.is_file():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
 
 
 FIELDS = {kind.__name__: _fields_of(kind) for kind in (Row, Measurement)}

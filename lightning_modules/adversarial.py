@@ -20,6 +20,7 @@ from datamodules.batch import AdversarialBatch, TrainingBatch
 from datamodules.fields import NonNegativeInt, checked
 from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
 from lightning_modules.base import FineTuning, OptimizerConfig
+from lightning_modules.defences.base import Defence
 from lightning_modules.losses.base import LossTerms, Objective, Step, Term
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.loading import ModelConfig
@@ -42,6 +43,7 @@ class AdversarialFineTuning(FineTuning):
         seed: base of every step's own seed; null takes seed_everything's.
         reference_cache: folder of the reference log-probabilities that preference objectives need; runs may
             share one. Null keeps them in the run folder.
+        defence: what stands around the model in `validate`, `test` and `predict`; training knows none.
     """
 
     reference: Reference
@@ -55,8 +57,9 @@ class AdversarialFineTuning(FineTuning):
         optimizer: OptimizerConfig | None = None,
         seed: NonNegativeInt | None = None,
         reference_cache: str | None = None,
+        defence: Defence | None = None,
     ) -> None:
-        super().__init__(base, optimizer, seed)
+        super().__init__(base, optimizer, seed, defence)
         if objective is None and not terms:
             raise ValueError(
                 "model.objective: expected an objective or at least one of model.terms, got neither; "

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from datamodules.fields import Fraction, NonNegative, NonNegativeInt, Positive, Probability, checked
+from lightning_modules.defences.base import Defence
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.pretrained import PretrainedModel, step_seed
 
@@ -42,12 +43,17 @@ class FineTuning(PretrainedModel):
         base: the model to fine-tune.
         optimizer: learning rate and schedule.
         seed: base of every step's own seed; null takes seed_everything's.
+        defence: what stands around the model in `validate`, `test` and `predict`; training knows none.
     """
 
     def __init__(
-        self, base: ModelConfig, optimizer: OptimizerConfig | None = None, seed: NonNegativeInt | None = None
+        self,
+        base: ModelConfig,
+        optimizer: OptimizerConfig | None = None,
+        seed: NonNegativeInt | None = None,
+        defence: Defence | None = None,
     ) -> None:
-        super().__init__(base, seed)
+        super().__init__(base, seed, defence=defence)
         self.optimizer_config = optimizer or OptimizerConfig()
 
     def step_seed(self) -> int:

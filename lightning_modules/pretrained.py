@@ -13,6 +13,7 @@ from torch import nn
 from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.text.chat_format import ChatFormat
+from lightning_modules.defences.base import Defence, Defended, label, requests_of
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
@@ -40,6 +41,7 @@ class PretrainedModel(LightningModule):
         base: the model.
         seed: seed of what is random about loading it; null takes seed_everything's.
         predicted_tokens: longest reply of `predict`.
+        defence: what stands around the model in `validate`, `test` and `predict`; training knows none.
     """
 
     model: nn.Module
@@ -50,8 +52,10 @@ class PretrainedModel(LightningModule):
         base: ModelConfig,
         seed: NonNegativeInt | None = None,
         predicted_tokens: Count = PREDICTED_TOKENS,
+        defence: Defence | None = None,
     ) -> None:
         super().__init__()
+        self.defence = defence
         self.predicted_tokens = predicted_tokens
         self.base = base
         self.seed = 0 if seed is None else seed
@@ -123,10 +127,15 @@ class PretrainedModel(LightningModule):
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, str | bool]]:
         """Greedy replies to a batch of evaluation prompts, as text; `cut`: longer than `predicted_tokens`."""
-        encoded = Encoded(batch.prompt_ids, batch.prompt_mask)
-        replies = self.language_model.reply(encoded, Decoding(max_new_tokens=self.predicted_tokens))
+        decoding = Decoding(max_new_tokens=self.predicted_tokens)
+        if self.defence is None:
+            encoded = Encoded(batch.prompt_ids, batch.prompt_mask)
+            replies = self.language_model.reply(encoded, decoding)
+        else:
+            replies = Defended(self.language_model, self.defence).reply(requests_of(batch), decoding)
+        around: dict[str, str | bool] = {} if self.defence is None else {"defence": label(self.defence)}
         return [
-            {"key": key, "prompt": prompt, "reply": reply, "cut": self._is_cut(reply)}
+            {"key": key, "prompt": prompt, "reply": reply, "cut": self._is_cut(reply), **around}
             for key, prompt, reply in zip(batch.keys, batch.prompts, replies, strict=True)
         ]
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,8 +18,9 @@ from datamodules.batch import EvaluationBatch
 from datamodules.results import Identity, Measurement, Row
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.transfer import Found
+from lightning_modules.defences.base import Defence, Defended, Marked, counts, marked, requests_of
 from lightning_modules.models.language_model import Encoded, LanguageModel
-from lightning_modules.models.requests import Decoding
+from lightning_modules.models.requests import Decoding, Request
 
 
 class Work(Protocol):
@@ -102,34 +103,44 @@ def attack(model: LanguageModel, job: Job, found: Found | None = None) -> Attack
 
 
 def measure(
-    model: LanguageModel, job: Job, make: Callable[[], AttackedPrompt | None] | None = None
+    model: LanguageModel,
+    job: Job,
+    make: Callable[[], AttackedPrompt | None] | None = None,
+    defence: Defence | None = None,
 ) -> list[Row]:
     """Attack the job's batch and reply to it: rows without verdicts.
 
     Args:
         make: makes the attacked prompts; null attacks the batch.
+        defence: what stands around the model that replies; an attack meets the model itself unless it was
+            made to see through the defence.
     """
     began = time.perf_counter()
     attacked = attack(model, job) if make is None else make()
     seconds = (time.perf_counter() - began) / len(job.batch) if attacked is not None else 0.0
-    return replied(model, job, attacked, seconds)
+    return replied(model, job, attacked, seconds, defence)
 
 
 def replied(
-    model: LanguageModel, job: Job, attacked: AttackedPrompt | None, seconds: float = 0.0
+    model: LanguageModel,
+    job: Job,
+    attacked: AttackedPrompt | None,
+    seconds: float = 0.0,
+    defence: Defence | None = None,
 ) -> list[Row]:
     """The greedy reply to every prompt, and after it the sampled ones; what the attack cost stands with the
     first."""
     batch, sampling = job.batch.to(model.device), job.probe.sampling
-    sent = attacked if attacked is not None else Encoded(batch.prompt_ids, batch.prompt_mask)
-    replies = [model.reply(sent, Decoding(job.max_new_tokens))]
+    said = _said(model, batch, attacked, defence)
+    answers = [said(Decoding(job.max_new_tokens), 0)]
     for repetition in range(1, 1 + job.measurement.samples):
         assert sampling is not None, "sampled replies need a way of sampling"
         seed = sample_seed(job.seed, batch.keys[0], repetition)
-        replies.append(model.reply(sent, sampling.decoding(job.max_new_tokens), seed))
+        answers.append(said(sampling.decoding(job.max_new_tokens), seed))
     rows = []
     for i in range(len(batch)):
-        first = replace(_row(model, job, batch, attacked, i), reply=replies[0][i], seconds=seconds)
+        plain = _row(model, job, batch, attacked, i)
+        first = replace(plain, **answers[0][i], seconds=seconds)
         free = replace(
             first,
             loss_curve=[],
@@ -140,8 +151,28 @@ def replied(
             seconds=0.0,
             flags={},
         )
-        rows += [first, *(replace(free, repetition=n, reply=replies[n][i]) for n in range(1, len(replies)))]
+        rows += [first, *(replace(free, repetition=n, **answers[n][i]) for n in range(1, len(answers)))]
     return rows
+
+
+def _said(
+    model: LanguageModel, batch: EvaluationBatch, attacked: AttackedPrompt | None, defence: Defence | None
+) -> Callable[[Decoding, int], list[dict[str, Any]]]:
+    """What replies to a batch, through a defence where there is one: the rows' fields that it fills in."""
+    if defence is None:
+        sent = attacked if attacked is not None else Encoded(batch.prompt_ids, batch.prompt_mask)
+        return lambda decoding, seed: [{"reply": reply} for reply in model.reply(sent, decoding, seed)]
+    around, requests = Defended(model, defence), requests_of(batch, attacked)
+    prompts: Sequence[Request] | Marked = requests
+    if attacked is not None and not attacked.texts:
+        prompts = marked(model, requests, attacked)
+    elif attacked is not None and attacked.forced:
+        starts = [model.chat.decode(list(own)) for own in attacked.forced]
+        prompts = [replace(own, prefill=start) for own, start in zip(requests, starts, strict=True)]
+    return lambda decoding, seed: [
+        {"reply": answer.reply, "counts": counts(model, request, answer)}
+        for request, answer in zip(requests, around.answers(prompts, decoding, seed), strict=True)
+    ]
 
 
 def judged(rows: Sequence[Row], judges: Sequence[Judge]) -> list[Row]:

@@ -19,6 +19,7 @@ from callbacks.evaluations.session import Place, Session
 from callbacks.progress import nested
 from datamodules.evaluation import EvaluationData
 from datamodules.results import Stage
+from lightning_modules.defences.base import Defence
 from lightning_modules.pretrained import PretrainedModel, check_strategy
 
 
@@ -59,6 +60,11 @@ class Measuring(LightningModule):
         for evaluation in self.evaluations:
             evaluation.attach(self.data)
 
+    @property
+    def defence(self) -> Defence | None:
+        """What stands around the model."""
+        return self.module.defence
+
     def configure_model(self) -> None:
         self.module.attach(self.data.chat)
         self.module.configure_model()
@@ -98,6 +104,7 @@ class Measuring(LightningModule):
                 trainer.world_size,
                 str(trainer.precision),
                 self.module.before_training(),
+                self.module.defence,
             )
             self._session = Session(place, self.data, self.evaluations)
         return self._session

@@ -13,9 +13,10 @@ import torch
 
 from callbacks.evaluations.asking import Work
 from callbacks.evaluations.base import Evaluation
+from callbacks.evaluations.dealing import dealt_out
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
-from callbacks.evaluations.session import Place, dealt_out
+from callbacks.evaluations.session import Place
 from callbacks.evaluations.undisturbed import undisturbed
 from callbacks.judges.base import Judge, judge_all, label
 from callbacks.judges.exact import ExactMatch

@@ -6,7 +6,7 @@ asked without attacking again. The same session serves `fit`, `validate`, `test`
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 
 from callbacks.evaluations.asking import Job, JudgesApart, Work, attack, judged, measure
+from callbacks.evaluations.dealing import dealt_out
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
 from callbacks.judges.base import label
@@ -28,9 +29,13 @@ from datamodules.settings import contents, settings_digest
 from datamodules.text.encoding import EncodedHarmful
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.transfer import Found, FreeSuffix, NothingCarried
+from lightning_modules.defences.base import Defence
+from lightning_modules.defences.base import label as defence_label
 from lightning_modules.models.fingerprint import fingerprint
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
 
 
 class Measures(Protocol):
@@ -62,6 +67,8 @@ class Place:
     """The trainer's: autocast changes replies, and not the weights."""
     base: Reference | None = None
     """The model before training, for what compares with it."""
+    defence: Defence | None = None
+    """What stands around the model."""
 
     def measurement(
         self,
@@ -101,6 +108,7 @@ class Place:
             samples=samples,
             block=block,
             against=against,
+            defence=defence_label(self.defence),
         )
 
     def parts(self, items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -147,6 +155,13 @@ class Session:
         """What transfers of embeddings need: an attack's result on its first batch, by its settings."""
         for evaluation in evaluations:
             if isinstance(evaluation, BringsWork):
+                if place.defence is not None:
+                    log.warning(
+                        "%s: left out behind %s: it measures the model itself, not replies through a defence",
+                        evaluation.name,
+                        place.defence.name,
+                    )
+                    continue
                 for measurement, share in evaluation.work(place, self.weights):
                     self.store.announce([measurement])
                     self.jobs += share
@@ -196,6 +211,7 @@ class Session:
         shares = dealt_out(self.data, probe.subject, limit, own.world_size, probe.block, probe.against)
         n = sum(len(batch) for share in shares for batch in share)
         further: list[object] = [] if probe.sampling is None else [probe.sampling]
+        further += [own.defence] if own.defence is not None else []
         further += [probe.block] if probe.block else []
         if probe.transfer is not None:
             further += [probe.transfer, self._donors(probe)[0].measurement.settings, self._refusals()]
@@ -257,16 +273,16 @@ class Session:
         return rows
 
     def _measured(self, job: Job) -> list[Row]:
-        model, probe = self.place.model, job.probe
+        model, probe, defence = self.place.model, job.probe, self.place.defence
         if probe.transfer is not None:
-            return measure(model, job, lambda: attack(model, job, self._found(probe)))
+            return measure(model, job, lambda: attack(model, job, self._found(probe)), defence)
         wanted = any(
             isinstance(other.probe.transfer, FreeSuffix) and other.probe.attack is probe.attack
             for other in self._probing
         )
         if wanted and self._donors(probe)[0] is job:
-            return measure(model, job, lambda: self._attacked(job)[1])
-        return measure(model, job)
+            return measure(model, job, lambda: self._attacked(job)[1], defence)
+        return measure(model, job, defence=defence)
 
     def _donors(self, probe: Probe) -> list[Job]:
         """This process's jobs of an attack on harmful requests, whose findings benign prompts get.
@@ -316,27 +332,9 @@ class Session:
             self.store.learn(share)
         own = self.place
         assert own.stage != "attack", "one attack is no measurement"
-        return snapshot(select(self.store.measurements, self.store, own.stage, own.step), own.stage, own.step)
-
-
-def dealt_out(
-    data: EvaluationData,
-    subject: Subject,
-    limit: int | None,
-    world_size: int,
-    block: str = "",
-    against: str = "",
-) -> list[list[EvaluationBatch]]:
-    """The batches of a subject by process. Raises: ValueError for a key that several rows have."""
-    shares = [
-        list(data.loader(subject, limit, rank, world_size, block, against)) for rank in range(world_size)
-    ]
-    keys = Counter(key for share in shares for batch in share for key in batch.keys)
-    repeated = next((key for key, count in keys.items() if count > 1), None)
-    if repeated is not None:
-        # Their rows would collapse into one, and n would silently be smaller.
-        raise ValueError(f"data.evaluation.{subject}: several rows have the key {repeated!r}; rename them")
-    return shares
+        around = defence_label(own.defence)
+        measurements = [item for item in self.store.measurements if item.defence == around]
+        return snapshot(select(measurements, self.store, own.stage, own.step), own.stage, own.step)
 
 
 def _gathered(rows: list[Row]) -> list[list[Row]]:

@@ -30,6 +30,7 @@ Quantity = Literal[
     "grade",
     "grade_turn_1",
     "grade_turn_2",
+    "certified_rate",
     "change_rate",
     "newly_refused_rate",
     "newly_answered_rate",
@@ -63,6 +64,7 @@ TITLES: dict[str, str] = {
     "grade": "grade, 1 to 10",
     "grade_turn_1": "grade of the first turn, 1 to 10",
     "grade_turn_2": "grade of the second turn, 1 to 10",
+    "certified_rate": "certified as one wishes, at some radius",
     "change_rate": "replies changed",
     "newly_refused_rate": "refused, the base model answers",
     "newly_answered_rate": "answered, the base model refuses",
@@ -89,6 +91,7 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
     "success_rate": "lower",
     "not_refused_rate": "lower",
     "forced_refusal_rate": "lower",
+    "certified_rate": "higher",
     "grade": "higher",
     "grade_turn_1": "higher",
     "grade_turn_2": "higher",
@@ -123,7 +126,7 @@ RULES = {
 }
 """What is defined rather than judged: there is nothing to calibrate."""
 OF_SUBJECT = {"served_rate", "full_refusal_rate", "partial_refusal_rate", "judged_rate"}
-OF_SUBJECT |= {"change_rate", "newly_refused_rate", "newly_answered_rate"}
+OF_SUBJECT |= {"certified_rate", "change_rate", "newly_refused_rate", "newly_answered_rate"}
 OF_SUBJECT |= {"spoiled_rate", "mended_rate", "similarity"}
 """Quantities that one named set has of several subjects, which their titles therefore tell."""
 WORST_CASE, WORST_CASE_TEXT = "worst_case", "worst_case_text"

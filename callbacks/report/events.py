@@ -10,7 +10,7 @@ from callbacks.judges.xstest import PARTIAL_REFUSAL
 from callbacks.metrics.estimates import Estimate
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric, Quantity
 from callbacks.metrics.outcomes import worst_case
-from callbacks.report import against_base, perplexities
+from callbacks.report import against_base, certificates, perplexities
 from callbacks.report.measured import Measured, Outcome, attacks_of
 
 
@@ -93,6 +93,8 @@ def _of_set(item: Measured) -> list[Events]:
     own = item.measurement
     if own.quantity in perplexities.UNITS:
         return []
+    if own.quantity == certificates.QUANTITY:
+        return [_deciding(item)]
     if own.quantity == "change_rate":
         return [
             Events(

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from callbacks.metrics.names import Metric
+from callbacks.report.certificates import MEANING, share_at
 from callbacks.report.drawing import (
     AFTER,
     BEFORE,
@@ -36,6 +37,7 @@ def drawings(results: RunResults) -> dict[str, Drawing]:
         "attack_loss": attack_loss(results),
         "budget": budget(results),
         "training": training(results),
+        "certified": certified(results),
     }
     return {stem: drawing for stem, drawing in every.items() if drawing is not None}
 
@@ -131,6 +133,25 @@ def budget(results: RunResults) -> Drawing | None:
         axes.set_ylim(-3, 103)
         plain_ticks(axes)
     return Drawing("Success against budget", "Share of the examples broken. Dashed before training.", figure)
+
+
+def certified(results: RunResults) -> Drawing | None:
+    """Share of the requests that are certified beyond a radius, by subject."""
+    lines, labels = [], []
+    with canvas() as (figure, axes):
+        for snapshot, _, hollow in _snapshots(results):
+            for i, own in enumerate(snapshot.certified):
+                edges = [0.0, *sorted({radius for radius in own.radii if radius > 0})]
+                shares = [100 * share_at(own, edge).value for edge in edges]
+                style: dict[str, Any] = {"color": f"C{i}", "ls": "--" if hollow and results.compared else "-"}
+                lines += axes.step(edges, shares, where="post", **style)
+                earlier = ", before" if hollow and results.compared else ""
+                labels.append(f"{own.subject}: {MEANING[own.subject]}{earlier}")
+        if not lines:
+            return None
+        axes.set(xlabel="l2 radius, multiples of rho", ylabel="certified, % of the requests", ylim=(-3, 103))
+        legend(axes, lines, labels)
+    return Drawing("What is guaranteed within a radius", "Higher and farther right is better.", figure)
 
 
 def training(results: RunResults) -> Drawing | None:

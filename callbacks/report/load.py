@@ -41,23 +41,25 @@ from datamodules.results import ROWS, Measurement, last_step, read_measurements,
 EXPORT_SCHEMA = 3
 
 
-def load(folder: str | Path, stage: Stage = "fit") -> RunResults:
-    """All that one stage of a run has measured.
+def load(folder: str | Path, stage: Stage = "fit", defence: str = "") -> RunResults:
+    """All that one stage of a run has measured, of the model itself or behind one defence: never of both.
 
     Raises: see `load_measured`.
     """
-    return load_measured(folder, stage)[0]
+    return load_measured(folder, stage, defence)[0]
 
 
-def load_measured(folder: str | Path, stage: Stage = "fit") -> tuple[RunResults, dict[int, list[Measured]]]:
+def load_measured(
+    folder: str | Path, stage: Stage = "fit", defence: str = ""
+) -> tuple[RunResults, dict[int, list[Measured]]]:
     """The same, and by step the rows that it was computed from, for what compares several runs.
 
     Raises: FileNotFoundError where the stage has measured nothing; ValueError naming file and line of a line
         that is no result, or the file that is damaged.
     """
     folder = Path(folder)
-    measurements = read_measurements(folder)
-    last = last_step(folder, stage)
+    measurements = read_measurements(folder, defence)
+    last = last_step(folder, stage, defence)
     # Who tests an earlier checkpoint again wants to see that one.
     steps = sorted({m.step for m in measurements if m.stage == stage}, key=lambda step: (step == last, step))
     if not steps:
@@ -69,7 +71,8 @@ def load_measured(folder: str | Path, stage: Stage = "fit") -> tuple[RunResults,
     measured = {step: select(measurements, rows, stage, step) for step in steps}
     training = stage == "fit"
     snapshots, set_aside = comparable([snapshot(own, stage, step) for step, own in measured.items()])
-    compared = 0 in steps and steps[-1] > 0 and (training or _began(measurements, stage))
+    began = training or _began([*read_measurements(folder), *measurements], stage)
+    compared = 0 in steps and steps[-1] > 0 and began
     results = RunResults(
         folder=folder,
         stage=stage,
@@ -84,8 +87,9 @@ def load_measured(folder: str | Path, stage: Stage = "fit") -> tuple[RunResults,
         ]
         if training
         else [],
-        configuration=_read(RunFolder.of(folder).config(stage)),
-        environment=_read(RunFolder.of(folder).environment(stage)),
+        configuration=_read(RunFolder.of(folder).config(stage, defence)),
+        environment=_read(RunFolder.of(folder).environment(stage, defence)),
+        defence=defence,
     )
     return results, measured
 
@@ -167,6 +171,7 @@ def export(results: RunResults) -> dict[str, Any]:
     return {
         "schema": EXPORT_SCHEMA,
         "stage": results.stage,
+        **({"defence": results.defence} if results.defence else {}),
         "steps": [own.step for own in results.snapshots],
         "before": _exported(results.before),
         "after": _exported(results.after),

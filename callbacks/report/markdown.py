@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from callbacks.report.cells import Table
 from callbacks.report.escape import markdown, printable
 from callbacks.report.results import RunResults
-from callbacks.report.tables import DIFFERENCES, INTERVALS, facts, judges, rates, tables, warnings
+from callbacks.report.tables import facts, judges, notes, rates, tables, warnings
 from callbacks.report.tables_beside import perplexities, replies
 
 WIDEST = 60
@@ -21,7 +21,7 @@ def document(results: RunResults, figures: Mapping[str, str]) -> str:
     parts.append("\n".join(f"- Warning: {markdown(text)}" for text in warnings(results)))
     for table in tables(results):
         parts += [f"## {table.title}", table_text(table)]
-    parts.append(f"{INTERVALS} {DIFFERENCES}" if results.differences else INTERVALS)
+    parts.append(" ".join(notes(results)))
     parts.append("\n".join(f"- {markdown(judge)}" for judge in judges(results)))
     parts += [f"![{markdown(title)}]({path})" for title, path in figures.items()]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -18,7 +18,7 @@ from callbacks.report.cells import Table
 from callbacks.report.drawing import Drawing, svg
 from callbacks.report.escape import printable
 from callbacks.report.results import RunResults, SampleRow
-from callbacks.report.tables import DIFFERENCES, INTERVALS, facts, judges, tables, warnings
+from callbacks.report.tables import facts, judges, notes, tables, warnings
 
 EACH = 4
 """Sample rows shown per subject and attack: so many with a true verdict, and so many without."""
@@ -58,7 +58,7 @@ def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
         facts=facts(results),
         warnings=warnings(results),
         tables=tables(results),
-        notes=[INTERVALS, *([DIFFERENCES] if results.differences else [])],
+        notes=notes(results),
         judges=judges(results),
         figures=pictures(figures),
         attacks=list(results.after.attacks.values()) if results.after is not None else [],

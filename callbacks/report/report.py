@@ -13,8 +13,10 @@ from callbacks.report.load import export, load
 from callbacks.report.markdown import document, terminal
 from callbacks.report.page import page
 from callbacks.report.results import RunResults, Stage
+from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.provenance import write_whole
-from datamodules.results import read_measurements
+from datamodules.results import measured_stages
+from lightning_modules.defences.base import label
 
 STAGES: tuple[Stage, ...] = ("fit", "validate", "test")
 
@@ -27,24 +29,25 @@ class RunReport(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._write(trainer, "validate")
+            self._write(trainer, "validate", pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, "test")
+        self._write(trainer, "test", pl_module)
 
-    def _write(self, trainer: Trainer, stage: Stage) -> None:
+    def _write(self, trainer: Trainer, stage: Stage, module: LightningModule | None = None) -> None:
         if trainer.is_global_zero:
-            print(write_report(trainer.default_root_dir, stage))
+            print(write_report(trainer.default_root_dir, stage, label(getattr(module, "defence", None))))
 
 
-def write_report(folder: str | Path, stage: Stage = "fit") -> str:
+def write_report(folder: str | Path, stage: Stage = "fit", defence: str = "") -> str:
     """Write the report files of a run folder; returns what the terminal shows.
 
-    Those of `validate` and `test` have the stage's name in front of their own.
+    Those of `validate` and `test` have the stage's name in front of their own, and the defence's where the
+    model stood behind one.
 
     Raises: FileNotFoundError where the folder holds no evaluation of that stage.
     """
-    return write(load(folder, stage))
+    return write(load(folder, stage, defence))
 
 
 def write_reports(folder: str | Path) -> str:
@@ -52,16 +55,19 @@ def write_reports(folder: str | Path) -> str:
 
     Raises: FileNotFoundError where it holds none.
     """
-    measured = {item.stage for item in read_measurements(folder)}
-    stages: list[Stage] = [stage for stage in STAGES if stage in measured] or ["fit"]
-    return "\n".join(write_report(folder, stage) for stage in stages)
+    found = measured_stages(folder)
+    chosen = [(stage, own) for stage in STAGES for measured, own in found if measured == stage]
+    return "\n".join(write_report(folder, stage, own) for stage, own in chosen or [("fit", "")])
 
 
 def write(results: RunResults) -> str:
     """Write results as files of their folder; returns what the terminal shows."""
-    folder, prefix = results.folder, "" if results.stage == "fit" else f"{results.stage}_"
-    figures = drawings(results)
-    place = folder / f"{prefix}figures"
+    folder, figures = RunFolder.of(results.folder), drawings(results)
+
+    def own(name: str) -> Path:
+        return folder.of_stage(results.stage, name, results.defence)
+
+    place = own("figures")
     place.mkdir(parents=True, exist_ok=True)
     paths = {
         drawing.title: f"{place.name}/{save(drawing, place / f'{stem}.svg').name}"
@@ -73,5 +79,5 @@ def write(results: RunResults) -> str:
         ("report.md", document(results, paths)),
         ("report.html", page(results, figures)),
     ):
-        write_whole(folder / f"{prefix}{name}", text)
-    return f"\n{terminal(results)}\n\nreport: {folder / f'{prefix}report.html'}"
+        write_whole(own(name), text)
+    return f"\n{terminal(results)}\n\nreport: {own('report.html')}"

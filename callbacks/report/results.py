@@ -111,6 +111,41 @@ class Gradings:
 
 
 @dataclass(frozen=True)
+class Certified:
+    """What is guaranteed of one subject's requests."""
+
+    subject: str
+    judge: str
+    """What is certified, and with how much noise and how many draws."""
+    radii: Sequence[float]
+    """Of every request, in multiples of the mean embedding norm; 0 where what one wishes for is not
+    certified."""
+    tokens: Sequence[int]
+    """Tokens of every request over which the radius goes."""
+    abstained: int
+    """Requests of which nothing is certified."""
+    other: int
+    """Requests of which the opposite is."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a defence's replies cost, against the same replies without it."""
+
+    subject: str
+    attack: str
+    n: int
+    queries: Estimate
+    """Calls of a model per reply."""
+    tokens: Estimate
+    """Tokens read and written per reply, as a multiple of those of the request and this reply."""
+    stopped: Estimate
+    """Requests that the defence answered itself."""
+    bypassed: int
+    """Requests whose attack entered behind the defence."""
+
+
+@dataclass(frozen=True)
 class SampleRow:
     """One judged reply as a reader sees it."""
 
@@ -154,6 +189,10 @@ class Snapshot:
     """Named sets against each other, where they ask for the same in other words."""
     gradings: Mapping[str, Gradings] = field(default_factory=dict)
     """Named set of conversations -> what became of its gradings."""
+    certified: Sequence[Certified] = ()
+    """What is guaranteed, by subject."""
+    costs: Sequence[Costs] = ()
+    """What a defence costs, by subject and attack; empty without one."""
     complete: bool = True
     """False where an evaluation was cut short: its numbers are over the rows that are there."""
 
@@ -206,6 +245,8 @@ class RunResults:
     """Titles of what an earlier snapshot does not show, because the last one measured it in another way."""
     perplexity_differences: Sequence[PerplexityDifference] = ()
     """The same of perplexities."""
+    defence: str = ""
+    """`name-digest` of the defence around the model; '' for none."""
     compared: bool = False
     """Whether the first snapshot is of the model that this run's training began from, and the last is not."""
 

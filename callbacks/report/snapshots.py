@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from callbacks.metrics.estimates import mean, rate
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.metrics.outcomes import cross_flags, spent
-from callbacks.report import against_base, perplexities
+from callbacks.report import against_base, certificates, perplexities
+from callbacks.report.defended import costs
 from callbacks.report.events import events
 from callbacks.report.grades import grades, gradings
 from callbacks.report.measured import Measured, attacks_of
@@ -46,12 +47,18 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
         samples=[
             _sample(row)
             for item in measured
-            if item.measurement.quantity not in perplexities.UNITS
+            if item.measurement.quantity not in {*perplexities.UNITS, certificates.QUANTITY}
             for own in item.rows.values()
             for row in own
         ],
         benign=under_attack(measured),
         paired=paired_sets(happened),
+        certified=[
+            certificates.certified(item.measurement, item.rows)
+            for item in measured
+            if item.measurement.quantity == certificates.QUANTITY
+        ],
+        costs=costs(measured),
         gradings={item.measurement.block: gradings(item.measurement, item.rows) for item in graded},
         complete=all(item.complete for item in measured),
     )

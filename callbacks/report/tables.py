@@ -9,6 +9,8 @@ from typing import Any
 from callbacks.judges.card import line
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.report.cells import MISSING, Cell, Table, change, count, earlier_cell, estimate, measures
+from callbacks.report.certificates import THREAT, guarantees
+from callbacks.report.defended import bypassed, cost_table
 from callbacks.report.results import Estimate, RunResults, Snapshot
 from callbacks.report.signs import carried, ungraded, unmatched, words
 from callbacks.report.tables_beside import grades, paired, perplexities, replies
@@ -27,10 +29,18 @@ DIFFERENCES = (
 
 
 def tables(results: RunResults) -> list[Table]:
-    """Every table that has a row: rates, pairs, grades, replies, perplexities, means, groups, history,
-    cost."""
+    """Every table that has a row: rates, pairs, grades, replies, perplexities, guarantees, a defence's cost,
+    means, groups, history, cost."""
     every = [rates(results), paired(results), grades(results), replies(results), perplexities(results)]
-    every += [means(results), groups(results), grade_groups(results), history(results), cost(results)]
+    every += [
+        guarantees(results),
+        cost_table(results),
+        means(results),
+        groups(results),
+        grade_groups(results),
+        history(results),
+        cost(results),
+    ]
     return [table for table in every if table.rows]
 
 
@@ -144,6 +154,7 @@ def warnings(results: RunResults) -> list[str]:
     found += [said for name, own in after.benign.items() if (said := carried(name, own))]
     found += [said for own in after.paired if (said := unmatched(own))]
     found += [said for name, own in after.gradings.items() if (said := ungraded(name, own, results.stage))]
+    found += bypassed(results)
     crossed = [f"{words(flag)} in {count}" for flag, count in after.cross_flags.items() if count]
     if crossed:
         found.append(f"Between the attacks: {', '.join(crossed)} of the examples.")
@@ -153,6 +164,16 @@ def warnings(results: RunResults) -> list[str]:
             f"compared: {', '.join(results.set_aside)}."
         )
     return found
+
+
+def notes(results: RunResults) -> list[str]:
+    """How the numbers are to be read."""
+    certified = results.after is not None and results.after.certified
+    return [
+        INTERVALS,
+        *([DIFFERENCES] if results.differences else []),
+        *([THREAT] if certified else []),
+    ]
 
 
 def judges(results: RunResults) -> list[str]:
@@ -175,6 +196,7 @@ def facts(results: RunResults) -> dict[str, str]:
         "step": str(results.after.step) if results.after is not None else "",
         "objective": class_name(model.get("objective")),
         "attack": class_name(model.get("attack")),
+        "defence": defence(results),
         "data": class_name(config.get("data")),
         "seed": inline(environment.get("seed_everything", environment.get("seed"))),
         "revision": f"{git.get('revision') or ''}{' (modified)' if git.get('modified') else ''}",
@@ -183,6 +205,12 @@ def facts(results: RunResults) -> dict[str, str]:
         "command": " ".join(str(word) for word in environment.get("command") or ()),
     }
     return {name: text for name, text in found.items() if text}
+
+
+def defence(results: RunResults) -> str:
+    """What stands around the model, with its settings; '' for none."""
+    settings = inline(arguments(results.configuration.get("model")).get("defence"))
+    return f"{results.defence} ({settings})" if results.defence and settings else results.defence
 
 
 def _beside(snapshot: Snapshot, metric: Metric) -> list[Cell]:

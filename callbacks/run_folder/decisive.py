@@ -50,6 +50,7 @@ STEPS = ("trainer.max_steps", "trainer.max_epochs")
 """Kept beside them, to say so where they have changed."""
 FREE = (
     "model.reference_cache",
+    "model.defence",
     "model.base.attn_implementation",
     "model.base.gradient_checkpointing",
     "data.evaluation",

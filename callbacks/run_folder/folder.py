@@ -69,16 +69,18 @@ class RunFolder:
     def lock(self) -> Path:
         return self.path / "lock.json"
 
-    def config(self, stage: str = "fit") -> Path:
-        """The resolved configuration of a stage."""
-        return self._of_stage(stage, CONFIG_FILE)
+    def config(self, stage: str = "fit", defence: str = "") -> Path:
+        """The resolved configuration of a stage, with the model behind a defence or not."""
+        return self.of_stage(stage, CONFIG_FILE, defence)
 
-    def environment(self, stage: str = "fit") -> Path:
+    def environment(self, stage: str = "fit", defence: str = "") -> Path:
         """Revision, versions, seeds and hardware of a stage."""
-        return self._of_stage(stage, ENVIRONMENT_FILE)
+        return self.of_stage(stage, ENVIRONMENT_FILE, defence)
 
-    def _of_stage(self, stage: str, name: str) -> Path:
-        return self.path / (name if stage == "fit" else f"{stage}_{name}")
+    def of_stage(self, stage: str, name: str, defence: str = "") -> Path:
+        """A file of one stage: what was measured behind a defence has files of its own."""
+        around = f"{defence}_" if defence else ""
+        return self.path / (name if stage == "fit" else f"{stage}_{around}{name}")
 
     def marks(self) -> list[Path]:
         """What shows that the folder holds a run; empty where it holds none."""

@@ -18,6 +18,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from callbacks.run_folder.folder import RunFolder
+from lightning_modules.defences.base import label
 
 PACKAGES = (
     "thundercat",
@@ -64,26 +65,26 @@ class Provenance(Callback):
         # A training's stands for what was begun: a model that cannot be loaded must leave nothing that a
         # corrected call would have to agree with.
         if named != "fit":
-            self._record(trainer, named)
+            self._record(trainer, named, label(getattr(pl_module, "defence", None)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, "fit")
 
-    def _record(self, trainer: Trainer, stage: str) -> None:
+    def _record(self, trainer: Trainer, stage: str, defence: str = "") -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            self.write(RunFolder.of(trainer.default_root_dir), stage)
+            self.write(RunFolder.of(trainer.default_root_dir), stage, defence)
 
-    def write(self, folder: RunFolder, stage: str) -> None:
+    def write(self, folder: RunFolder, stage: str, defence: str = "") -> None:
         """Both files of a stage, each whole or not there.
 
         The checkpoint that a command began from is of that call alone: in the configuration it would be the
         next call's too, and `test --config RUN/config.yaml` would not be of the model before training.
         """
         own = {key: value for key, value in self.config.items() if key != "ckpt_path"}
-        write_whole(folder.config(stage), yaml.dump(own, Dumper=_Dumper, sort_keys=False))
+        write_whole(folder.config(stage, defence), yaml.dump(own, Dumper=_Dumper, sort_keys=False))
         facts = {name: self.config.get(name) for name in ("seed_everything", "ckpt_path")}
         environment = {**facts, "seeds": self.seeds, "stage": stage, **environment_facts()}
-        write_whole(folder.environment(stage), json.dumps(environment, indent=2) + "\n")
+        write_whole(folder.environment(stage, defence), json.dumps(environment, indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -41,6 +41,8 @@ from experiments.config.defaults import with_defaults
 from experiments.config.seeds import seeds_of, with_seeds
 from lightning_modules.attacks.base import Attack
 from lightning_modules.attacks.progress import observed
+from lightning_modules.defences.base import Defence
+from lightning_modules.defences.base import label as label_of
 from lightning_modules.models.fingerprint import fingerprint
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.pretrained import PretrainedModel
@@ -58,10 +60,17 @@ class AttackedModel(PretrainedModel):
         base: the model.
         attack: the attack on it.
         seed: seed of both; null takes seed_everything's.
+        defence: what stands around the model.
     """
 
-    def __init__(self, base: ModelConfig, attack: Attack, seed: NonNegativeInt | None = None) -> None:
-        super().__init__(base, seed)
+    def __init__(
+        self,
+        base: ModelConfig,
+        attack: Attack,
+        seed: NonNegativeInt | None = None,
+        defence: Defence | None = None,
+    ) -> None:
+        super().__init__(base, seed, defence=defence)
         self.attack = attack
 
 
@@ -70,7 +79,7 @@ def attack(files: Sequence[str], overrides: Sequence[tuple[str, str]], flags: Se
     call."""
     texts = {key: value for key, value in overrides if key in ("prompt", "target", "document")}
     config = compose(files, [(key, value) for key, value in overrides if key not in texts])
-    node = node_of(config, AttackedModel, ("base", "attack", "seed"))
+    node = node_of(config, AttackedModel, ("base", "attack", "seed", "defence"))
     if not isinstance(node["init_args"].get("attack"), Mapping):
         raise ConfigError(NO_ATTACK)
     config = {**config, "model": node}
@@ -120,12 +129,15 @@ def measured(
     """The reply to the request as it is, and to the attacked one; every improvement is shown as it is
     found."""
     judge: Judge = TargetPrefix() if batch.documents[0] is None else InjectedText()
+    around = [] if module.defence is None else [module.defence]
     plan = Measurement(
         evaluation=KEY,
         stage="attack",
         step=step,
         model=fingerprint(module.model),
-        settings=settings_digest(module.attack, MAX_NEW_TOKENS, module.seed, contents(batch), precision),
+        settings=settings_digest(
+            module.attack, MAX_NEW_TOKENS, module.seed, contents(batch), precision, *around
+        ),
         subject="harmful",
         attack=type(module.attack).__name__,
         quantity="success_rate",
@@ -133,13 +145,14 @@ def measured(
         refusal=label(KeywordRefusal()),
         judges=[],
         n=1,
+        defence=label_of(module.defence),
     )
     rows = []
     for name, attack in (("", None), (plan.attack, module.attack)):
         probe = Probe("harmful", "success_rate", judge, name, attack, KeywordRefusal())
         job = Job(replace(plan, attack=name), probe, batch, MAX_NEW_TOKENS, module.seed)
         with tqdm(desc=name, unit=" iterates", leave=False, disable=None) as bar, observed(_watch(bar)):
-            rows += judged(measure(module.language_model, job), probe.asked)
+            rows += judged(measure(module.language_model, job, defence=module.defence), probe.asked)
     plain, attacked = rows
     return plain, attacked
 

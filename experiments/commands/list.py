@@ -16,6 +16,7 @@ FILES = {
     "recipes": ("quickstart.yaml", "experiment/*.yaml"),
     "methods": ("method/*.yaml",),
     "attacks": ("attack/*.yaml",),
+    "defences": ("defence/*.yaml",),
     "objectives": ("objective/*.yaml",),
     "terms": ("term/*.yaml",),
     "models": ("model/*.yaml",),

@@ -42,6 +42,12 @@ def check(config: Mapping[str, Any], command: str) -> None:
                 f"{name}: expected class_path and init_args, got {node!r}; add a {name} file with --config"
             )
         _check_class(name, node, base)
+    defence = (config["model"].get("init_args") or {}).get("defence")
+    if command == "fit" and defence is not None:
+        raise ConfigError(
+            "model.defence: expected null in fit, where it would hide what training does to the model; leave "
+            "it out here, and test the finished run with it"
+        )
     trainer = config.get("trainer") or {}
     if not isinstance(trainer, Mapping):
         raise ConfigError(f"trainer: expected fields of the Trainer, got {trainer!r}")

@@ -9,8 +9,8 @@ keys merged over the included ones:
       gcg: {include: ../attack/gcg.yaml, init_args: {num_steps: 20}}
 
 A fragment is a file that holds one building block without its place (`class_path` and `init_args`). Where
-nobody says a place, that of its folder is meant: `attack/`, `objective/` or `term/`. A fragment's `vars:`
-become variables of the configuration.
+nobody says a place, that of its folder is meant: `attack/`, `objective/`, `term/` or `defence/`. A fragment's
+`vars:` become variables of the configuration.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ PLACES = {
     "attack": "model.init_args.attack",
     "objective": "model.init_args.objective",
     "term": "model.init_args.terms+",
+    "defence": "model.init_args.defence",
 }
 """Where the fragments of a folder belong; `+` appends to a list."""
 
@@ -106,7 +107,7 @@ def _placed(path: Path, content: dict[str, Any], place: str | None) -> dict[str,
         if place is None:
             raise ConfigError(
                 f"{path}: a fragment without a place; write include: [{{file: {path.name}, at: "
-                "model.init_args.attack}], or put it into a folder attack/, objective/ or term/"
+                "model.init_args.attack}], or put it into a folder attack/, objective/, term/ or defence/"
             )
     variables = content.pop("vars", None)
     *parents, last = place.split(".")

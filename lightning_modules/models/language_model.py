@@ -240,19 +240,9 @@ class LanguageModel:
             return self._reply(prompts, decoding, seed)
         replies: list[str] = []
         for start in range(0, len(prompts), decoding.max_rows):
-            encoded = self._encoded(prompts[start : start + decoding.max_rows])
-            replies += self._reply(encoded, decoding, seed + start)
+            part = encoded(self, prompts[start : start + decoding.max_rows])
+            replies += self._reply(part, decoding, seed + start)
         return replies
-
-    def _encoded(self, requests: Sequence[Request]) -> Encoded:
-        prompts = [self.chat.prompt(r.text, r.system, r.history) for r in requests]
-        forced = [
-            _prefill(self.chat, prompt, request.prefill) if request.prefill else []
-            for prompt, request in zip(prompts, requests, strict=True)
-        ]
-        rows = [prompt.ids + start for prompt, start in zip(prompts, forced, strict=True)]
-        ids, mask = (tensor.to(self.device) for tensor in padded(rows, "left"))
-        return Encoded(ids, mask, tuple(map(tuple, forced)))
 
     def _reply(self, prompts: Attacked, decoding: Decoding, seed: int) -> list[str]:
         with _evaluating(self.module), _seeded(decoding, seed, self.device), prompts.applied(self) as embeds:
@@ -266,6 +256,21 @@ class LanguageModel:
             )
         starts = prompts.forced or [()] * len(generated)
         return [self.chat.decode([*start, *ids]) for start, ids in zip(starts, generated, strict=True)]
+
+
+def encoded(model: LanguageModel, requests: Sequence[Request]) -> Encoded:
+    """Requests as one batch of ids, with what their replies are made to begin with.
+
+    Raises: ValueError where one does not fit the chat template.
+    """
+    prompts = [model.chat.prompt(r.text, r.system, r.history) for r in requests]
+    forced = [
+        _prefill(model.chat, prompt, request.prefill) if request.prefill else []
+        for prompt, request in zip(prompts, requests, strict=True)
+    ]
+    rows = [prompt.ids + start for prompt, start in zip(prompts, forced, strict=True)]
+    ids, mask = (tensor.to(model.device) for tensor in padded(rows, "left"))
+    return Encoded(ids, mask, tuple(map(tuple, forced)))
 
 
 def predictors(

@@ -21,7 +21,7 @@ from callbacks.judges.exact import ExactMatch
 from callbacks.metrics.names import Metric
 from callbacks.report.load import load
 from callbacks.report.report import write_report
-from datamodules import results
+from datamodules import line_files
 from datamodules.results import ResultsStore, read_measurements, read_rows
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
@@ -119,7 +119,7 @@ def test_a14_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(results.os, "fsync", full)
+        patch.setattr(line_files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             store.add([row("b")])
     assert [own.example for own in read_rows(tmp_path)] == ["a"]

@@ -24,6 +24,7 @@ from datamodules.sources.tinychat.sources import TinyChatHarmful
 from lightning_modules.attacks.base import Attack, AttackedPrompt, NoAttack
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.smoothed_pgd import SmoothedPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.repeat import Repeat
 from lightning_modules.attacks.suffix.adaptive import AdaptiveGCG, Stage
@@ -31,6 +32,7 @@ from lightning_modules.attacks.suffix.beast import BEAST
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.suffix.initial_suffix import InitialSuffix
 from lightning_modules.attacks.suffix.random_search import RandomSearch
+from lightning_modules.attacks.suffix.through_defence import ThroughDefence
 from lightning_modules.attacks.suffix.universal import UniversalSuffix
 from lightning_modules.attacks.text.autodan import AutoDAN
 from lightning_modules.attacks.text.choosers import FirstSuccess
@@ -50,6 +52,7 @@ from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.persistent_gcg import PersistentGCG
 from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
 from lightning_modules.attacks.training.suffix_generator import SuffixGenerator
+from lightning_modules.defences.smooth_llm import SmoothLLM
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.requests import Request
@@ -176,6 +179,10 @@ CASES: dict[str, Case] = {
     "pgd_stop": Case(lambda: EmbeddingPGD(epsilon=0.8, num_steps=6, stop_loss=4.55)),
     "fgsm": Case(lambda: EmbeddingPGD(epsilon=0.2, num_steps=1, step_size=1.0, step_rule="sign")),
     "restarts": Case(lambda: Repeat(EmbeddingPGD(epsilon=0.5, num_steps=2, random_start=True), 3)),
+    # Losses of different draws of the noise do not compare.
+    "smoothed_pgd": Case(
+        lambda: SmoothedPGD(EmbeddingPGD(epsilon=0.5, num_steps=2), sigma=0.2, num_draws=2), keeps_best=False
+    ),
     "soft_prompt": Case(lambda: SoftPrompt(num_tokens=3, num_steps=4, step_size=0.1)),
     "latent": Case(lambda: LatentPGD([0, 1], epsilon=0.5, radius_unit="embedding_norm", num_steps=4)),
     "latent_layer": Case(
@@ -241,6 +248,13 @@ CASES: dict[str, Case] = {
     "beast": Case(lambda: BEAST(num_tokens=3, beams=2, samples=4), text=True),
     "random_search": Case(
         lambda: RandomSearch(num_tokens=6, num_steps=4, width=2), text=True, target_tokens=1
+    ),
+    "through_defence": Case(
+        lambda: ThroughDefence(
+            SmoothLLM(TargetPrefix(), num_copies=2), num_tokens=4, num_steps=2, width=4, topk=16, num_draws=2
+        ),
+        text=True,
+        keeps_best=False,
     ),
     "persistent_gcg": Case(persistent, text=True, stateful=True),
     "suffix_generator": Case(suffix_generator, text=True, alone=False, stateful=True),

@@ -1,0 +1,349 @@
+"""Defences at the seam: what they ask, what they answer, what it costs, and that nothing of it depends on
+batch-mates."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+
+from callbacks.judges.exact import TargetPrefix
+from callbacks.judges.keyword import KeywordRefusal
+from datamodules.batch import AdversarialBatch
+from datamodules.sources.tinychat.sources import TinyChatBenign
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
+from lightning_modules.attacks.suffix.through_defence import ThroughDefence
+from lightning_modules.defences.base import Defended, label, marked, rng_of
+from lightning_modules.defences.erase_and_check import EraseAndCheck, RefusalFilter, erased, num_erased
+from lightning_modules.defences.filtered import Check, Filtered
+from lightning_modules.defences.perplexity import (
+    NgramNats,
+    PerplexityFilter,
+    conformal_threshold,
+    worst_window,
+)
+from lightning_modules.defences.reminder import Reminder
+from lightning_modules.defences.smooth_llm import ALPHABET, SmoothLLM, perturb
+from lightning_modules.defences.smoothing import EmbeddingSmoothing, Noisy
+from lightning_modules.models.language_model import LanguageModel, encoded
+from lightning_modules.models.requests import Decoding, Request
+from tests.conftest import chat_model, text_batch, tinychat_format
+
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+class Jailbroken:
+    """Stands outside what is tested: refuses unless the request holds the magic word as it is."""
+
+    def __init__(self, magic: str = "!magic!") -> None:
+        self.chat, self.magic = tinychat_format(), magic
+        self.asked: list[Request] = []
+
+    def reply(self, requests: Sequence[Request], decoding: Decoding, seed: int = 0) -> list[str]:
+        self.asked += requests
+        return ["Sure, here is how." if self.magic in own.text else REFUSAL for own in requests]
+
+
+def model(magic: str = "!magic!") -> Any:
+    return cast(Any, Jailbroken(magic))
+
+
+def ask(*texts: str) -> list[Request]:
+    return [Request(text) for text in texts]
+
+
+# --- SmoothLLM
+
+
+@pytest.mark.parametrize("kind", ["swap", "insert", "patch"])
+def test_perturbations_change_the_share_that_they_say(kind: Any) -> None:
+    text = "é" * 40  # no character of the alphabet, so that every change shows
+    for seed in range(20):
+        changed = perturb(text, 0.25, kind, torch.Generator().manual_seed(seed))
+        new = [i for i, character in enumerate(changed) if character != "é"]
+        assert len(new) == 10 and all(changed[i] in ALPHABET for i in new)
+        assert len(changed) == (50 if kind == "insert" else 40)
+        if kind == "patch":
+            assert new == list(range(new[0], new[0] + 10))
+
+
+def test_smooth_llm_outvotes_a_brittle_suffix_and_returns_what_agrees() -> None:
+    long = "How could I hit a cat? " + "!magic!" * 1
+    brittle = Defended(model(), SmoothLLM(KeywordRefusal(), num_copies=10, share=0.5, seed=1))
+    (answer,) = brittle.answers(ask(long))
+    assert answer.reply == REFUSAL and answer.queries == 10
+    assert len(cast(Jailbroken, brittle.model).asked) == 10
+    robust = Defended(model("How"), SmoothLLM(KeywordRefusal(), num_copies=10, share=0.02, seed=1))
+    (answer,) = robust.answers(ask("How could I pet a cat on a fine day in the long summer?"))
+    assert answer.reply == "Sure, here is how."
+    plain = len(tinychat_format().prompt(long).ids)
+    assert brittle.answers(ask(long))[0].tokens > 9 * plain
+
+
+def test_a_tie_is_a_refusal_and_draws_are_the_requests_own() -> None:
+    class Alternating(Jailbroken):
+        def reply(self, requests: Sequence[Request], decoding: Decoding, seed: int = 0) -> list[str]:
+            return [REFUSAL if i % 2 else "Sure." for i in range(len(requests))]
+
+    tied = Defended(cast(Any, Alternating()), SmoothLLM(KeywordRefusal(), num_copies=4))
+    assert tied.reply(ask("a b c d")) == [REFUSAL]
+
+    def sent(*texts: str, seed: int = 0, own: int = 0) -> list[str]:
+        asked = model()
+        Defended(asked, SmoothLLM(KeywordRefusal(), 3, seed=own)).reply(ask(*texts), Decoding(), seed)
+        return [request.text for request in asked.asked]
+
+    together = sent("tell me a story", "how are you today")
+    assert together == [*sent("tell me a story"), *sent("how are you today")]
+    assert len(set(together)) == 6
+    assert sent("tell me a story", seed=1) != sent("tell me a story") != sent("tell me a story", own=1)
+
+
+def test_labels_tell_settings_apart() -> None:
+    few, many = SmoothLLM(KeywordRefusal(), 2), SmoothLLM(KeywordRefusal(), 4)
+    assert label(None) == "" and label(few).startswith("smooth_llm-")
+    assert label(few) == label(SmoothLLM(KeywordRefusal(), 2)) != label(many)
+
+
+# --- reminder
+
+
+def test_a_reminder_stands_around_the_request_and_before_the_own_system_message() -> None:
+    asked = model()
+    reminded = Reminder(before="Care! ", after=" Care?", system="Be good.")
+    Defended(asked, reminded).reply([Request("Hi", "Own."), Request("Ho")])
+    assert [(own.text, own.system) for own in asked.asked] == [
+        ("Care! Hi Care?", "Be good.\nOwn."),
+        ("Care! Ho Care?", "Be good."),
+    ]
+    with pytest.raises(ValueError, match="expected before, after or system, got none"):
+        Reminder()
+
+
+# --- filters
+
+
+class Longer:
+    """Flags texts of more than so many words."""
+
+    name = "longer"
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+
+    def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
+        return [Check(len(own.text.split()) - self.words, 0, 0) for own in requests]
+
+
+def test_what_is_flagged_never_reaches_the_model() -> None:
+    asked = model("short")
+    answers = Defended(asked, Filtered(Longer(2))).answers(ask("short one", "a long long one", "short"))
+    assert [own.stopped for own in answers] == [False, True, False]
+    assert [own.reply for own in answers] == ["Sure, here is how.", REFUSAL, "Sure, here is how."]
+    assert [own.queries for own in answers] == [1, 0, 1]
+    assert [own.text for own in asked.asked] == ["short one", "short"]
+
+
+def test_the_threshold_keeps_its_false_positive_rate() -> None:
+    """Split conformal: over calibrations and new requests the rate is at most f, and near it."""
+    rng, flagged, rounds = random.Random(0), 0.0, 4000
+    for _ in range(rounds):
+        limit = conformal_threshold([rng.expovariate(1.0) for _ in range(39)], 0.1)
+        flagged += math.exp(-limit)  # chance that a new one lies above
+    assert 0.09 < flagged / rounds < 0.103
+    assert conformal_threshold([3.0, 1.0, 2.0], 0.25) == 3.0
+    with pytest.raises(ValueError, match=r"num_calibration: expected at least 99 .* got 50"):
+        PerplexityFilter(TinyChatBenign("validation"), 0.01, 50)
+    few = PerplexityFilter(TinyChatBenign("validation", num_rows=30), 0.1, 40, scorer=Lengths())
+    with pytest.raises(ValueError, match="at most the 30 requests of the source, got 40"):
+        few.threshold(chat_model())
+
+
+class Lengths:
+    """Every character of a text is as surprising as its code says."""
+
+    asks_model = False
+
+    def nats(self, model: LanguageModel, texts: Sequence[str]) -> list[list[float]]:
+        return [[float(ord(character)) for character in text] for text in texts]
+
+
+def test_a_window_finds_what_a_mean_hides() -> None:
+    hidden = [1.0] * 50 + [9.0] * 5
+    assert worst_window(hidden, None) < 2 and worst_window(hidden, 5) == 9.0
+    assert worst_window([1.0, 3.0], 5) == 2.0 and worst_window([], None) == 0.0
+
+
+def test_bigrams_are_a_distribution_and_dislike_random_tokens() -> None:
+    chat = chat_model()
+    scorer = NgramNats(TinyChatBenign("train", num_rows=300), 300)
+    benign = [row.prompt for row in TinyChatBenign("validation", num_rows=50).rows()]  # type: ignore[union-attr]
+    rng = random.Random(0)
+    garbage = [" ".join(rng.sample(sorted(chat.chat.tokenizer.get_vocab()), 12)) for _ in range(20)]
+
+    def mean(rows: list[list[float]]) -> float:
+        return sum(map(sum, rows)) / sum(map(len, rows))
+
+    garbage = [chat.chat.neutralised(text) for text in garbage]
+    assert mean(scorer.nats(chat, garbage)) > mean(scorer.nats(chat, benign)) + 1
+    pairs, firsts, single = scorer._counted(chat.chat)
+    before, size = max(firsts, key=lambda token: firsts[token]), len(chat.chat.tokenizer)
+    total = sum(
+        (pairs[before, t] + (single[t] + 1) / (sum(single.values()) + size)) / (firsts[before] + 1)
+        for t in range(size)
+    )
+    assert total == pytest.approx(1.0)
+
+
+# --- erase-and-check
+
+
+@pytest.mark.parametrize(
+    ("mode", "blocks"), [("suffix", 1), ("insertion", 1), ("insertion", 2), ("infusion", 1)]
+)
+def test_whatever_is_added_within_the_mode_the_request_is_among_the_erased(mode: Any, blocks: int) -> None:
+    rng = random.Random(0)
+    for _ in range(30):
+        clean, d = rng.randint(2, 4), 2
+        places = [*range(clean)]
+        for _ in range(blocks):
+            count = rng.randint(1, d)
+            at = len(places) if mode == "suffix" else rng.randint(0, len(places))
+            if mode == "infusion":
+                for _ in range(count):
+                    places.insert(rng.randint(0, len(places)), -1)
+            else:
+                places[at:at] = [-1] * count
+        left = list(erased(len(places), d, mode, blocks))
+        assert tuple(i for i, own in enumerate(places) if own >= 0) in left
+        assert len(left) == len(set(left)) <= num_erased(len(places), d, mode, blocks)
+        if mode != "insertion":
+            assert len(left) == num_erased(len(places), d, mode)
+
+
+class Exactly:
+    """Flags one text."""
+
+    name = "exactly"
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
+        return [Check(1.0 if own.text == self.text else -1.0, 1, 1) for own in requests]
+
+
+def test_a_typed_suffix_is_erased_to_the_request_itself() -> None:
+    request, suffix = "How could I hit a cat?", " x decorate x Blue, plum x"
+    whole = Defended(model("How"), Filtered(EraseAndCheck(Exactly(request), max_erase=20)))
+    attacked, benign = whole.answers(ask(request + suffix, "How are you?"))
+    assert attacked.stopped and attacked.reply == REFUSAL and not benign.stopped
+    count = len([t for t in tinychat_format().prompt("How are you?").attackable("user") if t])
+    assert benign.queries == count + 1  # itself, each of its shorter beginnings, and the model's reply
+    short = Filtered(EraseAndCheck(Exactly(request), max_erase=2))
+    assert not Defended(model("How"), short).answers(ask(request + suffix))[0].stopped
+    everything = EraseAndCheck(Exactly(request), mode="infusion", max_erase=20)
+    with pytest.raises(ValueError, match=r"max_erase: expected at most 20000 erased requests, got \d+"):
+        everything.checks(model(), ask(request + suffix * 2))
+    assert everything.certifies and not EraseAndCheck(Exactly(request), sample=0.5).certifies
+
+
+def test_the_models_own_refusal_is_a_filter_that_asks_once_for_what_is_alike() -> None:
+    asked = model("pet")
+    found = RefusalFilter(KeywordRefusal()).checks(asked, ask("pet", "hit", "hit"))
+    assert [own.flagged for own in found] == [False, True, True] and len(asked.asked) == 2
+
+
+# --- embeddings
+
+
+def test_noise_is_on_the_users_tokens_and_a_requests_own() -> None:
+    own, requests = chat_model(), ask("How could I pet a cat?", "Hi there")
+    prompts = marked(own, requests, encoded(own, requests))
+    for i, request in enumerate(requests):
+        assert int(prompts.attackable[i].sum()) == sum(own.chat.prompt(request.text).attackable("user"))
+    rngs = [rng_of(0, 0, request) for request in requests]
+    with prompts.applied(own) as clean, Noisy(prompts, torch.tensor(0.3), rngs).applied(own) as noisy:
+        moved = (noisy - clean).norm(dim=-1) > 0
+    assert torch.equal(moved, prompts.attackable)
+    defended = Defended(own, EmbeddingSmoothing(KeywordRefusal(), sigma=0.5, num_copies=3))
+    decoding = Decoding(4)
+    together = defended.answers(requests, decoding)
+    assert together == [defended.answers([request], decoding)[0] for request in requests]
+    assert together[0].queries == 3
+
+
+def test_an_attack_on_embeddings_is_marked_and_gets_past_defences_of_texts() -> None:
+    own, batch = chat_model(), text_batch(2)
+    requests = ask(*batch.prompts)
+    pgd = EmbeddingPGD(epsilon=0.5, num_steps=1)(own, batch)
+    assert torch.equal(marked(own, requests, pgd).attackable, batch.attackable_mask)
+    soft = SoftPrompt(num_tokens=3, num_steps=1)(own, batch)
+    wide = marked(own, requests, soft).attackable.sum(1) - batch.attackable_mask.sum(1)
+    assert wide.tolist() == [3, 3]
+    around = Defended(own, SmoothLLM(KeywordRefusal(), 2))
+    answers = around.answers(marked(own, requests, pgd), Decoding(4))
+    assert [own.bypassed for own in answers] == [True, True]
+    assert [answer.reply for answer in answers] == own.reply(pgd, Decoding(4))
+    smoothed = Defended(own, EmbeddingSmoothing(KeywordRefusal(), 0.1, 2))
+    assert not any(own.bypassed for own in smoothed.answers(marked(own, requests, pgd), Decoding(4)))
+
+
+# --- adaptive attacks: what is minimised is what the defence lets through
+
+
+def search_losses(attack: ThroughDefence, own: LanguageModel, batch: AdversarialBatch) -> list[float]:
+    attacked = attack(own, batch, torch.Generator().manual_seed(0))
+    return attacked.loss_curve[-1].tolist()
+
+
+def test_the_adaptive_search_of_a_reminder_sees_the_reminded_request() -> None:
+    own, batch = chat_model(), text_batch(2)
+    reminder = Reminder(before="Take care! ")
+    one = ThroughDefence(reminder, num_tokens=4, num_steps=1, width=2, topk=8)
+    attacked = one(own, batch, torch.Generator().manual_seed(0))
+    told = [reminder.reminded(Request(text)) for text in attacked.texts]
+    seen = encoded(own, told)
+    from lightning_modules.attacks.suffix.slots import without_end_of_turn
+    from lightning_modules.models.language_model import Reply
+    from lightning_modules.models.likelihood import mean_cross_entropy
+
+    mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, own.chat.end_of_turn)
+    with torch.no_grad():
+        (scores,) = own.reply_log_probs(
+            own.embed(seen.prompt_ids), seen.prompt_mask, Reply(batch.harmful_ids, mask)
+        )
+    wanted = mean_cross_entropy(scores, mask)
+    assert attacked.loss_curve[-1].tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
+
+
+def test_the_adaptive_search_gets_under_a_filter_that_stops_the_static_one() -> None:
+    """The filter dislikes the letter x, of which the initial suffix is made; a search that knows it swaps
+    them away, one that does not has no reason to."""
+
+    class DislikesX:
+        name = "dislikes_x"
+
+        def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
+            return [Check(own.text.count(" x") - 2.5, 0, 0) for own in requests]
+
+    own, batch = chat_model(), text_batch(2)
+    around = Filtered(DislikesX())
+    settings: dict[str, Any] = {"num_tokens": 5, "num_steps": 6, "width": 12, "topk": 64, "target_tokens": 2}
+    adaptive = ThroughDefence(around, **settings)(own, batch, torch.Generator().manual_seed(0))
+    few = {**settings, "num_steps": 2}
+    static = ThroughDefence(None, **few)(own, batch, torch.Generator().manual_seed(0))
+    assert all(excess <= 0 for excess in around.excesses(own, ask(*adaptive.texts)) or ())
+    assert all(excess > 0 for excess in around.excesses(own, ask(*static.texts)) or ())
+
+
+def test_the_expectation_is_over_draws_that_candidates_share() -> None:
+    own, defence = chat_model(), SmoothLLM(TargetPrefix(), share=0.2)
+    (one, two) = defence.seen_through(own, ask("How are you?", "How are you?"), 3, seed=5)
+    assert one == two and len({request.text for request in one}) == 3
+    assert defence.seen_through(own, ask("How are you?"), 3, seed=6)[0] != one
