@@ -92,8 +92,10 @@ class Pairs:
         key = first, second, metric
         if key not in self._known:
             one, two = self._events[first].get(metric), self._events[second].get(metric)
-            there = one is not None and two is not None
-            self._known[key] = paired_difference(one.outcome, two.outcome) if there else None  # type: ignore[union-attr]
+            if one is None or two is None:
+                self._known[key] = None
+            else:
+                self._known[key] = paired_difference(one.outcome, two.outcome)
         return self._known[key]
 
 

@@ -14,6 +14,7 @@ import torch
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from datamodules.batch import AdversarialBatch
+from datamodules.rows import ChatRow
 from datamodules.sources.tinychat.sources import TinyChatBenign
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
@@ -182,7 +183,8 @@ def test_a_window_finds_what_a_mean_hides() -> None:
 def test_bigrams_are_a_distribution_and_dislike_random_tokens() -> None:
     chat = chat_model()
     scorer = NgramNats(TinyChatBenign("train", num_rows=300), 300)
-    benign = [row.prompt for row in TinyChatBenign("validation", num_rows=50).rows()]  # type: ignore[union-attr]
+    rows = TinyChatBenign("validation", num_rows=50).rows()
+    benign = [row.prompt for row in rows if isinstance(row, ChatRow)]
     rng = random.Random(0)
     garbage = [" ".join(rng.sample(sorted(chat.chat.tokenizer.get_vocab()), 12)) for _ in range(20)]
 
