@@ -126,6 +126,12 @@ def _rate(name: str, label: str, by_seed: Sequence[Events]) -> SeedRate:
             f"{name}: {label!r} was judged by {' and '.join(sorted(judges))}; test all of its seeds again "
             "with one of them"
         )
+    if len({frozenset(own.outcome) for own in by_seed}) > 1:
+        counts = ", ".join(str(len(own.outcome)) for own in by_seed)
+        raise ValueError(
+            f"{name}: {label!r} was judged on other examples in some of its seeds ({counts}); test all of "
+            "them again on the same"
+        )
     return seed_rate(stacked([own.outcome for own in by_seed]))
 
 

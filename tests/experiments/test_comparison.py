@@ -110,6 +110,18 @@ def test_who_judged_and_who_refuses_what_carries_an_attack_stand_beneath_the_tab
         assert written.count("target prefix alone is called a trend, not success; not calibrated") == 1
 
 
+def test_seeds_that_were_judged_on_other_examples_are_not_one_rate(tmp_path: Path) -> None:
+    """What they shared had been counted, and the rest left out in silence."""
+    by_seed = {seed: tmp_path / str(seed) for seed in (0, 1)}
+    for seed, folder in by_seed.items():
+        store, plan = ResultsStore(folder), measurement(stage="test", n=2 + seed)
+        store.announce([plan])
+        store.add([row(str(i), plan, True) for i in range(2 + seed)])
+    column = Column("success_rate", "harmful", "gcg")
+    with pytest.raises(ValueError, match=r"cat: 'x' was judged on other examples in some .* \(2, 3\)"):
+        compared({"cat": by_seed}, {"x": column})
+
+
 def test_claims_are_differences_with_what_could_have_been_seen(tmp_path: Path) -> None:
     lines = claims(read(runs(tmp_path))).splitlines()
     robust = next(line for line in lines if line.startswith(f"| CAT makes the model robust | {EMBEDDING}"))
