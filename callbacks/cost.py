@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.provenance import write_whole
@@ -41,13 +43,14 @@ class CostMonitor(Callback):
     def __init__(self) -> None:
         self._before = dict.fromkeys((*COUNTED, "steps", "seconds"), 0.0)
         """What the checkpoint that this process began from had counted, over all processes."""
-        self._own = dict.fromkeys((*COUNTED, "steps", "seconds"), 0.0)
-        """What this process has counted since."""
+        self._own: dict[str, Any] = dict.fromkeys((*COUNTED, "steps", "seconds"), 0.0)
+        """What this process has counted since; passes and tokens are read when they are asked for."""
         self._began = 0.0
 
     @property
     def totals(self) -> dict[str, float]:
         """Over all processes; every process must ask together."""
+        self._own = {name: float(count) for name, count in self._own.items()}
         own = [self._own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             own = [{} for _ in range(torch.distributed.get_world_size())]
@@ -68,7 +71,11 @@ class CostMonitor(Callback):
         own["passes"] += outputs["passes"].total
         if batch.adversarial is not None:
             attacked = outputs["attacked"]
-            forward, backward = int(attacked.forward_passes.sum()), int(attacked.backward_passes.sum())
+            # Not read here: the host would wait for the GPU at every micro-batch.
+            forward, backward = (
+                attacked.forward_passes.sum().double(),
+                attacked.backward_passes.sum().double(),
+            )
             own["adversarial_examples"] += len(batch.adversarial)
             own["attack_forward"] += forward
             own["attack_backward"] += backward
@@ -94,7 +101,7 @@ class CostMonitor(Callback):
         if isinstance(data, Collected) and data.collecting_passes:
             summary["collecting_passes"] = data.collecting_passes
         # Asked to go on with a run that is finished: this process trained nothing whose peak could count.
-        finished = path.is_file() and not self._own["tokens"]
+        finished = path.is_file() and not self._own["seconds"]
         if trainer.is_global_zero and not finished:
             write_whole(path, json.dumps(summary, indent=2) + "\n")
 
@@ -118,11 +125,12 @@ class CostMonitor(Callback):
         self._own["steps"] = state_dict["steps"]
 
 
-def num_tokens(batch: TrainingBatch) -> int:
+def num_tokens(batch: TrainingBatch) -> Float[Tensor, ""]:
     """Tokens of prompts and replies, padding left out."""
     rows, utility = batch.adversarial, batch.utility
     masks = [] if rows is None else [rows.prompt_mask, rows.harmful_mask, rows.safe_mask]
-    return sum(int(mask.sum()) for mask in [*masks, *([] if utility is None else [utility.attention_mask])])
+    masks += [] if utility is None else [utility.attention_mask]
+    return torch.stack([mask.sum() for mask in masks]).sum().double()
 
 
 def peak_memory_mib() -> float:

@@ -45,8 +45,8 @@ def health_flags(attacked: AttackedPrompt) -> dict[str, int]:
 
 @checked
 class AttackHealth(Callback):
-    """Logs the training attack's losses, distance and warning signs; warns once per sign that most examples
-    show.
+    """Logs the training attack's losses, distance and warning signs, at the first step and at those that the
+    trainer logs; warns once per sign that most examples show.
 
     Args:
         warn_above: share of a step's examples above which a sign is reported as a warning.
@@ -55,13 +55,18 @@ class AttackHealth(Callback):
     def __init__(self, warn_above: Probability = 0.5) -> None:
         self.warn_above = warn_above
         self._warned: set[str] = set()
+        self._looked = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
+        # To look at the numbers is to wait for the GPU: at the first attack, and where they are logged.
+        if self._looked and not trainer._logger_connector.should_update_logs:
+            return
         attacked = outputs.get("attacked") if isinstance(outputs, dict) else None
         if attacked is None or len(attacked.loss_curve) == 0:
             return
+        self._looked = True
         size = attacked.loss_curve.shape[1]
         values = {
             "train/attack/loss_start": attacked.start_loss.mean(),

@@ -63,6 +63,9 @@ class AdversarialBatch(_Movable):
     """The trusted instructions before `prompts` where those are documents; None elsewhere."""
     documents: tuple[str | None, ...] = ()
     """The documents behind `prompts` where those are the users' texts; None where there is none."""
+    lengths: tuple[tuple[int, int, int], ...] = ()
+    """Tokens of each row's prompt, harmful and safe reply: what the masks say, for the host, which would wait
+    to read them from a GPU. Empty where unknown; whoever changes a mask leaves it empty."""
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
@@ -121,6 +124,10 @@ class AdversarialBatch(_Movable):
                     f"expected {name} right-padded with at least one token per row, got an empty or "
                     "left-padded reply"
                 )
+        masks = (self.prompt_mask, self.harmful_mask, self.safe_mask)
+        counted = zip(*(mask.sum(1).tolist() for mask in masks), strict=True)
+        if self.lengths and self.lengths != tuple(counted):
+            raise ValueError("expected lengths as the masks have them, got others; leave them empty")
         if (self.attackable_mask & ~self.prompt_mask).any():
             raise ValueError("expected attackable_mask within prompt_mask, got attackable padding")
         if not self.attackable_mask.any(1).all():
@@ -139,6 +146,8 @@ class UtilityBatch(_Movable):
     attention_mask: Bool[Tensor, "batch token"]
     labels: Int[Tensor, "batch token"]
     """-100 on every token that is not part of a learned reply; a conversation has several."""
+    num_scored: int | None = None
+    """How many labels beyond the first column are tokens, for the host; None where unknown."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

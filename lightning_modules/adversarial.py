@@ -74,6 +74,8 @@ class AdversarialFineTuning(FineTuning):
         self._attacked: AttackedPrompt | None = None
         """Of several micro-batches, those that have had their turn left out."""
         self._told = _Told()
+        self._finite: tuple[Tensor, Tensor] | None = None
+        """Whether all losses so far were, and the step up to which they were."""
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -82,7 +84,7 @@ class AdversarialFineTuning(FineTuning):
     def on_train_start(self) -> None:
         """Compute or look up the reference log-probabilities. Raises: ValueError where a cached one is not
         this model's."""
-        self._attacked, self._told = None, _Told()
+        self._attacked, self._told, self._finite = None, _Told(), None
         if self.objective is None or not self.objective.needs_reference:
             return
         assert self._harmful_batches is not None, "attach() has not been called"
@@ -112,11 +114,7 @@ class AdversarialFineTuning(FineTuning):
         with passes:
             terms = self._losses(batch, attacked)
         loss = torch.stack([weight * term.loss.mean() for weight, term in terms]).sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step}; lower optimizer.lr, or set a "
-                "cutoff_away"
-            )
+        self._note_finite(loss)
         parts = {f"train/{name}": value.mean() for _, term in terms for name, value in term.parts.items()}
         parts = self._told.so_far(self.global_step, {**parts, "train/loss": loss.detach()})
         # Of all processes: one process's mean is another number (every process has the same parts).
@@ -164,8 +162,33 @@ class AdversarialFineTuning(FineTuning):
             )
         return terms
 
+    def _note_finite(self, loss: Tensor) -> None:
+        """Remember the first step whose loss was not finite; it is read where the logs are. Raises:
+        FloatingPointError."""
+        finite = torch.isfinite(loss.detach())
+        if self._finite is None:
+            self._finite = finite, torch.full_like(finite, self.global_step, dtype=torch.float32)
+        else:
+            before, step = self._finite
+            self._finite = before & finite, torch.where(before, float(self.global_step), step)
+        if self.trainer._logger_connector.should_update_logs:
+            self._require_finite()
+
+    def _require_finite(self) -> None:
+        """Raises: FloatingPointError where a loss since training began was not finite; the host waits."""
+        if self._finite is not None and not self._finite[0]:
+            raise FloatingPointError(
+                f"the loss is not finite at step {int(self._finite[1])}; lower optimizer.lr, or set a "
+                "cutoff_away"
+            )
+
+    def on_train_end(self) -> None:
+        self._require_finite()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Beside the weights: what the attack has learned or collected."""
+        """Beside the weights: what the attack has learned or collected. Raises: FloatingPointError rather
+        than save weights that a loss without a number has spoilt."""
+        self._require_finite()
         super().on_save_checkpoint(checkpoint)
         checkpoint["attack"] = state_of(self.attack)
 

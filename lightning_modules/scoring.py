@@ -18,7 +18,11 @@ def score_replies(
     reference: ReferenceScores | None = None,
 ) -> ReplyScores:
     """Both replies under the same perturbation, the one found for the harmful target."""
-    replies = Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)
+    _, harmful_lengths, safe_lengths = zip(*batch.lengths, strict=True) if batch.lengths else ((), (), ())
+    replies = (
+        Reply(batch.safe_ids, batch.safe_mask, safe_lengths),
+        Reply(batch.harmful_ids, batch.harmful_mask, harmful_lengths),
+    )
     with attacked.applied(model) as embeds:
         safe, harmful = model.reply_log_probs(embeds, attacked.prompt_mask, *replies)
     return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask, reference)
@@ -28,4 +32,5 @@ def score_utility(
     model: LanguageModel, batch: UtilityBatch
 ) -> tuple[Float[Tensor, "batch token-1"], Bool[Tensor, "batch token-1"]]:
     """Log-probabilities and mask of the utility replies' tokens."""
-    return model.labelled_log_probs(batch.input_ids, batch.attention_mask, batch.labels)
+    own = batch.input_ids, batch.attention_mask, batch.labels
+    return model.labelled_log_probs(*own, batch.num_scored)

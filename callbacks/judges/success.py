@@ -185,7 +185,8 @@ class Fluent:
         if not ids:
             return float("-inf")
         prompt_ids, prompt_mask = (x.to(model.device) for x in pad([model.chat.prompt(prompt).ids], "left"))
-        reply = Reply(*(x.to(model.device) for x in pad([ids], "right")))
+        reply_ids, reply_mask = (x.to(model.device) for x in pad([ids], "right"))
+        reply = Reply(reply_ids, reply_mask)
         (scores,) = model.reply_log_probs(model.embed(prompt_ids), prompt_mask, reply)
         return float(scores.mean())
 

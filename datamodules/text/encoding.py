@@ -186,6 +186,7 @@ def adversarial_batch(examples: Sequence[EncodedHarmful], attackable: Attackable
         targets=tuple(e.row.target for e in examples),
         instructions=tuple(e.row.prompt if attackable == "data" else None for e in examples),
         documents=tuple(None if attackable == "data" else e.prompt.data for e in examples),
+        lengths=tuple((len(e.prompt.ids), len(e.harmful), len(e.safe)) for e in examples),
     ).validate()
 
 
@@ -198,7 +199,7 @@ def utility_batch(examples: Sequence[EncodedChat]) -> UtilityBatch:
     """Pad encoded conversations to their own longest row."""
     input_ids, attention_mask = pad([e.prompt.ids + e.reply for e in examples], "right")
     labels, _ = pad([e.labels for e in examples], "right", fill=_IGNORED)
-    return UtilityBatch(input_ids, attention_mask, labels)
+    return UtilityBatch(input_ids, attention_mask, labels, int((labels[:, 1:] != _IGNORED).sum()))
 
 
 def evaluation_batch(

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from callbacks.run_folder.provenance import environment_facts
-from datamodules.batch import AdversarialBatch
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
@@ -118,37 +117,36 @@ def gcg_step(layers: int) -> dict[str, Run]:
 
 def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
     """Gradients of 8 adversarial and 56 utility rows: the former in one micro-batch, or in one-row
-    micro-batches as the 7B recipe has them. The optimiser's own update is left out: on a GPU it is fused."""
+    micro-batches as the 7B recipe has them. Ours attacks all at once, the yardstick each micro-batch's. The
+    optimiser's own update is left out: on a GPU it is fused."""
     model = build_model(layers)
     adversarial, (utility,) = equal_rows(VOCABULARY, PROMPT, REPLY)
-    parts = [
-        adversarial.select(list(range(i, len(adversarial), micro_batches))) for i in range(micro_batches)
-    ]
+    size = len(adversarial) // micro_batches
+    parts = [adversarial.select(list(range(i, i + size))) for i in range(0, len(adversarial), size)]
 
     def utilities(number: int) -> list[Any]:
         return [utility] * (UTILITY_BATCHES // micro_batches + (number < UTILITY_BATCHES % micro_batches))
 
-    def ours(merged: bool, part: AdversarialBatch, number: int) -> Ours:
-        side = Ours(model, part, utilities(number))
-        side.model = LanguageModel(model, merge_rounded=merged)
-        return side
+    def ours(merged: bool, steps: int) -> None:
+        for _ in range(steps):
+            whole = Ours(model, adversarial, [])
+            whole.model = LanguageModel(model, merge_rounded=merged)
+            attacked = whole.attack()
+            for number, part in enumerate(parts):
+                own = attacked.select(number * size, (number + 1) * size)
+                for loss in Ours(model, part, utilities(number)).losses(own):
+                    loss.backward()
+            model.zero_grad()
 
-    def public(part: AdversarialBatch, number: int) -> Public:
-        return Public(model, part, utilities(number), PROMPT + REPLY)
-
-    def run(side_of: Callable[[AdversarialBatch, int], Ours | Public], steps: int) -> None:
+    def yardstick(steps: int) -> None:
         for _ in range(steps):
             for number, part in enumerate(parts):
-                side: Any = side_of(part, number)
+                side = Public(model, part, utilities(number), PROMPT + REPLY)
                 for loss in side.losses(side.attack()):
                     loss.backward()
             model.zero_grad()
 
-    return {
-        "ours": partial(run, partial(ours, False)),
-        "ours, merged": partial(run, partial(ours, True)),
-        "yardstick": partial(run, public),
-    }
+    return {"ours": partial(ours, False), "ours, merged": partial(ours, True), "yardstick": yardstick}
 
 
 def measure_whole(what: str, runs: dict[str, Run], layers: int, repeats: int) -> dict[str, Any]:

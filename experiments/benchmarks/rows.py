@@ -13,7 +13,14 @@ from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.tables import ChatTable
 from datamodules.streams import Stream
 from datamodules.text.chat_format import ChatFormat
-from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch, utility_batch
+from datamodules.text.encoding import (
+    EncodedChat,
+    EncodedHarmful,
+    Encoder,
+    EncodingConfig,
+    adversarial_batch,
+    utility_batch,
+)
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 
 LLAMA2_TEMPLATE = (
@@ -47,18 +54,16 @@ def equal_rows(
         full(reply),
         ids(reply),
         full(reply),
+        lengths=((prompt, reply, reply),) * ADVERSARIAL_ROWS,
     )
     conversations = ids(prompt + reply)
     labels = conversations.clone()
     labels[:, :prompt] = -100
-    return batch, [UtilityBatch(conversations, full(prompt + reply), labels)]
+    return batch, [UtilityBatch(conversations, full(prompt + reply), labels, ADVERSARIAL_ROWS * reply)]
 
 
-def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, list[UtilityBatch]]:
-    """One length-bucketed micro-batch of HarmBench rows and the utility rows of a step, from Dolly.
-
-    A vocabulary other than the tokenizer's 32,000 keeps the lengths and spreads the ids over it.
-    """
+def natural_examples() -> tuple[list[EncodedHarmful], list[EncodedChat]]:
+    """HarmBench's training rows and 2,000 rows of Dolly, by the Llama-2 tokenizer."""
     root = Path(os.environ.get("THUNDERCAT_DATA", "../shared"))
     data = root / "data"
     chat = ChatFormat(
@@ -72,9 +77,16 @@ def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, list[UtilityBatch]]
         str(data / "cat_official/adv_training_behaviors_safe_responses.csv"),
     )
     harmful = encoder.harmful(source.rows())
-    chats = encoder.chats(
-        ChatTable(str(data / "dolly/databricks-dolly-15k.jsonl"), "dolly", limit=2000).rows()
-    )
+    dolly = ChatTable(str(data / "dolly/databricks-dolly-15k.jsonl"), "dolly", limit=2000)
+    return harmful, encoder.chats(dolly.rows())
+
+
+def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, list[UtilityBatch]]:
+    """One length-bucketed micro-batch of HarmBench rows and the utility rows of a step, from Dolly.
+
+    A vocabulary other than the tokenizer's 32,000 keeps the lengths and spreads the ids over it.
+    """
+    harmful, chats = natural_examples()
     rows = [harmful[i] for i in Stream([e.length for e in harmful], ADVERSARIAL_ROWS, 0).batch(0)]
     order = Stream([e.length for e in chats], MICRO_BATCH, 1)
     keep = [utility_batch([chats[i] for i in order.batch(number)]) for number in range(UTILITY_BATCHES)]
@@ -90,4 +102,4 @@ def natural_rows(vocabulary: int) -> tuple[AdversarialBatch, list[UtilityBatch]]
 
 def _spread(utility: UtilityBatch, factor: int) -> UtilityBatch:
     labels = torch.where(utility.labels == -100, -100, utility.labels * factor)
-    return UtilityBatch(utility.input_ids * factor, utility.attention_mask, labels)
+    return UtilityBatch(utility.input_ids * factor, utility.attention_mask, labels, utility.num_scored)

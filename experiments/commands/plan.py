@@ -97,23 +97,20 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
         vocabulary = text_config(module.model).vocab_size
         batches = [
             full_rows(
-                {"attacked": attacked, "harmful": harmful, "utility": utility}, prompt, reply, vocabulary
+                {"attacked": kind.attacked, "harmful": kind.harmful, "utility": kind.utility},
+                prompt, reply, vocabulary,
             )
-            for attacked, harmful, utility in kinds
-        ]
+            for kind in kinds
+        ]  # fmt: skip
         bar.set_description("plan: one step without weights")
-        times = list(kinds.values())
+        times = [(kind.attacks, kind.times) for kind in kinds]
         cost = count_step(module, batches, config.get("trainer") or {}, 2, ShapesOnly(), times)
         bar.update()
     saving = next((c for c in callbacks_of(cli.trainer) if isinstance(c, RunCheckpoints)), None)
     found = summary(config, settings, memory, cost, saving)
-    rows = {
-        "attacked": max(attacked or harmful for attacked, harmful, _ in kinds),
-        "harmful": max(harmful for _, harmful, _ in kinds),
-        "utility": max(utility for _, _, utility in kinds),
-    }
+    rows = {name: max(getattr(kind, name) for kind in kinds) for name in ("attacked", "harmful", "utility")}
     found["rows"] = {**rows, "prompt_tokens": prompt, "reply_tokens": reply}
-    largest = max(harmful + utility for _, harmful, utility in kinds)
+    largest = max(kind.harmful + kind.utility for kind in kinds)
     found["largest_rows"] = largest_rows(cost, memory, largest, attack=False)
     found["largest_attack"] = largest_rows(cost, memory, rows["attacked"], attack=True)
     found["assumptions"] = assumptions(config, settings, rows, prompt, reply)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from typing import NamedTuple
 
 import torch
 
@@ -11,21 +11,41 @@ from datamodules.division import STREAMS, Division
 from experiments.config.errors import ConfigError
 
 
-def kinds_of_micro_batches(division: Division, devices: int) -> Counter[tuple[int, int, int]]:
-    """How many of a step's micro-batches hold so many rows to attack, harmful rows to train on and utility
-    rows on one device, in their order. Raises: ConfigError where they do not divide."""
+class Kind(NamedTuple):
+    """Micro-batches of one kind, on one device."""
+
+    harmful: int
+    """Rows to train on."""
+    utility: int
+    attacked: int
+    """Rows of one call of the attack."""
+    times: int
+    """How many of a step's micro-batches these are."""
+    attacks: int
+    """How many of them call the attack."""
+
+
+def kinds_of_micro_batches(division: Division, devices: int) -> list[Kind]:
+    """A step's micro-batches, in the order of their first ones. Raises: ConfigError where their rows do not
+    divide."""
     try:
         division.check_devices(devices)
     except ValueError as error:
         raise ConfigError(f"{error}; set it or --devices") from error
-    kinds: Counter[tuple[int, int, int]] = Counter()
+    apart = division.attacked == division.rows("harmful")
+    kinds: dict[tuple[int, int], Kind] = {}
     for place in range(division.micro_batches):
         harmful, utility = (division.part(name, place) for name in STREAMS)
-        outer = 0 if harmful is None else division.rows("harmful") // devices
-        together = harmful is not None and division.begins_attack(harmful)
-        attacked = division.attacked // devices if together else 0
-        kinds[attacked, outer, 0 if utility is None else division.rows("utility") // devices] += 1
-    return kinds
+        rows = (
+            0 if harmful is None else division.rows("harmful") // devices,
+            0 if utility is None else division.rows("utility") // devices,
+        )
+        attacks = harmful is not None and (apart or division.begins_attack(harmful))
+        before = kinds.get(
+            rows, Kind(*rows, division.attacked // devices if harmful is not None else 0, 0, 0)
+        )
+        kinds[rows] = before._replace(times=before.times + 1, attacks=before.attacks + attacks)
+    return list(kinds.values())
 
 
 def full_rows(counts: dict[str, int], prompt: int, reply: int, vocabulary: int) -> TrainingBatch:

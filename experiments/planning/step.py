@@ -72,7 +72,7 @@ class _Batches(torch.utils.data.Dataset[TrainingBatch]):
 class _Parts(Callback):
     """Tells the counters which part of a step is worked on, and how often a micro-batch stands in it."""
 
-    def __init__(self, memory: Counted, times: Sequence[int]) -> None:
+    def __init__(self, memory: Counted, times: Sequence[tuple[int, int]]) -> None:
         self.memory, self.times = memory, times
         self._before: Counter[str] = Counter()
 
@@ -84,9 +84,9 @@ class _Parts(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
-        further = self.times[batch_idx % len(self.times)] - 1
+        attacks, times = self.times[batch_idx % len(self.times)]
         for part, number in (self.memory.flops - self._before).items():
-            self.memory.flops[part] += further * number
+            self.memory.flops[part] += ((attacks if part == ATTACK else times) - 1) * number
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for parameter in pl_module.parameters():
@@ -138,7 +138,7 @@ def count_step(
     trainer: Mapping[str, Any],
     steps: int = 1,
     mode: ShapesOnly | None = None,
-    times: Sequence[int] | None = None,
+    times: Sequence[tuple[int, int]] | None = None,
 ) -> StepCost:
     """Train on these micro-batches and count.
 
@@ -149,7 +149,8 @@ def count_step(
         steps: optimiser steps, each on the same micro-batches; the optimiser's state is there from the second
             on.
         mode: counts shapes instead of computing.
-        times: how often each of the micro-batches stands in a step; null is once.
+        times: how many of a step's micro-batches attack as each of these does, and how many train as it does;
+            null is each once.
 
     Raises: UnknownValue where the step decides by a value that a plan has not.
     """
@@ -161,7 +162,7 @@ def count_step(
         counted = stack.enter_context(Counted(model, text_config(model).vocab_size))
         attack = module.attack
         module.attack = _CountedAttack(attack, counted, shorten=mode is not None)
-        fit(module, micro_batches, trainer, steps, _Parts(counted, times or [1] * len(micro_batches)))
+        fit(module, micro_batches, trainer, steps, _Parts(counted, times or [(1, 1)] * len(micro_batches)))
         module.attack = attack
         parameters = list(model.parameters())
         return StepCost(

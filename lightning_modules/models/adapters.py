@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def merged_adapters(model: nn.Module, enabled: bool = True, rounded: bool = False) -> Iterator[int]:
-    """Swap each fp32 LoRA layer's base weight for the merged one; yields how many were merged.
+def merged_adapters(parts: Iterable[nn.Module], enabled: bool = True, rounded: bool = False) -> Iterator[int]:
+    """Swap the base weight of each fp32 LoRA layer among a model's parts for the merged one; yields how many
+    were merged.
 
     The original tensors are put back, not recomputed, so nothing drifts. Layers below fp32 stay unmerged,
     since rounding the sum to bf16 loses a part of the adapter's delta, unless `rounded` takes that for half
@@ -22,7 +23,7 @@ def merged_adapters(model: nn.Module, enabled: bool = True, rounded: bool = Fals
     swapped: list[tuple[LoraLinear, Tensor]] = []
     try:
         if enabled:
-            for layer in model.modules():
+            for layer in parts:
                 if isinstance(layer, LoraLinear) and _can_merge(layer, rounded):
                     weight = layer.get_base_layer().weight
                     original = weight.data

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from lightning_modules.models.decoder import decode, logits_of, scores_where, weight_dtype
+from lightning_modules.models.decoder import decode, logits_of, scores_at, weight_dtype
 from lightning_modules.models.language_model import LanguageModel, Reply, predictors, score
 from lightning_modules.models.masks import positions_of
 from lightning_modules.models.prefix_cache import PrefixCache
@@ -58,8 +58,7 @@ def continued_log_probs(
     Returns: fp32, 0 where the reply's mask is False.
     """
     hidden = _continued_by(model, prefix, rows, embeds, mask, reply)
-    scored = reply.mask.flatten().nonzero().squeeze(1)
-    return score(model.module, hidden, reply, mask.shape[1], mask.shape[1], scored)
+    return score(model.module, hidden, reply, mask.shape[1], mask.shape[1], reply.scored)
 
 
 @torch.no_grad()
@@ -75,7 +74,7 @@ def continued_scores(
     after those before it (True outside the reply's mask)."""
     hidden = _continued_by(model, prefix, rows, embeds, mask, reply)
     states = predictors(hidden, reply, mask.shape[1], mask.shape[1])
-    return scores_where(model.module, states[reply.mask], reply.ids[reply.mask], reply.mask)
+    return scores_at(model.module, states, reply.ids, reply.scored)
 
 
 @torch.no_grad()

@@ -87,14 +87,15 @@ def log_probs_at(
     Numbers and no mask: at every use of a mask, in the backward pass too, the host would wait for the GPU to
     learn how many positions there are.
     """
-    scores = _log_probs(module, hidden.flatten(0, 1)[where], targets.flatten()[where])
+    scores = target_log_probs(module, hidden.flatten(0, 1).index_select(0, where), targets.flatten()[where])
     whole = torch.zeros(targets.numel(), dtype=scores.dtype, device=scores.device)
     return whole.index_copy(0, where, scores).view(targets.shape)
 
 
-def _log_probs(
+def target_log_probs(
     module: nn.Module, hidden: Float[Tensor, "row dim"], targets: Int[Tensor, " row"]
 ) -> Float[Tensor, " row"]:
+    """Log-probability of one target per state, in fp32 or wider."""
     head = causal_lm(module).get_output_embeddings()
     if type(head) is nn.Linear:
         return token_log_probs(hidden, head.weight, head.bias, targets, _logit_transform(module))
@@ -104,23 +105,28 @@ def _log_probs(
 
 
 @torch.no_grad()
-def scores_where(
+def scores_at(
     module: nn.Module,
-    hidden: Float[Tensor, "row dim"],
-    targets: Int[Tensor, " row"],
-    mask: Bool[Tensor, "batch token"],
+    hidden: Float[Tensor, "batch token dim"],
+    ids: Int[Tensor, "batch token"],
+    where: Int[Tensor, " row"],
 ) -> tuple[Float[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
-    """Log-probabilities of the targets at the True positions of a mask, 0 elsewhere, and whether
-    each target is what greedy decoding would say; True outside the mask."""
+    """As `log_probs_at`, without a gradient, and whether each target is what greedy decoding would say; True
+    elsewhere."""
     head = causal_lm(module).get_output_embeddings()
+    hidden, targets = hidden.flatten(0, 1).index_select(0, where), ids.flatten().index_select(0, where)
     if type(head) is nn.Linear:
         scores, said = token_scores(hidden, head.weight, head.bias, targets, _logit_transform(module))
     else:
         logits = logits_of(module, hidden)
         own = logits.gather(1, targets[:, None]).squeeze(1)
         scores, said = own - logits.logsumexp(1), own == logits.amax(1)
-    log_probs = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_scatter(mask, scores)
-    return log_probs, torch.ones_like(mask).masked_scatter(mask, said)
+    log_probs = torch.zeros(ids.numel(), dtype=scores.dtype, device=scores.device)
+    told = torch.ones(ids.numel(), dtype=torch.bool, device=scores.device)
+    return (
+        log_probs.index_copy(0, where, scores).view(ids.shape),
+        told.index_copy(0, where, said).view(ids.shape),
+    )
 
 
 def _logit_transform(module: nn.Module) -> LogitTransform:

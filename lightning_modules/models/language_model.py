@@ -8,7 +8,7 @@ Nine public members; what only some callers need are functions of a `LanguageMod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -23,8 +23,9 @@ from datamodules.batch import pad as padded
 from datamodules.text.chat_format import ChatFormat, PromptTokens
 from lightning_modules.models.adapters import merged_adapters
 from lightning_modules.models.decoder import causal_lm, decode, log_probs_at, weight_dtype
-from lightning_modules.models.layout import Layout
-from lightning_modules.models.masks import positions_of
+from lightning_modules.models.layout import branching_layout, decode_whole
+from lightning_modules.models.masks import numbers_of
+from lightning_modules.models.norms import short_norms
 from lightning_modules.models.requests import GREEDY, Decoding, Request
 
 
@@ -33,6 +34,13 @@ class Reply(NamedTuple):
 
     ids: Int[Tensor, "batch reply"]
     mask: Bool[Tensor, "batch reply"]
+    lengths: tuple[int, ...] = ()
+    """Tokens of each row, where the host knows them; asked of the mask, it would wait for the GPU."""
+
+    @property
+    def scored(self) -> Int[Tensor, " scored"]:
+        """Numbers of the tokens in the flattened mask."""
+        return numbers_of(self.mask, sum(self.lengths) if self.lengths else None)
 
     @property
     def fed(self) -> Reply:
@@ -127,14 +135,17 @@ class LanguageModel:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Evaluation mode, no weight needs a gradient, fp32 adapters merged; everything is as before on
-        leaving."""
-        learning = [p for p in self.module.parameters() if p.requires_grad]
-        with _evaluating(self.module):
+        """Evaluation mode, no weight needs a gradient, fp32 adapters merged, norms with a shorter backward
+        pass; everything is as before on leaving."""
+        # Walked once: a deep model with adapters has thousands of parts.
+        parts = list(self.module.modules())
+        own = {id(p): p for part in parts for p in part._parameters.values() if p is not None}
+        learning = [parameter for parameter in own.values() if parameter.requires_grad]
+        with _evaluating(parts), short_norms(parts):
             for parameter in learning:
                 parameter.requires_grad_(False)
             try:
-                with merged_adapters(self.module, self._merge_adapters, self._merge_rounded):
+                with merged_adapters(parts, self._merge_adapters, self._merge_rounded):
                     yield
             finally:
                 for parameter in learning:
@@ -145,7 +156,6 @@ class LanguageModel:
         prompt_embeds: Float[Tensor, "batch prompt dim"],
         prompt_mask: Bool[Tensor, "batch prompt"],
         *replies: Reply,
-        layout: Layout | None = None,
     ) -> tuple[Float[Tensor, "batch reply"], ...]:
         """Log-probability of every reply token given the prompt and the reply's earlier tokens.
 
@@ -153,25 +163,22 @@ class LanguageModel:
             prompt_embeds: left-padded, possibly perturbed; any float dtype.
             prompt_mask: False on padding.
             replies: one or more continuations of the same prompts.
-            layout: `Layout.known` of the same masks, where they are scored many times.
 
         Returns: one fp32 tensor per reply, 0 where the reply's mask is False.
         """
         if len(replies) > 1 and not self._share_prompt:
             return tuple(self.reply_log_probs(prompt_embeds, prompt_mask, reply)[0] for reply in replies)
-        layout = layout or Layout.of(self.module, prompt_mask, [reply.mask for reply in replies])
         prompt_length = prompt_embeds.shape[1]
         fed = [reply.fed for reply in replies]
+        positions, attention = branching_layout(self.module, prompt_mask, [part.mask for part in fed])
         prompt = prompt_embeds.to(weight_dtype(self.module))
         embeds = torch.cat([prompt, *(self.embed(part.ids) for part in fed)], dim=1)
         lengths = [part.ids.shape[1] for part in fed]
-        hidden = decode(
-            self.module, embeds, layout.attention, layout.positions, layout.cache, replies=len(replies)
-        )
+        hidden = decode(self.module, embeds, attention, positions, replies=len(replies))
         starts = [prompt_length + sum(lengths[:i]) for i in range(len(replies))]
         return tuple(
-            score(self.module, hidden, reply, prompt_length, start, scored)
-            for reply, start, scored in zip(replies, starts, layout.scored, strict=True)
+            score(self.module, hidden, reply, prompt_length, start, reply.scored)
+            for reply, start in zip(replies, starts, strict=True)
         )
 
     def labelled_log_probs(
@@ -179,6 +186,7 @@ class LanguageModel:
         input_ids: Int[Tensor, "batch token"],
         attention_mask: Bool[Tensor, "batch token"],
         labels: Int[Tensor, "batch token"],
+        num_scored: int | None = None,
     ) -> tuple[Float[Tensor, "batch token-1"], Bool[Tensor, "batch token-1"]]:
         """Log-probabilities of the labelled tokens of whole conversations.
 
@@ -186,13 +194,14 @@ class LanguageModel:
             input_ids: whole conversations, right-padded.
             attention_mask: True on their tokens.
             labels: the scored tokens' ids, -100 where nothing is scored.
+            num_scored: how many they are, the first column aside, where the host knows.
 
         Returns: log-probabilities of labels[:, 1:] (0 where unscored) and the mask of scored ones.
         """
-        hidden = decode(self.module, self.embed(input_ids), attention_mask, positions_of(attention_mask))
+        hidden = decode_whole(self.module, self.embed(input_ids), attention_mask)
         targets, scored = labels[:, 1:], labels[:, 1:] != -100
         # The last position predicts nothing: as wide as the states, which are then not copied to be cut.
-        positions = pad(scored, (0, 1)).flatten().nonzero().squeeze(1)
+        positions = numbers_of(pad(scored, (0, 1)), num_scored)
         log_probs = log_probs_at(self.module, hidden, pad(targets, (0, 1)), positions)
         return log_probs[:, :-1], scored
 
@@ -211,7 +220,7 @@ class LanguageModel:
         sampled: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             sampled |= {"temperature": temperature, "top_p": top_p}
-        with _evaluating(self.module):
+        with _evaluating(self.module.modules()):
             out = causal_lm(self.module).generate(  # type: ignore[operator]
                 inputs_embeds=prompt_embeds.to(weight_dtype(self.module)),
                 attention_mask=prompt_mask.long(),
@@ -245,7 +254,11 @@ class LanguageModel:
         return replies
 
     def _reply(self, prompts: Attacked, decoding: Decoding, seed: int) -> list[str]:
-        with _evaluating(self.module), _seeded(decoding, seed, self.device), prompts.applied(self) as embeds:
+        with (
+            _evaluating(self.module.modules()),
+            _seeded(decoding, seed, self.device),
+            prompts.applied(self) as embeds,
+        ):
             generated = self.generate(
                 embeds,
                 prompts.prompt_mask,
@@ -307,15 +320,16 @@ def _prefill(chat: ChatFormat, prompt: PromptTokens, text: str) -> list[int]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(parts: Iterable[nn.Module]) -> Iterator[None]:
     """Every part in evaluation mode; each gets its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part in training:
+            part.training = True
 
 
 @contextmanager

@@ -1,81 +1,60 @@
-"""What of a scoring depends on masks alone: positions, who attends to whom, which positions are scored.
-
-Reading a mask makes the host wait for the GPU. An attack scores the same replies to the same prompts many
-times: `known` reads all masks once, and nothing waits afterwards. The numbers are the same to the bit.
-"""
+"""Who attends to whom in rows that are scored, and where their tokens stand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from lightning_modules.models.decoder import text_config, weight_dtype
-from lightning_modules.models.masks import branching_attention, restarting_positions
+from lightning_modules.models.decoder import causal_lm, decode, text_config, weight_dtype
+from lightning_modules.models.masks import branching_attention, positions_of, restarting_positions
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Of prompts with one or more replies each, whose last tokens are not fed."""
+def branching_layout(
+    module: nn.Module, prompt_mask: Bool[Tensor, "batch prompt"], fed: Sequence[Bool[Tensor, "batch reply"]]
+) -> tuple[Int[Tensor, "batch token"], Any]:
+    """Positions of prompts and of what is fed of one or more replies to each, and what the decoder takes as
+    its mask: of padding, which the model itself reads, where there is one reply."""
+    lengths = [mask.shape[1] for mask in fed]
+    positions = restarting_positions(prompt_mask, lengths)
+    mask = torch.cat([prompt_mask, *fed], dim=1)
+    if len(fed) == 1:
+        return positions, mask
+    own = text_config(module), mask, positions, prompt_mask.shape[1], lengths, weight_dtype(module)
+    return positions, branching_attention(*own)
 
-    positions: Int[Tensor, "batch token"]
-    attention: Any
-    """What the decoder takes as its mask: of padding (batch, token), of whole rows, one per kind of layer, or
-    None where every token sees all before it."""
-    scored: tuple[Int[Tensor, " scored"], ...]
-    """Numbers of the scored positions in each reply's flattened mask."""
-    cache: Cache | None = None
-    """For the decoder; keeps nothing."""
 
-    @classmethod
-    def of(
-        cls,
-        module: nn.Module,
-        prompt_mask: Bool[Tensor, "batch prompt"],
-        masks: Sequence[Bool[Tensor, "batch reply"]],
-    ) -> Layout:
-        """For one scoring: the replies' masks are read, the whole rows' by the model itself."""
-        fed = [mask[:, :-1] for mask in masks]
-        lengths = [mask.shape[1] for mask in fed]
-        positions = restarting_positions(prompt_mask, lengths)
-        attention: Any = torch.cat([prompt_mask, *fed], dim=1)
-        if len(masks) > 1:
-            attention = branching_attention(
-                text_config(module),
-                attention,
-                positions,
-                prompt_mask.shape[1],
-                lengths,
-                weight_dtype(module),
-            )
-        scored = tuple(mask.flatten().nonzero().squeeze(1) for mask in masks)
-        return cls(positions, attention, scored)
+def decode_whole(
+    module: nn.Module,
+    embeds: Float[Tensor, "batch token dim"],
+    attention_mask: Bool[Tensor, "batch token"],
+) -> Float[Tensor, "batch token dim"]:
+    """Final hidden states of right-padded rows: no token looks at the padding behind it, so that no mask is
+    needed, and none is read."""
+    decoder: Any = causal_lm(module).get_decoder()
+    if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+        # Checkpointed layers take no cache, without which transformers looks for packed rows, or at the mask.
+        return decode(module, embeds, attention_mask, positions_of(attention_mask))
+    width = embeds.shape[1]
+    attention, cache = causal_attention(module, width, embeds.device)
+    return decode(module, embeds, attention, torch.arange(width, device=embeds.device)[None], cache)
 
-    @classmethod
-    def known(
-        cls,
-        module: nn.Module,
-        prompt_mask: Bool[Tensor, "batch prompt"],
-        masks: Sequence[Bool[Tensor, "batch reply"]],
-    ) -> Layout:
-        """For many scorings, none of which reads a mask."""
-        plain = cls.of(module, prompt_mask, masks)
-        if len(masks) > 1:
-            return plain
-        # Only the shape, the type and the device of the embeddings are asked for.
-        embeds = torch.empty(*plain.attention.shape, 1, dtype=weight_dtype(module), device=prompt_mask.device)
-        made = create_masks_for_generate(
-            text_config(module), embeds, plain.attention, None, position_ids=plain.positions
-        )
-        if isinstance(made, dict) and len(made) == 1:
-            (made,) = made.values()
-        return cls(plain.positions, made, plain.scored, Uncached() if made is None else None)
+
+def causal_attention(module: nn.Module, width: int, device: torch.device) -> tuple[Any, Cache]:
+    """What a decoder takes as masks and cache for rows of this width that begin at position 0 and are padded
+    at their end only: None where its kernel needs no mask."""
+    cache = Uncached()
+    # Only the shape, the type and the device of the embeddings are asked for.
+    embeds = torch.empty(1, width, 1, dtype=weight_dtype(module), device=device)
+    made = create_masks_for_generate(text_config(module), embeds, None, cache)
+    if isinstance(made, dict) and len(made) == 1:
+        (made,) = made.values()
+    return made, cache
 
 
 class Uncached(Cache):

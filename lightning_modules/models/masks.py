@@ -15,6 +15,14 @@ def positions_of(mask: Bool[Tensor, "batch token"]) -> Int[Tensor, "batch token"
     return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
+def numbers_of(mask: Bool[Tensor, "batch token"], count: int | None = None) -> Int[Tensor, " true"]:
+    """Numbers of the True positions in the flattened mask; without their count the host waits for the GPU to
+    learn it."""
+    if count is None:
+        return mask.flatten().nonzero().squeeze(1)
+    return torch.nonzero_static(mask.flatten(), size=count).squeeze(1)
+
+
 def restarting_positions(
     prompt_mask: Bool[Tensor, "batch prompt"], reply_lengths: Sequence[int]
 ) -> Int[Tensor, "batch token"]:

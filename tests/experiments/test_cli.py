@@ -91,6 +91,7 @@ def test_several_files_compose(thundercat: Run, tmp_path: Path) -> None:
         ("--trainer=3", "trainer", "expected fields of the Trainer, got 3"),
         ("--data.harmful_per_step=x", "data.harmful_per_step", "got 'x'"),
         ("--data.micro_batches=3", "data.harmful_per_step", "expected a multiple of micro_batches 3, got 8"),
+        ("--data.attack_batch=3", "data.attack_batch", "harmful rows of a pass that divides"),
         ("--modell.x=1", "modell", "unknown field, did you mean 'model'?"),
         ("--ckpt_path=nowhere.ckpt", "ckpt_path", "no file 'nowhere.ckpt'"),
         ("--data.seed.x=1", "data.seed.x", "at data.seed, got fields"),

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 
+from callbacks.cost import CostMonitor
+from callbacks.health import AttackHealth
+from datamodules.batch import AdversarialBatch, TrainingBatch
 from experiments.benchmarks import launches as benchmark
 from experiments.benchmarks.counters import Launches
+from experiments.planning.step import calm, fit
+from lightning_modules.adversarial import AdversarialFineTuning
+from lightning_modules.losses.toward_away import TowardAwayUtility
 from lightning_modules.models.language_model import LanguageModel
-from tests.conftest import ragged_batch
+from lightning_modules.models.loading import ModelConfig
+from tests.conftest import ragged_batch, tiny_model, utility
 
 
 def test_operations_views_and_allocations_are_told_apart() -> None:
@@ -63,8 +74,57 @@ def test_an_attack_s_iterations_wait_for_nothing(size: int, merged: bool) -> Non
     benchmark.pgd(1)(model, batch)
     one, many = (benchmark.counted(lambda n: benchmark.pgd(n)(model, batch), n) for n in (1, 6))
     assert one.syncs == many.syncs
-    # The scored positions, and whether there is padding: where there is, transformers asks twice.
-    assert one.syncs == {"nonzero": 1, "scalar read": 1 if size == 1 else 2}
+    # The scored positions, and how long the longest row is.
+    assert one.syncs == {"nonzero": 1, "scalar read": 1}
+
+
+class _Costs(CostMonitor):
+    """Counts as it does, and writes nothing."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.summary()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_optimiser_step_waits_for_nothing(tmp_path: Path, checkpointed: bool) -> None:
+    """The attack, both passes and the callbacks, but for the optimiser's own update. With activations
+    recomputed, transformers itself looks at the utility rows' mask, twice a pass."""
+    tiny_model().config.save_pretrained(tmp_path)
+    base = ModelConfig(str(tmp_path), from_scratch=True, gradient_checkpointing=checkpointed)
+    whole = with_lengths(ragged_batch(size=4))
+    chats = utility()
+    chats = replace(chats, num_scored=int((chats.labels[:, 1:] != -100).sum()))
+    parts = [whole.select([0, 1]), whole.select([2, 3])]
+    batches = [TrainingBatch(parts[0], chats, whole), TrainingBatch(parts[1], chats)]
+
+    def waits(steps: int) -> Counter[str]:
+        own = AdversarialFineTuning(base, benchmark.pgd(2), TowardAwayUtility())
+        own.attach(object())  # type: ignore[arg-type]
+        own.configure_model()
+        # Adam asks for its step count, which is on the host.
+        own.configure_optimizers = lambda: torch.optim.SGD(own.parameters(), 0.1)  # type: ignore[method-assign]
+        with calm(), Launches() as launches:
+            fit(own, batches, {}, steps, _Costs(), AttackHealth())
+        return launches.syncs
+
+    # Two further steps: each is an epoch here, whose loader draws a seed on the host.
+    assert waits(3) - waits(1) == {"scalar read": 2 + (8 if checkpointed else 0)}
+
+
+def with_lengths(batch: AdversarialBatch) -> AdversarialBatch:
+    masks = (batch.prompt_mask, batch.harmful_mask, batch.safe_mask)
+    lengths = tuple(zip(*(mask.sum(1).tolist() for mask in masks), strict=True))
+    return replace(batch, lengths=lengths).validate()
+
+
+def test_an_attack_that_is_told_the_lengths_waits_for_nothing_at_all() -> None:
+    model = LanguageModel(benchmark.build_model(1))
+    batch = with_lengths(ragged_batch(size=3))
+    benchmark.pgd(1)(model, batch)
+    launches = benchmark.counted(lambda n: benchmark.pgd(n)(model, batch), 2)
+    assert launches.syncs == {}
+    plain = benchmark.pgd(2)(model, ragged_batch(size=3)).delta
+    assert torch.equal(benchmark.pgd(2)(model, batch).delta, plain)  # type: ignore[arg-type]
 
 
 def test_merging_halves_an_iteration() -> None:
@@ -80,7 +140,7 @@ def test_the_gcg_step_and_its_yardstick_are_counted() -> None:
 
 
 def test_half_the_rows_a_micro_batch_are_the_same_rows() -> None:
-    """Two micro-batches compute twice an attack's and a loss's operations, and the same utility rows."""
+    """Two micro-batches compute one attack, the loss's operations twice, and the same utility rows."""
     whole, halves = (
         benchmark.measure_whole("step", {"ours": benchmark.optimiser_step(1, n)["ours"]}, 1, 0)["figures"][
             "ours"

@@ -10,15 +10,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from datamodules.batch import AdversarialBatch
+from experiments.benchmarks.counters import Launches
 from lightning_modules.models.adapters import merged_adapters
 from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
-from lightning_modules.models.layout import Layout
 from lightning_modules.models.loading import LoraSettings, ModelConfig
+from lightning_modules.models.norms import short_norms
+from lightning_modules.models.packed import PackedRows
 from lightning_modules.pretrained import PretrainedModel
 from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model, utility
+from tests.support.training import double_norm
 
 
 def replies(batch: AdversarialBatch) -> tuple[Reply, Reply]:
@@ -146,7 +150,7 @@ def test_merged_adapters_compute_the_same_and_leave_no_trace() -> None:
     model, ids = lora(tiny_model()).eval(), torch.arange(10)[None]
     expected = model(input_ids=ids).logits
     before = copy.deepcopy(model.state_dict())
-    with merged_adapters(model) as count:
+    with merged_adapters(model.modules()) as count:
         assert count == 14  # seven linear layers in each of two blocks
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -163,20 +167,53 @@ def test_merged_adapters_compute_the_same_and_leave_no_trace() -> None:
         if (family, kind) != ("gemma2", "sdpa")
     ],
 )
-def test_a_layout_that_is_read_once_gives_the_same_bits(family: str, size: int, implementation: str) -> None:
-    module, batch = tiny_model(family), ragged_batch(size=size)
+def test_rows_without_gaps_score_as_the_batch_does(family: str, size: int, implementation: str) -> None:
+    module, batch = tiny_model(family, torch.float64), ragged_batch(size=size)
     module.set_attn_implementation(implementation)
     model, reply = LanguageModel(module), Reply(batch.harmful_ids, batch.harmful_mask)
-    layout = Layout.known(module, batch.prompt_mask, [reply.mask])
-    found = []
-    for given in (None, layout, layout):
-        embeds = model.embed(batch.prompt_ids).detach().requires_grad_()
-        (scores,) = model.reply_log_probs(embeds, batch.prompt_mask, reply, layout=given)
-        (gradient,) = torch.autograd.grad(scores.sum(), embeds)
-        found.append((scores, gradient))
-    for scores, gradient in found[1:]:
-        assert torch.equal(scores, found[0][0])
-        assert torch.equal(gradient, found[0][1])
+    noise = torch.randn(*batch.prompt_ids.shape, 32, generator=torch.Generator().manual_seed(0)).double()
+    noise = (noise * batch.prompt_mask[..., None]).requires_grad_()
+    (expected,) = model.reply_log_probs(model.embed(batch.prompt_ids) + noise, batch.prompt_mask, reply)
+    (gradient,) = torch.autograd.grad(expected.sum(), noise)
+    with model.frozen():
+        rows = PackedRows(model, batch.prompt_ids, batch.prompt_mask, reply)
+        assert torch.equal(rows.returned(rows.placed(noise)), noise)
+        scores = rows.log_probs(rows.clean + rows.placed(noise))
+        (own,) = torch.autograd.grad(scores.sum(), noise)
+        last = torch.tensor([size - 1])
+        (some,) = rows.log_probs((rows.clean + rows.placed(noise))[last], last)
+    lengths = batch.prompt_mask.sum(1) + batch.harmful_mask.sum(1)
+    assert rows.width == int(lengths.max()) - 1
+    torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(own, gradient, atol=1e-6, rtol=0)
+    torch.testing.assert_close(some, expected[-1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_norm_s_shorter_backward_pass_is_its_gradient(dtype: torch.dtype) -> None:
+    norm, g = LlamaRMSNorm(32).to(dtype), torch.Generator().manual_seed(0)
+    norm.weight.data = torch.randn(32, generator=g).to(dtype)
+    x = torch.randn(5, 7, 32, generator=g).to(dtype).requires_grad_()
+    upstream = torch.randn(5, 7, 32, generator=g).to(dtype)
+    expected = norm(x)
+    (gradient,) = torch.autograd.grad(expected, x, upstream)
+    with short_norms([norm]), Launches() as launches:
+        found = norm(x)
+        forward = launches.kernels
+        (own,) = torch.autograd.grad(found, x, upstream)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(own, gradient, atol=1e-6 if dtype != torch.bfloat16 else 0.02, rtol=1e-5)
+    assert launches.kernels - forward <= 7
+    assert "forward" not in vars(norm)
+
+
+def test_other_norms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [part for part in tiny_model("gemma").modules() if "Norm" in type(part).__name__]
+    assert others
+    own = LlamaRMSNorm(4)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", double_norm)
+    with short_norms([*others, own]):
+        assert all("forward" not in vars(part) for part in [*others, own])
 
 
 def test_a_rounded_merge_is_the_fp32_sum_rounded_once() -> None:
@@ -184,7 +221,7 @@ def test_a_rounded_merge_is_the_fp32_sum_rounded_once() -> None:
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     before = layer.get_base_layer().weight.data.clone()
     expected = (before.float() + layer.get_delta_weight("default").float()).to(torch.bfloat16)
-    with merged_adapters(model, rounded=True) as count:
+    with merged_adapters(model.modules(), rounded=True) as count:
         assert count == 14
         assert torch.equal(layer.get_base_layer().weight, expected)
         assert not torch.equal(expected, before)
@@ -205,7 +242,7 @@ def test_merging_below_fp32_is_a_setting(merge: str | None, merged: int, tmp_pat
 
 
 def test_bf16_base_is_never_merged_unasked() -> None:
-    with merged_adapters(lora(tiny_model(dtype=torch.bfloat16))) as count:
+    with merged_adapters(lora(tiny_model(dtype=torch.bfloat16)).modules()) as count:
         assert count == 0
 
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from callbacks.evaluations.base import introduce
 from datamodules.batch import TrainingBatch
+from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.base import NoAttack
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.losses.base import Step, Term
 from lightning_modules.losses.circuit_breakers import CircuitBreakers, reroute, retain
 from lightning_modules.losses.distributions import Distillation, KLRetain, token_kl
+from lightning_modules.losses.toward_away import TowardAwayUtility
 from lightning_modules.losses.weights import SpectralSpread, WeightDrift, singular_values
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.embeddings import embedding_matrix, embedding_weight
@@ -27,6 +30,7 @@ from lightning_modules.models.loading import LoraSettings, ModelConfig, load_see
 from lightning_modules.models.logits import reply_logits
 from lightning_modules.models.passes import PassCounter
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model, utility
+from tests.support.training import data
 
 WIDE = {"dtype": torch.float64}
 TINYCHAT = ModelConfig("tinychat:aligned")
@@ -275,3 +279,17 @@ def test_terms_work_on_a_victim_in_training_mode() -> None:
     for term in (KLRetain(), Distillation(), CircuitBreakers([1])):
         assert torch.isfinite(term(step(language_model, adversarial=text_batch(2))).loss).all()
         assert language_model.module.training
+
+
+def test_terms_ask_for_both_streams_in_every_micro_batch() -> None:
+    objective = TowardAwayUtility()
+    regularised = AdversarialFineTuning(
+        ModelConfig("tinychat:aligned"), NoAttack(), objective, terms=[WeightDrift()]
+    )
+    introduce(regularised, data(2), [])
+    apart = data(3, outer_batch=4, utility_batch=4)
+    with pytest.raises(
+        ValueError, match=r"data.outer_batch and data.utility_batch: .*WeightDrift.* 1 and 2 of 3"
+    ):
+        introduce(regularised, apart, [])
+    introduce(AdversarialFineTuning(ModelConfig("tinychat:aligned"), NoAttack(), objective), apart, [])

@@ -23,8 +23,8 @@ from lightning_modules.attacks.embedding.balls import BALLS, Ball
 from lightning_modules.attacks.ledger import Ledger, PointLedger
 from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
-from lightning_modules.models.layout import Layout
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.packed import PackedRows
 
 StepRule = Literal["sign", "l2", "adam"]
 StepUnit = Literal["radius", "embedding_norm", "absolute"]
@@ -107,20 +107,25 @@ class EmbeddingPGD:
         require_gradients(self)
         radius, step = self.lengths(model)
         with model.frozen():
-            clean = model.embed(batch.prompt_ids).detach()
-            delta = self._start(clean, batch, radius, rng)
-            # Read once: at every iteration it would make the host wait for the GPU.
-            layout = Layout.known(model.module, batch.prompt_mask, [batch.harmful_mask])
+            prompts, targets, _ = zip(*batch.lengths, strict=True) if batch.lengths else ((), (), ())
+            reply = Reply(batch.harmful_ids, batch.harmful_mask, targets)
+            rows = PackedRows(model, batch.prompt_ids, batch.prompt_mask, reply, prompts)
 
             def loss(
-                point: Float[Tensor, "active prompt dim"], active: Int[Tensor, " active"]
+                point: Float[Tensor, "active place dim"], active: Int[Tensor, " active"]
             ) -> Float[Tensor, " active"]:
-                if len(active) == len(batch):  # nobody has left: the rows in their order
-                    return target_loss(model, batch, clean + point, None, layout)
-                return target_loss(model, batch, clean[active] + point, active)
+                # Where nobody has left, the rows are all of them in their order.
+                own = None if len(active) == len(batch) else active
+                clean, mask = rows.clean, batch.harmful_mask
+                if own is not None:
+                    clean, mask = clean[own], mask[own]
+                return mean_cross_entropy(rows.log_probs(clean + point, own), mask)
 
-            found = self.descend(loss, delta, batch.attackable_mask[..., None], radius, step)
-        return found.ledger.attacked(batch.prompt_ids, batch.prompt_mask, found.delta, found.distance)
+            delta = self._start(rows, batch, radius, rng)
+            found = self.descend(loss, delta, rows.placed(batch.attackable_mask)[..., None], radius, step)
+        return found.ledger.attacked(
+            batch.prompt_ids, batch.prompt_mask, rows.returned(found.delta), found.distance
+        )
 
     def descend(
         self,
@@ -182,21 +187,22 @@ class EmbeddingPGD:
 
     def _start(
         self,
-        clean: Float[Tensor, "batch prompt dim"],
+        rows: PackedRows,
         batch: AdversarialBatch,
         radius: Float[Tensor, ""] | None,
         rng: torch.Generator | None,
-    ) -> Float[Tensor, "batch prompt dim"]:
-        delta = torch.zeros(
-            clean.shape, dtype=torch.promote_types(clean.dtype, torch.float32), device=clean.device
-        )
-        if self.random_start:
-            assert radius is not None
-            for row, own in enumerate(example_rngs(batch, rng)):
-                where = batch.attackable_mask[row]
-                noise = self.ball.random_point((int(where.sum()), clean.shape[-1]), radius, own)
-                delta[row, where] = noise.to(delta)
-        return delta
+    ) -> Float[Tensor, "batch place dim"]:
+        wide = torch.promote_types(rows.clean.dtype, torch.float32)
+        if not self.random_start:
+            return torch.zeros_like(rows.clean, dtype=wide)
+        assert radius is not None
+        size = (*batch.prompt_ids.shape, rows.clean.shape[-1])
+        delta = torch.zeros(size, dtype=wide, device=rows.clean.device)
+        for row, own in enumerate(example_rngs(batch, rng)):
+            where = batch.attackable_mask[row]
+            noise = self.ball.random_point((int(where.sum()), size[-1]), radius, own)
+            delta[row, where] = noise.to(delta)
+        return rows.placed(delta)
 
     def _direction(
         self,
@@ -241,12 +247,10 @@ def target_loss(
     batch: AdversarialBatch,
     embeds: Float[Tensor, "active prompt dim"],
     active: Int[Tensor, " active"] | None,
-    layout: Layout | None = None,
 ) -> Float[Tensor, " active"]:
-    """CE of the harmful target for the active examples (None: all, with their layout), whose prompts are
-    given as embeddings."""
+    """CE of the harmful target for the active examples (None: all), whose prompts are given as embeddings."""
     reply, prompts = Reply(batch.harmful_ids, batch.harmful_mask), batch.prompt_mask
     if active is not None:
         reply, prompts = Reply(reply.ids[active], reply.mask[active]), prompts[active]
-    (log_probs,) = model.reply_log_probs(embeds, prompts, reply, layout=layout)
+    (log_probs,) = model.reply_log_probs(embeds, prompts, reply)
     return mean_cross_entropy(log_probs, reply.mask)

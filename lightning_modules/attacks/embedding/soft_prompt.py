@@ -77,4 +77,5 @@ def append_slots(batch: AdversarialBatch, num_tokens: int, token_id: int) -> Adv
         prompt_ids=widen(batch.prompt_ids, token_id),
         prompt_mask=widen(batch.prompt_mask, 1),
         attackable_mask=slots,
+        lengths=(),
     )

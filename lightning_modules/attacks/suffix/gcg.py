@@ -120,13 +120,12 @@ class GCG:
             draft = None if self.probe is None else self._search(self.probe.model(model), batch)
             search.start_from(suffixes)
             rngs = example_rngs(batch, rng)
-            allowed = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only).to(
-                model.device
-            )
+            typable = typable_tokens(model.chat, embedding_weight(model).shape[0], self.ascii_only)
+            allowed, choices = typable.to(model.device), min(self.topk, int(typable.sum()) - 1)
             pools = [_Pool(self.buffer_size) for _ in search.slots]
             active = list(range(len(batch)))
             for step in range(self.num_steps):
-                active = self._step(search, draft, active, pools, rngs, allowed, first=step == 0)
+                active = self._step(search, draft, active, pools, rngs, allowed, choices, first=step == 0)
                 if not active:
                     break
             return search.result(), search.ledger.best
@@ -163,6 +162,7 @@ class GCG:
         pools: list[_Pool],
         rngs: list[torch.Generator],
         allowed: Bool[Tensor, " vocabulary"],
+        choices: int,
         first: bool,
     ) -> list[int]:
         """One step of all active behaviours; returns those that go on."""
@@ -178,7 +178,7 @@ class GCG:
             for row, suffix, value in zip(active, base.tolist(), initial, strict=True):
                 pools[row].add(suffix, value)
             search.ledger.record(active, base.tolist(), search.mean(rows, losses))
-        top = promising(search.model, gradient, base, allowed, self.topk)
+        top = promising(search.model, gradient, base, allowed, choices)
         swaps = dict(zip(active, zip(base.cpu(), top.cpu(), strict=True), strict=True))
         owners, candidates = search.typable(
             active,
@@ -224,8 +224,10 @@ class GCG:
         """Score candidates that were made from their behaviours' bases."""
         index = torch.tensor(owners, device=base.device)
         losses, could = search.scores_of_changes(index, candidates.to(base.device), active, base)
-        scores = self._objective(losses, search.target.mask[index]).cpu()
-        return _Tried(owners, candidates, scores, search.mean(index, losses).cpu(), could.cpu())
+        scores, means = self._objective(losses, search.target.mask[index]), search.mean(index, losses)
+        # One copy to the host, which waits for it.
+        scores, means, told = torch.stack([scores, means, could.to(scores)]).cpu()
+        return _Tried(owners, candidates, scores, means, told.bool())
 
     def _merged(
         self, search: SuffixSearch, tried: _Tried, active: list[int], base: Int[Tensor, "active suffix"]
@@ -300,18 +302,17 @@ def promising(
     gradient: Float[Tensor, "active suffix dim"],
     base: Int[Tensor, "active suffix"],
     allowed: Bool[Tensor, " vocabulary"],
-    topk: int,
+    choices: int,
 ) -> Int[Tensor, "active suffix choice"]:
     """Tokens whose one-hot coordinate has the most negative gradient, among allowed ones other than the
-    present; at most `topk` for a position."""
-    k = min(topk, int(allowed.sum()) - 1)
+    present: so many for a position, fewer than are allowed."""
     tops = []
     table = embedding_table(model)
     # One behaviour at a time: the whole vocabulary's scores at every position of all of them may not fit.
     for slope, present in zip(gradient, base, strict=True):
         scores = (slope.to(table.dtype) @ table.T).masked_fill(~allowed, torch.inf)
         scores.scatter_(1, present[:, None], torch.inf)
-        tops.append(scores.topk(k, dim=1, largest=False).indices)
+        tops.append(scores.topk(choices, dim=1, largest=False).indices)
     return torch.stack(tops)
 
 

@@ -317,8 +317,9 @@ class SuffixSearch:
 def best_by_owner(owners: Sequence[int], scores: Float[Tensor, " row"]) -> dict[int, int]:
     """Index of each behaviour's lowest-scored candidate."""
     best: dict[int, int] = {}
-    scores = scores.nan_to_num(nan=torch.inf)  # what cannot be scored is never the best of several
-    for i, (owner, score) in enumerate(zip(owners, scores.tolist(), strict=True)):
-        if owner not in best or score < scores[best[owner]]:
+    # What cannot be scored is never the best of several.
+    values = scores.nan_to_num(nan=torch.inf).tolist()
+    for i, (owner, score) in enumerate(zip(owners, values, strict=True)):
+        if owner not in best or score < values[best[owner]]:
             best[owner] = i
     return best

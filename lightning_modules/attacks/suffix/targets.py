@@ -66,7 +66,7 @@ class OtherTargets:
             rows.append(chat.reply(batch.envelope(i).prompt(chat, prompt), text))
             texts.append(text)
         ids, mask = (tensor.to(batch.prompt_ids.device) for tensor in pad(rows, "right"))
-        return replace(batch, harmful_ids=ids, harmful_mask=mask, targets=tuple(texts))
+        return replace(batch, harmful_ids=ids, harmful_mask=mask, targets=tuple(texts), lengths=())
 
     def _read(self) -> dict[str, list[str]]:
         if not Path(self.path).is_file():

@@ -133,7 +133,7 @@ class UniversalSuffix:
             everywhere = torch.tensor([suffix] * len(start), device=allowed.device)
             means = search.mean(start, search.losses(start, everywhere))
             search.ledger.record(start.tolist(), everywhere.tolist(), means)
-        top = promising(search.model, whole, base[:1], allowed, self.topk)[0]
+        top = promising(search.model, whole, base[:1], allowed, min(self.topk, int(allowed.sum()) - 1))[0]
         drawn = draw_swaps(base[0].cpu(), top.cpu(), self.width, 1, rng).tolist()
         drawn = [s for s, fits in zip(drawn, self._typable(search, drawn), strict=True) if fits]
         if not drawn:

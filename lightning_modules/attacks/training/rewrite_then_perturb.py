@@ -95,6 +95,7 @@ class RewriteThenPerturb:
             prompt_mask=mask.to(device),
             attackable_mask=(attackable.bool() & mask).to(device),
             prompts=tuple(texts),
+            lengths=(),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""Prompts with one reply each, as rows without a gap: scored many times, by an attack on their embeddings.
+
+A batch pads prompts on the left and replies on the right. Here each row's prompt and reply stand together and
+all padding at its end, where no token looks under causal attention: rows are shorter, and need no mask, so
+that a kernel may be used that takes none. Masks are read once at most, when the rows are made; scoring them
+waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_modules.models.decoder import decode, target_log_probs, weight_dtype
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.layout import causal_attention
+
+
+class PackedRows:
+    """The rows of a batch.
+
+    Args:
+        model: the model that scores them; it stays as it is meanwhile.
+        prompt_ids: left-padded.
+        prompt_mask: False on padding.
+        reply: what is scored; its last token is not fed.
+        prompt_lengths: tokens of each prompt, where the host knows them: with the reply's it then waits for
+            nothing.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        reply: Reply,
+        prompt_lengths: Sequence[int] = (),
+    ) -> None:
+        self.module, self.reply = model.module, reply
+        own, device = prompt_mask.sum(1, keepdim=True), prompt_mask.device
+        if prompt_lengths and reply.lengths:
+            self.width = max(map(sum, zip(prompt_lengths, reply.lengths, strict=True))) - 1
+        else:
+            self.width = int((own + reply.mask.sum(1, keepdim=True)).max()) - 1
+        place = torch.arange(self.width, device=device)[None]
+        self._is_prompt = place < own
+        padding = prompt_mask.shape[1] - own
+        # The reply's columns follow the prompt's in the batch as they do here; past its end is padding.
+        column = (padding + place).clamp_max(prompt_mask.shape[1] + reply.ids.shape[1] - 1)
+        self._column = column.where(self._is_prompt, 0)
+        self._place = (torch.arange(prompt_mask.shape[1], device=device) - padding).clamp_min(0)
+        self._prompt_mask = prompt_mask
+        ids = torch.cat([prompt_ids, reply.ids], dim=1).gather(1, column)
+        self.clean: Float[Tensor, "batch place dim"] = model.embed(ids).detach()
+        """Embeddings of prompts and replies."""
+        predicting = own - 1 + torch.arange(reply.ids.shape[1], device=device)
+        first = torch.arange(len(own), device=device)[:, None] * self.width
+        self._predicting = first + predicting.clamp_max(self.width - 1)
+        self._scored = reply.scored
+        self._attention, self._cache = causal_attention(self.module, self.width, device)
+        self._positions = place
+
+    def placed(self, values: Tensor) -> Tensor:
+        """(batch, prompt, ...) -> (batch, place, ...): values of the prompts' columns, 0 at the replies."""
+        index = self._column.view(*self._column.shape, *[1] * (values.ndim - 2))
+        found = values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+        return found * self._is_prompt.view(index.shape)
+
+    def returned(self, values: Float[Tensor, "batch place dim"]) -> Float[Tensor, "batch prompt dim"]:
+        """The reverse of `placed`: 0 on padding."""
+        found = values.gather(1, self._place[..., None].expand(-1, -1, values.shape[2]))
+        return found * self._prompt_mask[..., None]
+
+    def log_probs(
+        self, embeds: Float[Tensor, "row place dim"], rows: Int[Tensor, " row"] | None = None
+    ) -> Float[Tensor, "row reply"]:
+        """Log-probabilities of the replies' tokens, 0 on padding.
+
+        Args:
+            embeds: perturbed embeddings, in any float dtype.
+            rows: which of the batch's rows they are; None is all in their order, and waits for nothing.
+        """
+        own = embeds.to(weight_dtype(self.module))
+        hidden = decode(self.module, own, self._attention, self._positions, self._cache).flatten(0, 1)
+        scored, predicting, ids = self._scored, self._predicting, self.reply.ids
+        if rows is not None:
+            scored, ids = Reply(ids[rows], self.reply.mask[rows]).scored, ids[rows]
+            moved = torch.arange(len(rows), device=rows.device) - rows
+            predicting = predicting[rows] + moved[:, None] * self.width
+        states = hidden.index_select(0, predicting.flatten()[scored])
+        scores = target_log_probs(self.module, states, ids.flatten()[scored])
+        whole = torch.zeros(ids.numel(), dtype=scores.dtype, device=scores.device)
+        return whole.index_copy(0, scored, scores).view(ids.shape)
