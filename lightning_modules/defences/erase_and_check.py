@@ -4,7 +4,9 @@ what is left of it when up to d tokens are erased.
 The certificate: whatever is added within the mode (up to d tokens at the end; one or several blocks of up to
 d tokens; d tokens anywhere), one of the erased requests is the request without it. A harmful request that the
 filter flags by itself is therefore flagged under every such attack: the filter's clean accuracy is the
-certificate. The randomised variant (`sample`) looks at some of them only and certifies nothing.
+certificate. Tokens are those of the text as it is typed: what is added must not merge with the request's own,
+as no suffix of this project's searches does. The randomised variant (`sample`) looks at some of them only and
+certifies nothing.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class ThroughDefence:
         target = Reply(search.target.ids[index], search.target.mask[index])
         found = reply_losses(model, flat, target)
         place = torch.tensor(owner)
-        losses = torch.zeros(len(owners)).index_add(0, place, found)
+        losses = torch.zeros(len(owners), dtype=found.dtype).index_add(0, place, found)
         losses /= torch.bincount(place, minlength=len(owners))
         excesses = defence.excesses(model, requests) if self.penalty else None
         if excesses is not None:
