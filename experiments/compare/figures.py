@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from callbacks.metrics.names import Metric
 from callbacks.metrics.pareto import front
 from callbacks.report.drawing import AFTER, BEFORE, INK, Drawing, Point, canvas, mark, staircase
-from callbacks.report.results import Estimate
+from callbacks.report.results import Estimate, Snapshot
 from experiments.compare.runs import Run
 from experiments.compare.ways import way_of
 
@@ -19,6 +19,7 @@ NUMBERED = 20
 """Points that all bear their number; of more, those on the front."""
 FEW = 4
 """Numbers that one place bears."""
+UNTRAINED = "#9aa3ad"
 WITH_INTERVALS = 30
 """Points whose intervals are drawn; of more the table tells them."""
 
@@ -72,8 +73,12 @@ def _draw(runs: Sequence[Run], numbers: Mapping[str, int], metric: Metric, utili
     }
     best = front(places, (1, 1))
     with canvas(height=4.6) as (figure, axes):
+        untrained = _untrained(runs, metric, utility)
+        for point in untrained:
+            mark(axes, point)
         for run in runs:
-            mark(axes, _point(run, metric, utility, run.name in best, len(runs) <= WITH_INTERVALS))
+            color, arms = (BEFORE if run.name in best else AFTER), len(runs) <= WITH_INTERVALS
+            mark(axes, _point(run.after, metric, utility, color, arms))
         staircase(axes, [places[name] for name in best])
         shared: dict[tuple[float, float], list[str]] = defaultdict(list)
         for name in [*places] if len(runs) <= NUMBERED else best:
@@ -97,20 +102,28 @@ def _draw(runs: Sequence[Run], numbers: Mapping[str, int], metric: Metric, utili
     says = (
         f"Success: {what}. A point a run, by its number in the table; on the Pareto front, in red: "
         f"{', '.join(f'{numbers[name]} {name}' for name in best[:NUMBERED])}"
-        f"{f' and {len(best) - NUMBERED} more' if len(best) > NUMBERED else ''}.{left_out}"
+        f"{f' and {len(best) - NUMBERED} more' if len(best) > NUMBERED else ''}."
+        f"{' Hollow: before training.' if untrained else ''}{left_out}"
     )
     attack = metric.attack.replace("_", " ")
     return Drawing(f"Robustness against utility: {attack}", says, figure)
 
 
-def _point(run: Run, metric: Metric, utility: Metric, on_front: bool, intervals: bool) -> Point:
-    use, success = _measured(run, utility), _measured(run, metric)
+def _untrained(runs: Sequence[Run], metric: Metric, utility: Metric) -> list[Point]:
+    """What the runs began from, once each, hollow; a run whose own before was measured in another way than
+    its after holds none (report/load.py)."""
+    found: dict[str, Point] = {}
+    for run in runs:
+        own = run.before
+        if own is not None and {metric, utility} <= own.measures.keys():
+            found.setdefault(own.model, _point(own, metric, utility, UNTRAINED, arms=False, hollow=True))
+    return list(found.values())[:FEW]
+
+
+def _point(
+    own: Snapshot, metric: Metric, utility: Metric, color: str, arms: bool, hollow: bool = False
+) -> Point:
+    use, success = own.measures[utility].estimate, own.measures[metric].estimate
     across, up = (100 * use.low, 100 * use.high), (100 - 100 * success.high, 100 - 100 * success.low)
-    return Point(
-        100 * use.value,
-        100 - 100 * success.value,
-        run.name,
-        across if intervals else None,
-        up if intervals else None,
-        color=BEFORE if on_front else AFTER,
-    )
+    x, y = 100 * use.value, 100 - 100 * success.value
+    return Point(x, y, "", across if arms else None, up if arms else None, hollow, color)

@@ -240,6 +240,7 @@ def test_completion_offers_commands_options_and_the_fields_of_the_files_given(in
     assert completed(f"thundercat fit --config {TINYCHAT} --model.attack.num") == "--model.attack.num_steps="
     assert completed("thundercat list at") == "attacks"
     assert completed("thundercat chat runs/x --ckpt_path no") == "none"
+    assert completed("thundercat compare runs/x runs/y --stage va") == "validate"
 
 
 def completed(line: str) -> str:

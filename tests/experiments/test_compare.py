@@ -17,8 +17,10 @@ from callbacks.metrics.pareto import front
 from callbacks.report.cells import change
 from callbacks.report.events import events
 from callbacks.report.load import load_measured
+from callbacks.report.page import study_page
 from callbacks.report.results import PairedDifference
 from experiments.commands.compare import CompareCall, compare
+from experiments.commands.study import _side_by_side
 from experiments.compare.columns import columns_of
 from experiments.compare.comparison import warnings
 from experiments.compare.configurations import configuration_table, differing
@@ -27,7 +29,7 @@ from experiments.compare.figures import pareto
 from experiments.compare.runs import Run, chosen, common_stage, kept, names, read
 from experiments.compare.ways import letter, ways_of, ways_table
 from experiments.config.errors import ConfigError
-from tests.support.compared import BROKEN, N, run_folders, unpacked
+from tests.support.compared import BROKEN, N, run_folder, run_folders, unpacked
 
 Command = Callable[..., tuple[int, str, str]]
 GCG = Metric("success_rate", "harmful", "gcg")
@@ -109,7 +111,7 @@ def test_only_fields_that_differ_are_listed(runs: list[Run]) -> None:
 def test_the_front_is_drawn_of_what_was_measured_alike(runs: list[Run]) -> None:
     (drawing,) = pareto(runs).values()
     # b is better than a in both; c had another budget.
-    assert "on the Pareto front, in red: 2 b. 1 runs lack one of both" in drawing.description
+    assert "on the Pareto front, in red: 2 b. Hollow: before training. 1 runs lack" in drawing.description
     assert front({"x": (1.0, 2.0), "y": (2.0, 1.0), "z": (1.0, 1.0)}, (1, 1)) == ["x", "y"]
 
 
@@ -223,3 +225,19 @@ def test_the_baseline_is_one_of_the_runs(folders: list[Path], written: Path, tmp
         compare(CompareCall(words, str(tmp_path), baseline="aa"))
     html = (written / "compare.html").read_text(encoding="utf-8")
     assert '<option value="0" selected>a</option>' in html
+
+
+def test_a_study_leads_to_the_comparison_of_its_runs(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {"cat, wide": {0: run_folder(tmp_path / "cat", "a", "test")}}
+    runs["capo"] = {seed: run_folder(tmp_path / f"capo{seed}", "b", "test") for seed in (0, 1)}
+    links = _side_by_side("A study", runs, tmp_path / "out")
+    (text, place), *_ = links.items()
+    html = (tmp_path / "out" / place).read_text(encoding="utf-8")
+    assert "<title>A study: runs side by side</title>" in html
+    assert all(f">{name}</option>" in html for name in ("cat, wide", "capo, seed 0", "capo, seed 1"))
+    assert f'<a href="compare/compare.html">{text}</a>' in study_page("A study", [], [], {}, links)
+    # Without results of `test` the study's report stands alone, and says why.
+    assert _side_by_side("A study", {"a": {0: folders[0]}}, tmp_path / "none") == {}
+    assert "thundercat: no comparison: " in capsys.readouterr().err

@@ -26,11 +26,11 @@ def run_folders(root: Path) -> list[Path]:
     return [run_folder(root / name, name) for name in BROKEN]
 
 
-def run_folder(folder: Path, name: str) -> Path:
+def run_folder(folder: Path, name: str, stage: str = "fit") -> Path:
     """One of them."""
     store = ResultsStore(folder)
     for step in (0, 5):
-        for own, events in _planned(name, step):
+        for own, events in _planned(name, step, stage):
             store.announce([own])
             store.add(
                 row(
@@ -61,9 +61,9 @@ def run_folder(folder: Path, name: str) -> Path:
     return folder
 
 
-def _planned(name: str, step: int) -> list[tuple[Measurement, int]]:
+def _planned(name: str, step: int, stage: str) -> list[tuple[Measurement, int]]:
     """What is measured of a step, and on how many examples it occurs."""
-    model = {"step": step, "model": f"{name}{step}" if step else "base", "n": N}
+    model = {"stage": stage, "step": step, "model": f"{name}{step}" if step else "base", "n": N}
     utility = {"subject": "utility", "judge": "exact_match@1", "settings": "utility"}
     spent = "longer" if name == "c" else "short"
     return [
