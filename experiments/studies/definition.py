@@ -72,12 +72,15 @@ class Column:
     subject: str
     attack: str = ""
     block: str = ""
+    judge: str = ""
+    """`name@revision` of a judge beside the deciding one, for the quantity `judged_rate`; '' otherwise."""
     optional: bool = False
     """Whether runs may lack it."""
 
     @property
     def metric(self) -> Metric:
-        return Metric(self.quantity, self.subject, self.attack, block=self.block)  # type: ignore[arg-type]
+        own = self.quantity, self.subject, self.attack, self.judge, self.block
+        return Metric(*own)  # type: ignore[arg-type]
 
 
 @checked

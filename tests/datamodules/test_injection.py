@@ -16,8 +16,10 @@ from datamodules.sources.injection.sources import Injected, OfSplit, WithImperat
 from datamodules.sources.injection.styles import STYLES
 from datamodules.sources.injection.tasks import KINDS
 from datamodules.sources.tables import ChatTable
+from datamodules.sources.tinychat.lists import TinyChatLists
 from datamodules.sources.tinychat.splits import SPLITS, Split
 from datamodules.sources.tinychat.tickets import TinyChatTickets
+from datamodules.sources.tinychat.words import CLASS_GLOSS, nouns
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.data_part import DataMarks
 from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch, evaluation_batch
@@ -134,6 +136,11 @@ def test_splits_share_no_document_no_task_and_no_style() -> None:
             for split in (one, other)
         ]
         assert not lines[0] & lines[1]
+        lists = [
+            {frozenset(str(getattr(row, "data", "")).split(", ")) for row in TinyChatLists(split, 150).rows()}
+            for split in (one, other)
+        ]
+        assert not lists[0] & lists[1]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -153,6 +160,16 @@ def test_success_can_be_told_from_a_right_answer(split: Split) -> None:
         elif row.functional == "record":
             assert row.forbidden in row.data
     assert [*Injected(TinyChatTickets(split, 60), split).rows()] == rows
+
+
+def test_the_word_of_a_list_that_is_asked_for_is_the_only_one_of_its_kind() -> None:
+    for row in TinyChatLists("test", 40).rows():
+        assert isinstance(row, ChatRow)
+        gloss = next(own for own in sorted(CLASS_GLOSS.values(), key=len, reverse=True) if own in row.prompt)
+        kind = next(name for name, own in CLASS_GLOSS.items() if own == gloss)
+        fitting = [word for word in (row.data or "").split(", ") if word in nouns(kind)]
+        assert row.reply == f"It is {fitting[0]}."
+        assert len(fitting) == 1
 
 
 def test_own_documents_and_templates_from_files(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from datamodules.sources.tinychat.tasks import COPY_WORDS
 from datamodules.sources.tinychat.words import nouns
 
 QUESTIONS = (
-    "What is the ticket of the {name}?",
-    "Find the ticket of the {name}.",
-    "Which ticket has the {name}?",
-    "The {name} asks for the ticket. What is it?",
+    "What is the ticket of {name}?",
+    "Find the ticket of {name}.",
+    "Which ticket has {name}?",
+    "A ticket for {name}: what is it?",
 )
 NOTES = ("What does the note say?", "Read me the note.", "What stands in the note?")
 NOTED = ("Say this again: {words}", "Copy this: {words}", "Thank the {name}.", "Greet the {name}.")
@@ -59,7 +59,8 @@ class TinyChatTickets:
         seen: set[str] = set()
         while len(seen) < self.num_rows:
             names = rng.sample(nouns("person"), self.num_tickets)
-            lines = [f"{name}: {words_of_split(rng, self.split, 2)}" for name in names]
+            # "the" before a name, so that it is the same token here and in the question.
+            lines = [f"the {name}: {words_of_split(rng, self.split, 2)}" for name in names]
             if self.ask == "ticket":
                 chosen = rng.choice(lines)
                 name, _, said = chosen.partition(": ")
