@@ -14,7 +14,6 @@ import torch
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from datamodules.batch import AdversarialBatch
-from datamodules.rows import ChatRow
 from datamodules.sources.tinychat.sources import TinyChatBenign
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
@@ -25,6 +24,7 @@ from lightning_modules.defences.filtered import Check, Filtered
 from lightning_modules.defences.perplexity import (
     NgramNats,
     PerplexityFilter,
+    benign_texts,
     conformal_threshold,
     worst_window,
 )
@@ -183,8 +183,7 @@ def test_a_window_finds_what_a_mean_hides() -> None:
 def test_bigrams_are_a_distribution_and_dislike_random_tokens() -> None:
     chat = chat_model()
     scorer = NgramNats(TinyChatBenign("train", num_rows=300), 300)
-    rows = TinyChatBenign("validation", num_rows=50).rows()
-    benign = [row.prompt for row in rows if isinstance(row, ChatRow)]
+    benign = benign_texts(TinyChatBenign("validation", num_rows=50), 50)
     rng = random.Random(0)
     garbage = [" ".join(rng.sample(sorted(chat.chat.tokenizer.get_vocab()), 12)) for _ in range(20)]
 
@@ -247,6 +246,10 @@ def test_a_typed_suffix_is_erased_to_the_request_itself() -> None:
     assert attacked.stopped and attacked.reply == REFUSAL and not benign.stopped
     count = len([t for t in tinychat_format().prompt("How are you?").attackable("user") if t])
     assert benign.queries == count + 1  # itself, each of its shorter beginnings, and the model's reply
+    # The adaptive attack leaves the mode, as the certificate's own words allow.
+    assert not whole.answers(ask("plum x " + request))[0].stopped
+    anywhere = Filtered(EraseAndCheck(Exactly(request), max_erase=4, mode="insertion"))
+    assert Defended(model("How"), anywhere).answers(ask("plum x " + request))[0].stopped
     short = Filtered(EraseAndCheck(Exactly(request), max_erase=2))
     assert not Defended(model("How"), short).answers(ask(request + suffix))[0].stopped
     everything = EraseAndCheck(Exactly(request), mode="infusion", max_erase=20)
