@@ -24,6 +24,7 @@ from datamodules.text.encoding import EncodedHarmful, adversarial_batch
 from lightning_modules.attacks.base import Attack, AttackedPrompt, draw_seed, example_rngs
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.smoothed_pgd import SmoothedPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt, append_slots
 from lightning_modules.attacks.ledger import Ledger
 from lightning_modules.attacks.repeat import Repeat
@@ -81,6 +82,8 @@ def transfer_of(attack: Attack) -> Transfer | None:
             return FreeSuffix(attack.num_tokens, attack.init_token_id)
         case EmbeddingPGD():
             return RandomPoint(attack) if attack.epsilon is not None else None
+        case SmoothedPGD():
+            return transfer_of(attack.descent)
         case LatentPGD():
             bounded = attack.descent.epsilon is not None
             return RandomPoint(attack.descent, attack.layers, attack.embedding) if bounded else None

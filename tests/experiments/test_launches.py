@@ -102,7 +102,8 @@ def test_an_optimiser_step_waits_for_nothing(tmp_path: Path, checkpointed: bool)
         own.attach(object())  # type: ignore[arg-type]
         own.configure_model()
         # Adam asks for its step count, which is on the host.
-        own.configure_optimizers = lambda: torch.optim.SGD(own.parameters(), 0.1)  # type: ignore[method-assign]
+        plain = torch.optim.SGD(own.parameters(), 0.1)
+        own.configure_optimizers = lambda: plain  # type: ignore[method-assign]
         with calm(), Launches() as launches:
             fit(own, batches, {}, steps, _Costs(), AttackHealth())
         return launches.syncs

@@ -72,7 +72,7 @@ def test_b_every_step_has_noise_of_its_own(tmp_path: Path) -> None:
     module.trainer = trainer
     drawn = []
     for number in (0, 1):
-        trainer.fit_loop.epoch_loop.batch_progress.total.ready = number + 1
-        trainer.fit_loop.epoch_loop.batch_progress.current.ready = number + 1
+        progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer
+        progress.step.total.completed = number
         drawn.append(torch.randn(4, generator=module._rng()))
     assert not torch.equal(drawn[0], drawn[1])
