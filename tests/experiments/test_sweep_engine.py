@@ -21,25 +21,16 @@ from experiments.studies.processes import LOG
 from experiments.studies.scheduling import DONE
 from experiments.sweeps import engine as engine_module
 from experiments.sweeps.backends import Ray, Slurm
-from experiments.sweeps.engine import Engine
 from experiments.sweeps.search import COMMAND, ERROR, FOLDER, JOURNAL
 from experiments.sweeps.sweep_report import write_sweep
 from experiments.sweeps.trials import TRIALS
-from tests.support.sweeping import Sweeping
+from tests.support.sweeping import Sweeping, parameters, states
 
 
 @pytest.fixture
 def sweeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
     monkeypatch.chdir(tmp_path)
     return Sweeping(tmp_path)
-
-
-def parameters(method: list[str], epsilon: list[float]) -> dict[str, Any]:
-    return {"vars.method": {"values": method}, "vars.epsilon": {"values": epsilon}}
-
-
-def states(engine: Engine) -> list[str]:
-    return [own.state.name for own in engine.search.trials()]
 
 
 def test_a_failing_trial_is_recorded_and_the_best_that_keeps_the_constraints_is_tested_once(

@@ -11,25 +11,16 @@ import pytest
 
 from experiments.config.errors import ConfigError
 from experiments.sweeps import disk
-from experiments.sweeps.engine import Engine
 from experiments.sweeps.measured import Unmeasured, cells
 from experiments.sweeps.search import ERROR, FOLDER, Search
 from experiments.sweeps.trials import TRIALS, configuration, identity
-from tests.support.sweeping import COLUMNS, Sweeping
+from tests.support.sweeping import COLUMNS, Sweeping, parameters, states
 
 
 @pytest.fixture
 def sweeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
     monkeypatch.chdir(tmp_path)
     return Sweeping(tmp_path)
-
-
-def parameters(method: list[str], epsilon: list[float]) -> dict[str, Any]:
-    return {"vars.method": {"values": method}, "vars.epsilon": {"values": epsilon}}
-
-
-def states(engine: Engine) -> list[str]:
-    return [own.state.name for own in engine.search.trials()]
 
 
 # --- what is drawn

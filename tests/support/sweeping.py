@@ -133,3 +133,11 @@ class Sweeping:
         """What the program was asked: command and first letters of the folder."""
         path = self.place.parent / "calls.txt"
         return path.read_text().splitlines() if path.is_file() else []
+
+
+def parameters(method: list[str], epsilon: list[float]) -> dict[str, Any]:
+    return {"vars.method": {"values": method}, "vars.epsilon": {"values": epsilon}}
+
+
+def states(engine: Engine) -> list[str]:
+    return [own.state.name for own in engine.search.trials()]
