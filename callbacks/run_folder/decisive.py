@@ -48,6 +48,8 @@ ALL_ROWS = {"limit_train_batches": (None, 1.0), "overfit_batches": (None, 0.0)}
 """Further ones, kept only where they take rows away; the values that take none."""
 STEPS = ("trainer.max_steps", "trainer.max_epochs")
 """Kept beside them, to say so where they have changed."""
+ORDER = "data.order"
+"""Not a field: how the rows of a step in several micro-batches are drawn."""
 FREE = (
     "model.reference_cache",
     "model.defence",
@@ -90,6 +92,9 @@ def decisive(config: Mapping[str, Any]) -> Flat:
             fields |= flat(f"trainer.callbacks.{name}", filled(node))
     for name in ("model", "data"):
         fields |= flat(name, filled(config.get(name)))
+    if fields.get("data.micro_batches", 1) != 1:
+        # Until 0.2.0 the micro-batches decided which rows a step holds: such a run would go on with others.
+        fields[ORDER] = "rows drawn by the step"
     kept = {key: value for key, value in fields.items() if not _below(key, FREE)}
     # As the checkpoint gives it back: no tuples, no enums.
     plain = typing.cast(Flat, json.loads(json.dumps(kept, default=str)))

@@ -20,7 +20,7 @@ from callbacks.report.load import export, load
 from callbacks.report.report import write_report
 from callbacks.report.tables import rates
 from callbacks.run_folder.checkpoints import RunCheckpoints
-from callbacks.run_folder.decisive import decisive, differences
+from callbacks.run_folder.decisive import ORDER, decisive, differences
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import Measurement, ResultsStore
 from datamodules.settings import describe, settings_digest
@@ -238,3 +238,13 @@ def test_checkpoints_beyond_the_resumed_step_are_set_aside(tmp_path: Path) -> No
         "step_000002.ckpt",
         "step_000004.aside",
     ]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_run_of_several_micro_batches_does_not_go_on_with_other_rows(parts: int) -> None:
+    """Before, they decided which rows a step holds; a run begun then would have gone on in silence."""
+    data = {"class_path": "datamodules.adversarial.AdversarialData", "init_args": {"micro_batches": parts}}
+    now = decisive({"seed_everything": 0, "data": data})
+    begun = {key: value for key, value in now.items() if key != ORDER}
+    assert differences(now, now) == []
+    assert [text.split(":")[0] for text in differences(begun, now)] == ([ORDER] if parts > 1 else [])
