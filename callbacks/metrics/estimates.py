@@ -58,21 +58,18 @@ class Difference:
         )
 
 
-def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a binomial share (Wilson 1927).
+@lru_cache(maxsize=1 << 16)  # Pages of many runs ask for few counts again and again.
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson score interval of a binomial share (Wilson 1927), SciPy's; [0, 1] without trials.
 
-    centre = (p + z^2 / 2n) / (1 + z^2 / n),  half-width = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 /
-    4n^2)
+    successes: 0 to trials, not whole where they are a mean over seeds (hierarchical.py).
     """
     if trials == 0:
         return 0.0, 1.0
-    share, spread = successes / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    # At the ends the formula gives exactly 0 and 1, but for rounding.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == trials else min(1.0, centre + half)
-    return low, high
+    result = binomtest(0, trials, p=0.0)  # The test itself is not asked for; at p = 0 it costs least.
+    result.k = successes  # binomtest takes whole numbers alone, the interval of its result any.
+    interval = result.proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def rate(outcomes: Sequence[bool]) -> Estimate:
@@ -123,7 +120,10 @@ def exact_mcnemar(gained: int, lost: int) -> float:
 
 
 def newcombe_interval(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
-    """95 % interval of p_after - p_before from the four counts of paired outcomes (method 10)."""
+    """95 % interval of p_after - p_before from the four counts of paired outcomes (method 10).
+
+    Written out: SciPy has no interval of a difference of shares, statsmodels one of independent shares alone.
+    """
     n = both + gained + lost + neither
     after, before = (both + gained) / n, (both + lost) / n
     low_after, high_after = wilson_interval(both + gained, n)
