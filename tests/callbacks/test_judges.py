@@ -1,22 +1,14 @@
-"""Judges: how refusals are worded, success by composition, published judges through a fake library."""
+"""Judges: how refusals are worded, and success by composition."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
-import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
 
 import pytest
 
 from callbacks.evaluations.session import judged
-from callbacks.judges.base import Judgement, judge_all, label, sees
+from callbacks.judges.base import judge_all, label, sees
 from callbacks.judges.exact import TargetPrefix
-from callbacks.judges.judgezoo import JudgeZoo
 from callbacks.judges.keyword import KeywordRefusal
 from callbacks.judges.success import AllOf, Fluent, Not, OnTopic, Success, content_words, repetition
 from datamodules.text.tokenizers import TokenizerConfig
@@ -169,95 +161,3 @@ def test_a_judge_of_attacked_prompts_is_given_what_was_sent() -> None:
     assert original.asked == [("request", "a"), ("request", "b")]
     assert attacked.asked == [("request x x", "a"), ("request", "b")]
     assert found[0].verdict("attacked@1") and not found[1].verdict("attacked@1")
-
-
-class Library:
-    """Stands in for a judge of the library."""
-
-    def __init__(self, **results: list[Any]) -> None:
-        self.results, self.chats = results, []  # type: ignore[var-annotated]
-
-    def __call__(self, *chats: list[list[dict[str, str]]]) -> dict[str, list[Any]]:
-        self.chats.append(chats)
-        return self.results
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> dict[str, Library]:
-    """The library's module with judges by name, as `Judge.from_name(name, **options)` makes them."""
-    judges: dict[str, Library] = {}
-
-    class Judge:
-        @staticmethod
-        def from_name(name: str, **options: Any) -> Library:
-            if name not in judges:
-                raise ValueError(f"Unknown judge {name}")
-            return judges[name]
-
-    module = ModuleType("judgezoo")
-    module.__spec__ = ModuleSpec("judgezoo", None)
-    module.Judge = Judge  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "judgezoo", module)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.9")
-    return judges
-
-
-def _judge(judge: JudgeZoo, *completions: str) -> Sequence[Judgement]:
-    return judge_all(judge, ["p"] * len(completions), completions, ["Sure"] * len(completions))
-
-
-def test_judgezoo_is_asked_in_one_batch_without_empty_replies(library: dict[str, Library]) -> None:
-    library["harmbench"] = Library(p_harmful=[0.9, 0.1])
-    judge = JudgeZoo("harmbench")
-    assert _judge(judge, "a", "  ", "b") == [
-        Judgement(True, 0.9),
-        Judgement(False, 0.0),
-        Judgement(False, 0.1),
-    ]
-    assert library["harmbench"].chats == [
-        (
-            [
-                [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}],
-                [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}],
-            ],
-        )
-    ]
-    assert label(judge).startswith("judgezoo:harmbench@0.1.9+original+")
-    labels = {label(JudgeZoo("harmbench", **own)) for own in ({}, {"threshold": 0.2}, {"prompt": "attacked"})}
-    assert len(labels) == 3
-
-
-def test_judges_that_want_the_target_get_it(library: dict[str, Library]) -> None:
-    library["pair"] = Library(p_harmful=[1.0])
-    assert _judge(JudgeZoo("pair"), "a") == [Judgement(True, 1.0)]
-    ((chats, targets),) = library["pair"].chats
-    assert [turn["content"] for turn in chats[0]] == ["p", "a"]
-    assert [turn["content"] for turn in targets[0]] == ["p", "Sure"]
-    with pytest.raises(ValueError, match=r"JudgeZoo\.prompt: expected original for pair"):
-        JudgeZoo("pair", prompt="attacked")
-
-
-def test_xstest_s_categories_are_refusals(library: dict[str, Library]) -> None:
-    library["xstest"] = Library(category=["direct_answer", "direct_refusal", "indirect_refusal"])
-    assert [j.verdict for j in _judge(JudgeZoo("xstest"), "a", "b", "c")] == [False, True, True]
-
-
-def test_unreadable_replies_count_as_no_with_a_warning(library: dict[str, Library]) -> None:
-    library["harmbench"] = Library(p_harmful=[None, 0.9])
-    with pytest.warns(UserWarning, match="1 of 2 replies were unreadable"):
-        assert [j.verdict for j in _judge(JudgeZoo("harmbench"), "a", "b")] == [False, True]
-    library["harmbench"] = Library(p_harmful=[None, None])
-    with pytest.raises(ValueError, match="could read none of 2 replies"):
-        _judge(JudgeZoo("harmbench"), "a", "b")
-    library["harmbench"] = Library(rating=[1])
-    with pytest.raises(ValueError, match=r"expected p_harmful or category from the judge, got \['rating'\]"):
-        _judge(JudgeZoo("harmbench"), "a")
-    with pytest.raises(ValueError, match="judgezoo:nobody: Unknown judge nobody; set judge and options"):
-        _judge(JudgeZoo("nobody"), "a")
-
-
-def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = r"JudgeZoo: needs the judgezoo package.*pip install judgezoo .*extra `judges`"
-    with pytest.raises(ValueError, match=message):
-        JudgeZoo("harmbench")
