@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,12 @@ def line(judge: str, folder: Path = CARDS) -> str:
         f"{judge}: {trend}recall {share(own.recall)}, precision {share(own.precision)}, kappa "
         f"{number(own.kappa)}, n = {own.n}{held_out}, {where}"
     )
+
+
+def lines(judges: Iterable[str]) -> list[str]:
+    """A line on every judge, once; a worst case joins by `or` what its attacks' judges said."""
+    single = dict.fromkeys(judge for joined in judges for judge in joined.split(" or "))
+    return [line(judge) for judge in single if judge]
 
 
 @dataclass(frozen=True)

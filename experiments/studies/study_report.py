@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from callbacks.judges.card import line
+from callbacks.judges.card import lines
 from callbacks.metrics.hierarchical import SeedRate
 from callbacks.report.cells import MISSING, Cell, Table, p_value
 from callbacks.report.drawing import Drawing, Point, save, scatter
@@ -121,10 +121,7 @@ def judges(study: Study, rows: Mapping[str, Compared]) -> list[str]:
     """A line on every judge that has decided a column: what its card says, or that it has none."""
     metrics = [column.metric for column in study.columns.values()]
     told = [own for run in rows.values() for own in run.by_seed.values()]
-    named = dict.fromkeys(own[metric].judge for metric in metrics for own in told if metric in own)
-    # A worst case joins what its attacks' judges said.
-    single = dict.fromkeys(judge for joined in named for judge in joined.split(" or "))
-    return [line(judge) for judge in single if judge]
+    return lines(own[metric].judge for metric in metrics for own in told if metric in own)
 
 
 def cells(study: Study, rows: Mapping[str, Compared]) -> Table:

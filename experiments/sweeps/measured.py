@@ -29,6 +29,8 @@ class Cell:
     before: float | None = None
     """Before training, where it was measured in the same way."""
     is_rate: bool = True
+    judge: str = ""
+    """`name@revision` of what decided it."""
 
 
 def cells(sweep: Sweep, folder: Path) -> dict[str, Cell]:
@@ -58,7 +60,7 @@ def cells(sweep: Sweep, folder: Path) -> dict[str, Cell]:
         before = _value(results.before, column)
         before = None if before is None or math.isnan(before) else before
         own = after.estimate
-        found[label] = Cell(own.value, own.low, own.high, own.n, before, own.kind == "rate")
+        found[label] = Cell(own.value, own.low, own.high, own.n, before, own.kind == "rate", after.judge)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
+from callbacks.judges.card import lines
 from callbacks.report.cells import MISSING, Cell, Table
 from callbacks.report.drawing import Drawing, save
 from callbacks.report.escape import markdown
@@ -60,11 +61,13 @@ def write_sweep(search: Search, title: str, place: Path) -> str:
         tables.insert(0, best_table(search, best, place))
     importances = importance_table(search)
     tables += [importances] if importances is not None else []
+    signs = judges(search, best, place)
     name = search.sweep.name or f"Sweep {title}"
-    (place / "report.html").write_text(study_page(name, notes, tables, drawings), encoding="utf-8")
+    (place / "report.html").write_text(study_page(name, [*notes, *signs], tables, drawings), encoding="utf-8")
     parts = [f"# {markdown(name)}", *map(markdown, notes)]
     for table in tables:
         parts += [f"## {table.title}", table_text(table)]
+    parts.append("\n".join(f"- {markdown(sign)}" for sign in signs))
     parts += [f"![{markdown(own.title)}]({stem}.svg)" for stem, own in drawings.items()]
     document = "\n\n".join(part for part in parts if part) + "\n"
     (place / "report.md").write_text(document, encoding="utf-8")
@@ -91,6 +94,15 @@ def _notes(search: Search, best: FrozenTrial | None) -> list[str]:
         f"{counts}. The best of many looks better on the rows that it was chosen on than it is: test rows "
         "say what it is worth.",
     ]
+
+
+def judges(search: Search, best: FrozenTrial | None, place: Path) -> list[str]:
+    """A line on every judge that has decided a cell: what its card says, or that it has none."""
+    measured = [own.user_attrs.get(CELLS, {}) for own in search.trials()]
+    if best is not None:
+        measured.append(_tested(search, place / TRIALS / best.user_attrs[FOLDER]))
+    # Trials that an earlier version measured do not say who judged them.
+    return lines(cell.get("judge", "") for found in measured for cell in found.values())
 
 
 def trials_table(search: Search, best: FrozenTrial | None) -> Table:
@@ -153,6 +165,7 @@ def _tested(search: Search, folder: Path) -> dict[str, Mapping[str, Any]]:
                 "high": own.high,
                 "n": own.n,
                 "is_rate": own.kind == "rate",
+                "judge": measure.judge,
             }
     return found
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from markupsafe import escape
 
+from callbacks.judges.card import line
 from callbacks.report.cells import MISSING
+from callbacks.report.escape import markdown
 from experiments.config.errors import ConfigError
 from experiments.sweeps.definition import load_sweep
 from experiments.sweeps.search import Search
@@ -134,6 +137,10 @@ def test_trials_of_a_sweep_with_conditions_and_its_report(
     assert len(sweeping.calls()) == 4 and engine.search.best() is not None
     text = write_sweep(engine.search, "x", sweeping.place)
     assert f"| works too | {MISSING} |" in text
+    # What each judge's card says stands once under the tables, in both forms.
+    page = (sweeping.place / "report.html").read_text()
+    for judge in ("target_prefix@1", "exact_match@1"):
+        assert text.count(f"- {markdown(line(judge))}") == page.count(str(escape(line(judge)))) == 1
     with (sweeping.place / "trials.csv").open() as stream:
         rows = [*csv.DictReader(stream)]
     assert [row["vars.epsilon"] for row in rows] == ["0.3", "0.6", "0.9", ""]
