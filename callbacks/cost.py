@@ -4,7 +4,8 @@ One pass is one forward or one backward of one example. An attack says what it s
 (arXiv 2405.15589, table 1 counts 10/10 for CAT's); all else is counted at the models as it happens: a
 forward and a backward for each of an adversarial example's two replies, two for a utility example, what a
 reference or a teacher scores, and, with the first step, reference scores that are computed before training.
-What attacks took that training rows were collected with (red-team replay) stands beside it.
+What attacks took that training rows were collected with (red-team replay), and what generated them (a model's
+own replies), stands beside it.
 """
 
 from __future__ import annotations

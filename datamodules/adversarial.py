@@ -17,7 +17,7 @@ from datamodules.evaluation import EvaluationData, EvaluationSets, no_usable_row
 from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.overlap import find_overlap, overlap_error
 from datamodules.rows import RowProblem
-from datamodules.sources.base import ChatSource, Collected, HarmfulSource
+from datamodules.sources.base import ChatSource, HarmfulSource, collecting_passes
 from datamodules.sources.gather import gather
 from datamodules.streams import ATTACKED, Item, StepSampler, Stream
 from datamodules.text.chat_format import Attackable
@@ -131,9 +131,8 @@ class AdversarialData(EvaluationData):
 
     @property
     def collecting_passes(self) -> int:
-        """Passes of the attacks that training rows were collected with."""
-        sources = [*self.harmful_sources, *self.utility_sources]
-        return sum(own.collecting_passes for own in sources if isinstance(own, Collected))
+        """Passes of the attacks that training rows were collected with, and of what generated replies."""
+        return collecting_passes([*self.harmful_sources, *self.utility_sources])
 
     def harmful_batches(self) -> Iterator[AdversarialBatch]:
         """All harmful training rows in order, for what is computed once per row."""

@@ -3,7 +3,7 @@ is the data module's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
@@ -25,9 +25,16 @@ class ChatSource(Protocol):
 
 @runtime_checkable
 class Collected(Protocol):
-    """A source whose rows a model was attacked for: what that took belongs to the cost of training."""
+    """A source whose rows a model was attacked for, or wrote: what that took belongs to the cost of
+    training."""
 
     @property
     def collecting_passes(self) -> int:
-        """Forward and backward passes of single examples."""
+        """Forward and backward passes of single examples. A generated reply is one: with a cache each of its
+        positions goes through the model once."""
         ...
+
+
+def collecting_passes(sources: Iterable[object]) -> int:
+    """Of those sources that are `Collected`."""
+    return sum(own.collecting_passes for own in sources if isinstance(own, Collected))

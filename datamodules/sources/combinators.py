@@ -9,7 +9,7 @@ from typing import Literal
 
 from datamodules.fields import Count, checked
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
-from datamodules.sources.base import ChatSource, HarmfulSource
+from datamodules.sources.base import ChatSource, HarmfulSource, collecting_passes
 
 
 @checked
@@ -24,6 +24,10 @@ class AnsweredRequests:
     def __init__(self, source: HarmfulSource, reply: Literal["target", "safe"]) -> None:
         self.source = source
         self.reply = reply
+
+    @property
+    def collecting_passes(self) -> int:
+        return collecting_passes([self.source])
 
     def rows(self) -> Iterator[ChatRow | RowProblem]:
         for row in self.source.rows():
@@ -63,6 +67,10 @@ class RefusalsAsHarm:
         self.source = source
         self.refusals = refusals
 
+    @property
+    def collecting_passes(self) -> int:
+        return collecting_passes([self.source])
+
     def rows(self) -> Iterator[HarmfulRow | RowProblem]:
         for number, row in enumerate(self.source.rows()):
             if isinstance(row, RowProblem) or row.history:
@@ -92,6 +100,10 @@ class Repeated:
     def __init__(self, source: ChatSource, times: Count) -> None:
         self.source = source
         self.times = times
+
+    @property
+    def collecting_passes(self) -> int:
+        return collecting_passes([self.source])
 
     def rows(self) -> Iterator[ChatRow | RowProblem]:
         for row in self.source.rows():

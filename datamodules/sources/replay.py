@@ -59,9 +59,10 @@ class RedTeamReplay:
 
     @property
     def collecting_passes(self) -> int:
-        """Of the attacks that it takes from, on all requests: those that failed cost as much."""
+        """Of the attacks that it takes from, on all requests, and of the replies that showed what they won:
+        those that failed cost as much."""
         chosen = (row for row in self._attacked() if self.attacks is None or row.attack in self.attacks)
-        return sum(row.forward_passes + row.backward_passes for row in chosen)
+        return sum(row.forward_passes + row.backward_passes + row.queries + 1 for row in chosen)
 
     def _attacked(self) -> list[Row]:
         rows = read_rows(self.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Literal
 
 from datamodules.fields import Count, checked
@@ -104,8 +105,14 @@ class ChatTable:
         self.train_on: TrainOn = train_on
         self.turns = turns
 
+    @cached_property
+    def collecting_passes(self) -> int:
+        """A forward pass for every reply that a model wrote, used or not."""
+        return sum(1 for _ in read_records(self.path)) if self.format == "predictions" else 0
+
     def rows(self) -> Iterator[ChatRow | RowProblem]:
         """Raises: ValueError where `where` names a column or a value that no row has."""
+        _ = self.collecting_passes  # Counted now: the file may be another one when training ends.
         kept = 0
         seen: dict[str, set[str]] = {name: set() for name in self.where}
         columns: set[str] = set()

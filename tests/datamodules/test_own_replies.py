@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from datamodules.rows import ChatRow
+from datamodules.sources.base import collecting_passes
+from datamodules.sources.combinators import RefusalsAsHarm, Repeated
 from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.harmless_requests import FORMS, MATTERS, HarmlessRequests
-from datamodules.sources.tables import ChatTable
+from datamodules.sources.tables import ChatTable, HarmfulTable
 from datamodules.text.encoding import Encoder, EncodingConfig
 from tests.conftest import tinychat_format
 
@@ -67,13 +69,24 @@ def test_a_reply_that_was_cut_off_is_learned_without_an_end(tmp_path: Path) -> N
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chat = tinychat_format()
-    cut, whole, old = Encoder(chat, EncodingConfig(64)).chats(
-        ChatTable(str(path), format="predictions").rows()
-    )
+    source = ChatTable(str(path), format="predictions")
+    cut, whole, old = Encoder(chat, EncodingConfig(64)).chats(source.rows())
     assert [example.row.key for example in (cut, whole, old)] == ["a", "b", "c"]
     assert whole.reply == cut.reply + chat.end_of_turn
     assert old.reply == whole.reply
     assert cut.labels[-1] == cut.reply[-1]
+
+
+def test_a_model_s_own_replies_cost_a_pass_each_in_whatever_source_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(f'{{"key": "{i}", "prompt": "p", "reply": "r"}}\n' for i in range(3)))
+    source = ChatTable(str(path), format="predictions", limit=1)
+    assert len([*source.rows()]) == 1
+    path.unlink()
+    # All three were generated, however many are used.
+    assert collecting_passes([source, Repeated(RefusalsAsHarm(source, ["No."]), 2)]) == 3 + 3  # type: ignore[arg-type]
+    path.write_text('{"prompt": "p", "reply": "r"}\n')
+    assert collecting_passes([ChatTable(str(path)), HarmfulTable(str(path))]) == 0
 
 
 def harmbench(folder: Path) -> tuple[str, str]:

@@ -242,9 +242,10 @@ def test_replay_takes_successes_that_can_be_typed(tmp_path: Path) -> None:
         ),
         row("benign", subject="harmless", prompt="b", attacked="b x x", forward_passes=1000),
     )
-    # What lost has cost too; benign prompts under an attack are measured, not collected.
-    assert RedTeamReplay(run).collecting_passes == 7 + 4 + 100
-    assert RedTeamReplay(run, attacks=["beast"]).collecting_passes == 100
+    # What lost has cost too, and each of the seven replies; benign prompts under an attack are measured, not
+    # collected.
+    assert RedTeamReplay(run).collecting_passes == 7 + 4 + 100 + 7
+    assert RedTeamReplay(run, attacks=["beast"]).collecting_passes == 100 + 1
     found = [r for r in RedTeamReplay(run, "No.").rows() if isinstance(r, HarmfulRow)]
     assert [(r.prompt, r.origin, r.safe_reply, r.target) for r in found] == [
         ("p1 x x", "p1", "No.", "t"), ("p5 x", "p5", "No.", "t"), ("p6 y", "p6", "No.", "t"),
