@@ -139,7 +139,7 @@ class JudgeZoo:
             try:
                 self._loaded = self._made()
             except (ValueError, TypeError, OSError) as error:
-                said = " ".join(str(error).split())
+                said = " ".join(str(error).split()).rstrip(".")
                 raise ValueError(f"{self.name}: {said}; set judge and options") from error
         return self._loaded
 

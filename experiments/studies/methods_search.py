@@ -25,8 +25,12 @@ RATES: dict[str, Column] = {
     "refuses": Column("refusal_rate", "harmful"),
     "over-refusal": Column("over_refusal_rate", "harmless"),
     "utility": Column("exact_match", "utility"),
+    "benign refused, prefilling": Column("over_refusal_rate", "harmless", "prefilling"),
+    "utility, prefilling": Column("exact_match", "utility", "prefilling"),
     "benign refused, embedding": Column("over_refusal_rate", "harmless", "embedding"),
     "utility, embedding": Column("exact_match", "utility", "embedding"),
+    "benign refused, soft prompt": Column("over_refusal_rate", "harmless", "soft_prompt"),
+    "utility, soft prompt": Column("exact_match", "utility", "soft_prompt"),
     "benign refused, adaptive": Column("over_refusal_rate", "harmless", "adaptive_gcg"),
     "utility, adaptive": Column("exact_match", "utility", "adaptive_gcg"),
 }
