@@ -23,6 +23,7 @@ from datamodules.batch import pad as padded
 from datamodules.text.chat_format import ChatFormat, PromptTokens
 from lightning_modules.models.adapters import merged_adapters
 from lightning_modules.models.decoder import causal_lm, decode, log_probs_at, weight_dtype
+from lightning_modules.models.generation import generated_ids
 from lightning_modules.models.layout import branching_layout, decode_whole
 from lightning_modules.models.masks import numbers_of
 from lightning_modules.models.norms import short_norms
@@ -220,20 +221,20 @@ class LanguageModel:
         sampled: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             sampled |= {"temperature": temperature, "top_p": top_p}
-        with _evaluating(self.module.modules()):
-            out = causal_lm(self.module).generate(  # type: ignore[operator]
-                inputs_embeds=prompt_embeds.to(weight_dtype(self.module)),
-                attention_mask=prompt_mask.long(),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens,
-                    num_beams=1,
-                    eos_token_id=list(stop_ids),
-                    pad_token_id=stop_ids[0],
-                    **sampled,
-                ),
-            )
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_beams=1,
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+            **sampled,
+        )
+        parts = list(self.module.modules())
+        # Never rounded, as attacks may have it, nor by autocast: what is evaluated is the model itself.
+        merge = self._merge_adapters and not torch.is_autocast_enabled(self.device.type)
+        with _evaluating(parts), merged_adapters(parts, merge):
+            rows = generated_ids(self.module, prompt_embeds, prompt_mask, settings)
         stops = set(stop_ids)
-        return [_until(row, stops) for row in out.tolist()]
+        return [_until(row, stops) for row in rows]
 
     @torch.no_grad()
     def reply(
