@@ -6,10 +6,11 @@ views and allocations among them launch nothing on a GPU and are counted apart.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -28,6 +29,8 @@ READS = {
 """Operations whose result the host needs before it can go on, by what they are called here."""
 INDEXES = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 COPIES = {"tolist", "cpu", "numpy"}
+OWN = ("lightning_modules", "datamodules", "callbacks")
+"""Packages in which a wait is looked for."""
 
 
 class Launches:
@@ -46,7 +49,15 @@ class Launches:
         """Those that compute something: neither views nor allocations."""
         self.syncs: Counter[str] = Counter()
         """What would wait for a GPU, by kind."""
+        self.places: Counter[str] = Counter()
+        """The same by the innermost function of the project: on a CPU all tensors look alike, also those that
+        are on the host beside a GPU."""
         self._stack = ExitStack()
+
+    def wait(self, kind: str) -> None:
+        """Count one."""
+        self.syncs[kind] += 1
+        self.places[_place()] += 1
 
     def __enter__(self) -> Self:
         self._stack.enter_context(_Dispatched(self))
@@ -78,9 +89,9 @@ class _Dispatched(TorchDispatchMode):
             own.by_name[name] += 1
             own.kernels += not (func.is_view or name in ALLOCATES)
             if name in READS:
-                own.syncs[READS[name]] += 1
+                own.wait(READS[name])
             elif func in INDEXES and any(i is not None and i.dtype == torch.bool for i in args[1]):
-                own.syncs["boolean index"] += 1
+                own.wait("boolean index")
         return func(*args, **(kwargs or {}))
 
 
@@ -102,8 +113,18 @@ class _Called(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         to_host = name == "to" and any(_is_host(value) for value in (*args[1:], *(kwargs or {}).values()))
         if (name in COPIES or to_host) and args and isinstance(args[0], Tensor):
-            self.launches.syncs["copy to the host"] += 1
+            self.launches.wait("copy to the host")
         return func(*args, **(kwargs or {}))
+
+
+def _place() -> str:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(OWN):
+            return f"{module.rpartition('.')[2]}.{frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return ""
 
 
 def _is_host(value: object) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ class Chunked:
     def __init__(self, max_rows: int | None = None, device: torch.device | None = None) -> None:
         self.max_rows = max_rows or (64 if device is None or device.type == "cpu" else 512)
 
-    def __call__(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-        """function(*arguments) row by row; all arguments share their first dimension.
+    def __call__(self, function: Callable[..., Tensor], *arguments: Tensor | Sequence[Any]) -> Tensor:
+        """function(*arguments) row by row; all arguments share their first dimension or length.
 
         Raises: torch.OutOfMemoryError if a single row does not fit.
         """

@@ -48,8 +48,9 @@ class Ledger:
         """One backward pass for every entry of `rows`, with what it gave; a zero gradient is a sign of
         trouble."""
         _count(self.backward_passes, rows)
-        own = rows.to(self.zero_gradient.device)
-        self.zero_gradient[own] |= ~gradient.flatten(1).any(1).to(self.zero_gradient.device)
+        # Where the gradient is: a copy to the host would wait for it.
+        self.zero_gradient = self.zero_gradient.to(gradient.device)
+        self.zero_gradient[rows.to(gradient.device)] |= ~gradient.flatten(1).any(1)
 
     def count_queries(self, rows: Sequence[int]) -> None:
         """One generated reply for every entry of `rows`."""

@@ -140,6 +140,29 @@ def test_the_gcg_step_and_its_yardstick_are_counted() -> None:
     assert all(side["kernels"] > 0 and side["host_milliseconds"] > 0 for side in figures.values())
 
 
+def test_a_gcg_step_waits_twice() -> None:
+    """What can be typed is seen by the tokenizer, on the host, and the next suffix is chosen there."""
+    run = benchmark.gcg_step(2)["ours"]
+    run(1)
+    one, two = benchmark.counted(run, 1), benchmark.counted(run, 2)
+    places = two.places - one.places
+    # One for each round of drawing, on the host.
+    del places["gcg.GCG._step.<locals>.<lambda>"]
+    assert places == {
+        # A wait for what the gradient proposes; the other reads a score that is on the host already.
+        "gcg.GCG._step": 2,
+        # A wait for what was found of the candidates.
+        "gcg.GCG._tried": 1,
+        # Lists of what is on the host.
+        "search.SuffixSearch.gradient": 1,
+        "search.SuffixSearch.scores_of_changes": 2,
+        "gcg.GCG._step.<locals>.<dictcomp>": 1,
+        "search.best_by_owner": 1,
+        "ledger.CandidateLedger.record": 1,
+    }
+    assert two.syncs["nonzero"] == two.syncs["boolean index"] == 0
+
+
 def test_half_the_rows_a_micro_batch_are_the_same_rows() -> None:
     """Two micro-batches compute one attack, the loss's operations twice, and the same utility rows."""
     whole, halves = (

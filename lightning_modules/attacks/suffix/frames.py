@@ -40,6 +40,7 @@ class Frames:
         self, model: LanguageModel, slots: Sequence[SuffixSlot], target: Reply, lead: int = 0
     ) -> None:
         self.model, self.target = model, target
+        self.lengths = target.lengths or tuple(target.mask.sum(1).tolist())
         device = target.ids.device
         # Every continuation is given one length by letting shorter template ends borrow tokens from before
         # the suffix.
@@ -59,6 +60,10 @@ class Frames:
         self.place = torch.tensor([end - own for own in ends], device=device)
         # Where the tokens after a request in the middle stand; without one, they all stand together.
         self.second = self.place + torch.tensor([len(slot.middle) for slot in slots], device=device)
+        # On the host, too, where candidates are put in order.
+        self._where = {
+            own.type: (self.place.to(own), self.second.to(own)) for own in (device, torch.device("cpu"))
+        }
         self.head = slots[0].head
         self.prefix = prefix_cache(model, ids, prefix_mask)
 
@@ -76,13 +81,14 @@ class Frames:
         cache: PrefixCache | None = None,
         cached_rows: Int[Tensor, " row"] | None = None,
         skip: int = 0,
+        names: Sequence[int] | None = None,
     ) -> Float[Tensor, "row reply"]:
         """Losses with suffix embeddings put into their frames.
 
         `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns
-        are taken from its rows.
+        are taken from its rows. `names` are the rows where the host knows them; without, it asks for them.
         """
-        given, reply = self._given(rows, suffixes, embeds, cache, cached_rows, skip)
+        given, reply = self._given(rows, suffixes, embeds, cache, cached_rows, skip, names)
         losses = -continued_log_probs(self.model, *given, reply)
         return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - losses.shape[1]))
 
@@ -93,10 +99,12 @@ class Frames:
         cache: PrefixCache | None = None,
         cached_rows: Int[Tensor, " row"] | None = None,
         skip: int = 0,
+        names: Sequence[int] | None = None,
     ) -> Float[Tensor, "row reply 2"]:
         """Losses as `token_losses` without a gradient, and 1 where greedy decoding says the token after those
         before it, outside the target too."""
-        given, reply = self._given(rows, suffixes, self.model.embed(suffixes), cache, cached_rows, skip)
+        embeds = self.model.embed(suffixes)
+        given, reply = self._given(rows, suffixes, embeds, cache, cached_rows, skip, names)
         log_probs, said = continued_scores(self.model, *given, reply)
         missing = (0, self.target.mask.shape[1] - said.shape[1])
         losses = torch.nn.functional.pad(-log_probs, missing)
@@ -111,14 +119,16 @@ class Frames:
         cache: PrefixCache | None,
         cached_rows: Int[Tensor, " row"] | None,
         skip: int,
+        names: Sequence[int] | None,
     ) -> tuple[
         tuple[PrefixCache, Int[Tensor, " row"], Float[Tensor, "row rest dim"], Bool[Tensor, "row rest"]],
         Reply,
     ]:
         """What is fed after a cache, and the target that is scored."""
         whole, mask = self._frame(rows, suffixes, embeds)
-        longest = int(self.target.mask[rows].sum(1).max())
-        reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest])
+        lengths = tuple(self.lengths[row] for row in (rows.tolist() if names is None else names))
+        longest = max(lengths)
+        reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest], lengths)
         prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)
         index = rows if cached_rows is None else cached_rows
         return (prefix, index, whole[:, skip:], mask[:, skip:]), reply
@@ -168,5 +178,6 @@ class Frames:
 
     def _places(self, rows: Int[Tensor, " row"], size: int) -> Int[Tensor, "row size"]:
         """Frame columns before which the free tokens stand."""
-        first = self.place[rows, None].expand(-1, self.head)
-        return torch.cat([first, self.second[rows, None].expand(-1, size - self.head)], dim=1)
+        place, second = self._where[rows.device.type]
+        first = place[rows, None].expand(-1, self.head)
+        return torch.cat([first, second[rows, None].expand(-1, size - self.head)], dim=1)

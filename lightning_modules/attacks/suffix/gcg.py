@@ -166,20 +166,19 @@ class GCG:
         first: bool,
     ) -> list[int]:
         """One step of all active behaviours; returns those that go on."""
-        base = (
-            search.start[active]
-            if first
-            else torch.tensor([pools[row].base for row in active], device=allowed.device)
-        )
-        rows = torch.tensor(active, device=allowed.device)
-        losses, gradient = search.gradient(rows, base, self._objective)
+        # Suffixes and what is drawn from them are on the host, where it is seen what can be typed. The host
+        # waits twice: for what the gradient proposes, and for what was found of the candidates.
+        starts = [search.ledger.best[row] if first else pools[row].base for row in active]
+        rows, base = torch.tensor(active), torch.tensor(starts)
+        present = base.to(allowed.device)
+        losses, gradient = search.gradient(rows, present, self._objective)
         if first:
             initial = self._objective(losses, search.target.mask[rows]).tolist()
-            for row, suffix, value in zip(active, base.tolist(), initial, strict=True):
+            for row, suffix, value in zip(active, starts, initial, strict=True):
                 pools[row].add(suffix, value)
-            search.ledger.record(active, base.tolist(), search.mean(rows, losses))
-        top = promising(search.model, gradient, base, allowed, choices)
-        swaps = dict(zip(active, zip(base.cpu(), top.cpu(), strict=True), strict=True))
+            search.ledger.record(active, starts, search.mean(rows, losses))
+        top = promising(search.model, gradient, present, allowed, choices).cpu()
+        swaps = dict(zip(active, zip(base, top, strict=True), strict=True))
         owners, candidates = search.typable(
             active,
             self.width,
@@ -222,8 +221,8 @@ class GCG:
         base: Int[Tensor, "active suffix"],
     ) -> _Tried:
         """Score candidates that were made from their behaviours' bases."""
-        index = torch.tensor(owners, device=base.device)
-        losses, could = search.scores_of_changes(index, candidates.to(base.device), active, base)
+        index = torch.tensor(owners)
+        losses, could = search.scores_of_changes(index, candidates, active, base)
         scores, means = self._objective(losses, search.target.mask[index]), search.mean(index, losses)
         # One copy to the host, which waits for it.
         scores, means, told = torch.stack([scores, means, could.to(scores)]).cpu()
@@ -235,7 +234,7 @@ class GCG:
         """The best swaps of each behaviour put together one by one, as far as they can be typed."""
         order = tried.scores.argsort(stable=True).tolist()
         flat: list[tuple[int, list[int]]] = []
-        for row, start in zip(active, base.cpu(), strict=True):
+        for row, start in zip(active, base, strict=True):
             merged = start.clone()
             for number, i in enumerate([i for i in order if tried.owners[i] == row][: self.merge + 1]):
                 changed = tried.candidates[i] != start

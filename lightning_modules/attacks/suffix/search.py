@@ -78,8 +78,8 @@ class SuffixSearch:
         said = said[:, : int(said.sum(1).max())]
         self.counted = Reply(batch.harmful_ids[:, : said.shape[1]], said)
         mask = mask[:, :target_tokens]
-        width = int(mask.sum(1).max())
-        self.target = Reply(batch.harmful_ids[:, :width], mask[:, :width])
+        lengths = tuple(mask.sum(1).tolist())
+        self.target = Reply(batch.harmful_ids[:, : max(lengths)], mask[:, : max(lengths)], lengths)
         self.chunked = Chunked(max_rows, device)
         self.frames = Frames(model, self.slots, self.target, lead)
         self.start = torch.tensor([slot.suffix for slot in self.slots], device=device)
@@ -137,7 +137,7 @@ class SuffixSearch:
         Behaviours of like length form groups of some passes' worth of candidates, within which the order is
         by position.
         """
-        lengths = self.target.mask.sum(1)
+        lengths = torch.tensor(self.target.lengths)
         counts = torch.bincount(rows, minlength=len(lengths))
         by_length = lengths.argsort(stable=True)
         before = counts[by_length].cumsum(0) - counts[by_length]
@@ -160,34 +160,42 @@ class SuffixSearch:
             suffixes: the candidates.
             active: the behaviours that have candidates.
             base: the suffixes that those were made from.
+
+        Given on the host, where candidates are drawn, they wait for nothing.
         """
+        host, device = torch.device("cpu"), self.start.device
+        rows, suffixes, base = rows.to(host), suffixes.to(host), base.to(host)
         # A pass each, however much of it is shared: sharing saves time and not budget.
         self.ledger.count_forward(rows)
-        own = torch.tensor(active, device=base.device)
-        extended = self.frames.extended(own, base)
-        place = torch.zeros(len(self.slots), dtype=torch.long, device=base.device).scatter(
-            0, own, torch.arange(len(own), device=base.device)
-        )
+        own = torch.tensor(active)
+        extended = self.frames.extended(own.to(device), base.to(device))
+        place = torch.zeros(len(self.slots), dtype=torch.long).scatter(0, own, torch.arange(len(own)))
         first = (suffixes != base[place[rows]]).to(torch.uint8).argmax(1, keepdim=True)
         changed = self.frames.columns(rows, suffixes.shape[1]).gather(1, first).squeeze(1)
         order = self._order(rows, changed)
+        given, cached = rows[order], place[rows[order]].to(device)
         found = self.chunked(
-            lambda r, s, c: self.frames.token_scores(r, s, extended, place[r], int(c.min())),
-            rows[order],
-            suffixes[order],
-            changed[order],
+            lambda r, s, p, c, names: self.frames.token_scores(r, s, extended, p, min(c), names),
+            given.to(device),
+            suffixes[order].to(device),
+            cached,
+            changed[order].tolist(),
+            given.tolist(),
         )
-        return self._read(rows, torch.empty_like(found).index_copy(0, order, found))
+        found = torch.empty_like(found).index_copy(0, order.to(device), found)
+        return self._read(rows.to(device), found)
 
     def gradient(
         self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"], objective: TokenLoss
     ) -> tuple[Float[Tensor, "row reply"], Float[Tensor, "row suffix dim"]]:
-        """Token losses, and the gradient of each row's objective in its suffix embeddings."""
+        """Token losses, and the gradient of each row's objective in its suffix embeddings. Rows that are on
+        the host wait for nothing."""
+        index = rows.to(suffixes.device)
         embeds = self.model.embed(suffixes).detach().requires_grad_()
         # Evaluations call from loops that run without gradients.
         with torch.enable_grad():
-            losses = self.frames.token_losses(rows, suffixes, embeds)
-            (gradient,) = torch.autograd.grad(objective(losses, self.target.mask[rows]).sum(), embeds)
+            losses = self.frames.token_losses(index, suffixes, embeds, names=rows.tolist())
+            (gradient,) = torch.autograd.grad(objective(losses, self.target.mask[index]).sum(), embeds)
         self.ledger.count_forward(rows)
         self.ledger.count_backward(rows, gradient)
         return losses.detach(), gradient
