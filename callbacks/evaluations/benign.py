@@ -11,7 +11,7 @@ from callbacks.judges.base import Judge
 from callbacks.judges.exact import ExactMatch
 from datamodules.fields import Count, checked
 from lightning_modules.attacks.base import Attack
-from lightning_modules.attacks.transfer import TowardsRefusal, has_ball, transfer_of
+from lightning_modules.attacks.transfer import transfer_of, turned_of
 
 TOWARDS_REFUSAL = "_towards_refusal"
 """Ends the name of a search for refusals of benign prompts."""
@@ -29,7 +29,8 @@ class BenignUnderAttack:
     limit: Count | None = 100
     """Rows of each benign subject per attack, inside `fit` and elsewhere; null takes the evaluation's."""
     towards_refusal: bool = True
-    """For attacks within a ball, also search for perturbations that make the model refuse."""
+    """For attacks within a ball, also search for perturbations that make the model refuse; for directional
+    ablation, also add the direction."""
 
     def probes(self, attacks: Mapping[str, Attack], refusal: Judge) -> Iterator[Probe]:
         """The benign side of every attack of a suite."""
@@ -49,6 +50,7 @@ class BenignUnderAttack:
             )
             yield done
             yield replace(done, subject="utility", quantity="exact_match", judge=ExactMatch())
-            if self.towards_refusal and has_ball(attack):
-                title, search = f"{name}{TOWARDS_REFUSAL}", TowardsRefusal(attack)
+            search = turned_of(attack) if self.towards_refusal else None
+            if search is not None:
+                title = f"{name}{TOWARDS_REFUSAL}"
                 yield replace(done, quantity="forced_refusal_rate", name=title, transfer=search)

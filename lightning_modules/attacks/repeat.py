@@ -149,6 +149,8 @@ def merged(
         texts=choose_all(first.texts, second.texts),
         histories=choose_all(first.histories, second.histories),
         forced=choose_all(first.forced, second.forced),
+        # Of the model, not of an example: every run of one attack has the same.
+        ablated=first.ablated,
         queries=None
         if first.queries is None or second.queries is None
         else add(first.queries, second.queries),

@@ -24,6 +24,7 @@ from datamodules.text.encoding import EncodedHarmful, adversarial_batch
 from lightning_modules.attacks.base import Attack, AttackedPrompt, draw_seed, example_rngs
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.refusal_direction import DirectionalAblation
 from lightning_modules.attacks.embedding.smoothed_pgd import SmoothedPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt, append_slots
 from lightning_modules.attacks.ledger import Ledger
@@ -82,6 +83,8 @@ def transfer_of(attack: Attack) -> Transfer | None:
             return FreeSuffix(attack.num_tokens, attack.init_token_id)
         case EmbeddingPGD():
             return RandomPoint(attack) if attack.epsilon is not None else None
+        case DirectionalAblation():
+            return Ablated(attack)
         case SmoothedPGD():
             return transfer_of(attack.descent)
         case LatentPGD():
@@ -96,6 +99,13 @@ def has_ball(attack: Attack) -> bool:
     """Whether the attack moves the prompt's own embeddings within a radius."""
     inner = attack.attack if isinstance(attack, Repeat) else attack
     return isinstance(transfer_of(inner), RandomPoint)
+
+
+def turned_of(attack: Attack) -> Transfer | None:
+    """The attack turned towards a refusal of benign prompts; None for attacks on texts."""
+    if isinstance(attack, DirectionalAblation):
+        return DirectionAdded(attack)
+    return TowardsRefusal(attack) if has_ball(attack) else None
 
 
 @dataclass
@@ -205,6 +215,36 @@ class TowardsRefusal:
         self, model: LanguageModel, batch: EvaluationBatch, found: Found, rng: torch.Generator
     ) -> AttackedPrompt:
         return self.attack(model, with_targets(model, batch, found.refusals, found.attackable), rng)
+
+
+@dataclass
+class Ablated:
+    """The same direction removed while the model reads a benign prompt: what the attack costs otherwise."""
+
+    attack: DirectionalAblation
+
+    def __call__(
+        self, model: LanguageModel, batch: EvaluationBatch, found: Found, rng: torch.Generator
+    ) -> AttackedPrompt:
+        vector = self.attack.direction(model).vector
+        plain = Ledger(len(batch), batch.prompt_ids.device)
+        return replace(plain.attacked(batch.prompt_ids, batch.prompt_mask), ablated=vector)
+
+
+@dataclass
+class DirectionAdded:
+    """The direction added, as long as the means are apart, to the output of its layer at every position of a
+    benign prompt: whether it is refusal that lies along it."""
+
+    attack: DirectionalAblation
+
+    def __call__(
+        self, model: LanguageModel, batch: EvaluationBatch, found: Found, rng: torch.Generator
+    ) -> AttackedPrompt:
+        own = self.attack.direction(model)
+        plain = Ledger(len(batch), batch.prompt_ids.device)
+        moved = own.vector.expand(*batch.prompt_ids.shape, -1)
+        return replace(plain.attacked(batch.prompt_ids, batch.prompt_mask), layers={own.layer: moved})
 
 
 def around(request: str, sent: str) -> tuple[str, str] | None:

@@ -20,10 +20,11 @@ import lightning_modules.attacks
 from callbacks.judges.exact import TargetPrefix
 from datamodules.batch import AdversarialBatch
 from datamodules.rows import HarmfulRow
-from datamodules.sources.tinychat.sources import TinyChatHarmful
+from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from lightning_modules.attacks.base import Attack, AttackedPrompt, NoAttack
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.refusal_direction import DirectionalAblation
 from lightning_modules.attacks.embedding.smoothed_pgd import SmoothedPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.repeat import Repeat
@@ -187,6 +188,14 @@ CASES: dict[str, Case] = {
     "latent": Case(lambda: LatentPGD([0, 1], epsilon=0.5, radius_unit="embedding_norm", num_steps=4)),
     "latent_layer": Case(
         lambda: LatentPGD([0], embedding=False, epsilon=0.3, ball="linf", step_rule="sign", num_steps=3)
+    ),
+    # Prompts that nobody changed; its loss is that of a model without the direction.
+    "directional_ablation": Case(
+        lambda: DirectionalAblation(
+            SOURCE, TinyChatBenign("train", 8, categories=["guide"]), num_fit=4, num_validation=2, max_kl=1e9
+        ),
+        text=True,
+        typed=False,
     ),
     "mixture": Case(
         lambda: Mixture(
