@@ -84,7 +84,8 @@ def test_a_model_s_own_replies_cost_a_pass_each_in_whatever_source_they_are(tmp_
     assert len([*source.rows()]) == 1
     path.unlink()
     # All three were generated, however many are used.
-    assert collecting_passes([source, Repeated(RefusalsAsHarm(source, ["No."]), 2)]) == 3 + 3  # type: ignore[arg-type]
+    repeated = Repeated(RefusalsAsHarm(source, ["No."]), 2)
+    assert collecting_passes([source, repeated]) == 3 + 3
     path.write_text('{"prompt": "p", "reply": "r"}\n')
     assert collecting_passes([ChatTable(str(path)), HarmfulTable(str(path))]) == 0
 

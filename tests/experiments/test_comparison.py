@@ -37,7 +37,8 @@ from experiments.studies.methods_search import (
 from experiments.studies.study_report import cells, replies, write_study
 from tests.support.rows import measurement, row
 
-GOOD = {"refuses": 1.0, "utility": 1.0, "utility, embedding": 1.0, "utility, adaptive": 1.0}
+UNDER_ATTACK = ("prefilling", "embedding", "soft prompt", "adaptive")
+GOOD = {"refuses": 1.0, "utility": 1.0} | {f"utility, {attack}": 1.0 for attack in UNDER_ATTACK}
 
 
 def finished(

@@ -211,7 +211,9 @@ def test_a_signal_that_a_library_swallows_still_ends_the_start() -> None:
     assert done.stderr == "thundercat: stopped by SIGINT before anything was run\n"
 
 
-NOTHING_TRAINED = tuple("attack_ certify_ defences_ organism_ over_refusal red_team_ smollm2_replies".split())
+NOTHING_TRAINED = tuple(
+    "attack_ certify_ defences_ inside_ organism_ over_refusal red_team_ smollm2_replies".split()
+)
 
 
 def test_recipes_put_their_seed_into_their_folder(thundercat: Run) -> None:

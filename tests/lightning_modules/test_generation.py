@@ -13,7 +13,7 @@ from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.generation import _RoomyLayer, generated_ids
 from lightning_modules.models.language_model import LanguageModel
 from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model
-from tests.lightning_modules.test_language_model import lora
+from tests.support.adapters import lora
 
 NEW = 12
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "top_p": 0.9}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from datamodules.batch import AdversarialBatch
@@ -22,22 +21,12 @@ from lightning_modules.models.norms import short_norms
 from lightning_modules.models.packed import PackedRows
 from lightning_modules.pretrained import PretrainedModel
 from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model, utility
+from tests.support.adapters import lora
 from tests.support.training import double_norm
 
 
 def replies(batch: AdversarialBatch) -> tuple[Reply, Reply]:
     return Reply(batch.safe_ids, batch.safe_mask), Reply(batch.harmful_ids, batch.harmful_mask)
-
-
-def lora(model: nn.Module, **changes: object) -> nn.Module:
-    wrapped = get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
-    )  # type: ignore[arg-type]
-    g = torch.Generator().manual_seed(3)
-    for name, p in wrapped.named_parameters():
-        if "lora_B" in name:
-            p.data = torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.1
-    return wrapped
 
 
 @pytest.mark.parametrize("family", FAMILIES)
