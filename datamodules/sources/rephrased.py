@@ -1,9 +1,8 @@
 """Harmless requests from any data, asked for in the forms in which harmful ones are asked for.
 
 Harmful training sets ask in few forms ("Write a tutorial on how to ...", "Develop a plan to ..."), harmless
-ones in others, and a small model then learns to refuse the forms: SmolLM2-135M refused "give detailed
-instructions for how to grow basil indoors" and nothing in the forms of its harmless data, until the harmless
-requests were put into the harmful ones' forms too (experiments/LOG.md).
+ones in others, and a small model then learns to refuse the forms, whatever is asked for: SmolLM2-135M refused
+every "Write a tutorial ...", until harmless requests had these forms too (experiments/LOG.md).
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class Rephrased:
     `thundercat predict` puts a model's own beside them.
 
     Args:
-        source: the requests. One that asks for something else, adds a second sentence or has earlier turns is
-            left out; that none is left is an error as with every source.
+        source: the requests. One that asks for something else, adds a second sentence, has earlier turns or a
+            document is left out; that none is left is an error as with every source.
         num_forms: in how many of the forms each matter occurs.
         forms: texts with {} where the matter goes; null for the forms of public harmful requests.
     """
@@ -81,7 +80,7 @@ class Rephrased:
             if isinstance(row, RowProblem):
                 yield row
                 continue
-            matter = None if row.history else asked_for(row.prompt)
+            matter = None if row.history or row.data is not None else asked_for(row.prompt)
             if matter is None:
                 continue
             for j in range(self.num_forms):

@@ -56,10 +56,11 @@ def test_matters_in_forms_without_replies() -> None:
     ]
 
 
-def test_problems_pass_and_later_turns_are_left_out() -> None:
+def test_problems_pass_and_what_needs_its_surroundings_is_left_out() -> None:
     problem = RowProblem("f:0", "has no prompt")
     later = ChatRow("k", "How do I knit?", "", "f:1", history=(("hi", "ho"),))
-    assert list(Rephrased(Asked(problem, later)).rows()) == [problem]
+    document = ChatRow("d", "How do I cancel this?", "", "f:2", data="a contract")
+    assert list(Rephrased(Asked(problem, later, document)).rows()) == [problem]
 
 
 @pytest.mark.parametrize(
