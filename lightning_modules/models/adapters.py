@@ -18,14 +18,19 @@ def merged_adapters(parts: Iterable[nn.Module], enabled: bool = True, rounded: b
 
     The original tensors are put back, not recomputed, so nothing drifts. Layers below fp32 stay unmerged,
     since rounding the sum to bf16 loses a part of the adapter's delta, unless `rounded` takes that for half
-    the operations: the sum is then formed in fp32 and rounded once.
+    the operations: the sum is then formed in fp32 and rounded once. A head whose weight is the embeddings'
+    too stays unmerged: they would be read with its adapter in them.
     """
+    parts = list(parts)
+    tables = {id(part.weight) for part in parts if isinstance(part, nn.Embedding)}
     swapped: list[tuple[LoraLinear, Tensor]] = []
     try:
         if enabled:
             for layer in parts:
                 if isinstance(layer, LoraLinear) and _can_merge(layer, rounded):
                     weight = layer.get_base_layer().weight
+                    if id(weight) in tables:
+                        continue
                     original = weight.data
                     with torch.no_grad():
                         merged = original.clone()
@@ -60,6 +65,15 @@ def disabled_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def switches(model: nn.Module) -> list[tuple[bool, tuple[str, ...]]]:
+    """Of each layer with adapters whether they are off, and which are active: what weights do not tell."""
+    return [
+        (layer.disable_adapters, tuple(layer.active_adapters))
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
 
 
 def _can_merge(layer: LoraLinear, rounded: bool) -> bool:

@@ -3,7 +3,7 @@
 A candidate is the difference of the mean residual activations of harmful and of harmless requests, after one
 layer and at one of the prompt's last positions. Among the candidates that one is chosen whose removal makes
 the model least likely to begin a refusal, on requests that no mean has seen, and leaves what it says to
-harmless requests as it was.
+harmless requests as it was; added to harmless requests, it has to make a refusal more likely than not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_modules.models.decoder import causal_lm, decode, logits_of
-from lightning_modules.models.hidden_states import conversation_states, num_layers
+from lightning_modules.models.hidden_states import conversation_states, num_layers, perturbed_layers
 from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.masks import positions_of
 
@@ -42,13 +43,24 @@ class Direction:
     """Mean log-odds of beginning a refusal on harmful requests with the direction removed."""
     kl: float = float("nan")
     """Mean KL, in nats, of the first token's distribution on harmless requests, before to after removal."""
+    induced: float = float("nan")
+    """Mean log-odds of beginning a refusal on harmless requests with the direction added after its layer."""
 
 
 @torch.no_grad()
 def mean_differences(
     model: LanguageModel, harmful: Encoded, harmless: Encoded, num_positions: int
 ) -> list[Direction]:
-    """A candidate per layer and position, by layer and then from the last position backwards."""
+    """A candidate per layer and position, by layer and then from the last position backwards.
+
+    Raises: ValueError where a prompt has fewer positions: the mean would be one of padding.
+    """
+    shortest = min(int(own.prompt_mask.sum(1).min()) for own in (harmful, harmless))
+    if num_positions > shortest:
+        raise ValueError(
+            f"refusal direction: num_positions: expected at most {shortest}, the tokens of the shortest "
+            f"prompt, got {num_positions}"
+        )
     layers = range(num_layers(model))
 
     def mean(prompts: Encoded) -> Float[Tensor, "layer position dim"]:
@@ -77,7 +89,9 @@ def chosen(
     max_depth: float,
 ) -> Direction:
     """The candidate with the lowest refusal score among those that change harmless replies by at most
-    `max_kl`; where none does, the one that changes them least, and a warning.
+    `max_kl` and induce refusals where they are added; the conditions are the paper's. Where none induces
+    them, the one with the lowest score within `max_kl`; where none is within it, the one that changes
+    harmless replies least; either with a warning.
 
     Args:
         model: the model; its adapters are part of it.
@@ -89,7 +103,8 @@ def chosen(
         max_depth: candidates of deeper layers than this share of them are not tried: close to the head, a
             direction is the refusal's first token and no decision.
 
-    Raises: ValueError where a candidate has no length: the two kinds of requests are the same there.
+    Raises: ValueError where a candidate has no length, since the two kinds of requests are the same there, or
+        where the model's probabilities are not finite.
     """
     own = [c for c in candidates if c.layer + 1 <= max(1, max_depth * num_layers(model))]
     if any(not float(c.vector.norm()) > 0 for c in own):
@@ -104,20 +119,40 @@ def chosen(
             refusal = float(refusal_log_odds(first_log_probs(model, harmful), refusal_ids).mean())
             after = first_log_probs(model, harmless)
         kl = float((before.exp() * (before - after)).sum(1).mean())
-        scored.append(Direction(c.layer, c.position, c.vector, refusal, kl))
+        added = {c.layer: c.vector.expand(1, harmless.prompt_ids.shape[1], -1)}
+        with perturbed_layers(model, added):
+            induced = float(refusal_log_odds(first_log_probs(model, harmless), refusal_ids).mean())
+        if not all(map(isfinite, (refusal, kl, induced))):
+            raise ValueError(
+                f"refusal direction: expected finite probabilities without layer {c.layer}'s direction, got "
+                f"log-odds {refusal}, {induced} and KL {kl}; look at the model's weights"
+            )
+        scored.append(replace(c, refusal=refusal, kl=kl, induced=induced))
     kept = [c for c in scored if c.kl <= max_kl]
-    if kept:
-        return min(kept, key=lambda c: c.refusal)
-    best = min(scored, key=lambda c: c.kl)
-    log.warning(
-        "refusal direction: no candidate changes harmless replies by at most max_kl %g; taken: layer %d, "
-        "position %d, which changes them by %.3g nats",
-        max_kl,
-        best.layer,
-        best.position,
-        best.kl,
-    )
+    if not kept:
+        best = min(scored, key=lambda c: c.kl)
+        _warn(f"no candidate changes harmless replies by at most max_kl {max_kl:g}", best)
+        return best
+    inducing = [c for c in kept if c.induced > 0]
+    best = min(inducing or kept, key=lambda c: c.refusal)
+    if not inducing:
+        _warn(
+            f"no candidate within max_kl {max_kl:g} makes harmless requests refused where it is added", best
+        )
     return best
+
+
+def _warn(what: str, taken: Direction) -> None:
+    log.warning(
+        "refusal direction: %s; taken: layer %d, position %d, which changes them by %.3g nats (log-odds of a "
+        "refusal %.3g without it on harmful, %.3g with it on harmless requests)",
+        what,
+        taken.layer,
+        taken.position,
+        taken.kl,
+        taken.refusal,
+        taken.induced,
+    )
 
 
 @torch.no_grad()
@@ -161,8 +196,10 @@ def ablated(model: LanguageModel, vector: Float[Tensor, " dim"] | None) -> Itera
     unit = vector / vector.norm()
 
     def without(states: Tensor) -> Tensor:
-        own = unit.to(states)
-        return states - (states @ own)[..., None] * own
+        # In fp32 or wider: rounded products would leave a part of it.
+        wide = states if states.dtype == torch.float64 else states.float()
+        own = unit.to(wide)
+        return (wide - (wide @ own)[..., None] * own).to(states.dtype)
 
     def written(module: object, inputs: object, output: Any) -> Any:
         return (without(output[0]), *output[1:]) if isinstance(output, tuple) else without(output)

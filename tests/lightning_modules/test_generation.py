@@ -116,3 +116,15 @@ def test_adapters_are_merged_while_replies_are_drawn() -> None:
     )
     assert merged[0] == apart[0]
     assert merged[1] == 0 < apart[1]
+
+
+def test_a_head_that_is_the_embeddings_too_is_not_merged_into_them() -> None:
+    """Merged, prompts were embedded with the head's adapter in them, and most replies were others."""
+    batch, stops = ragged_batch(size=8), [VOCABULARY - 1]
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        model = lora(tiny_model("llama_tied"), target_modules=["q_proj", "lm_head"]).eval()
+    merged, apart = (
+        side.generate(side.embed(batch.prompt_ids), batch.prompt_mask, 6, stops)
+        for side in (LanguageModel(model, merge_adapters=merged) for merged in (True, False))
+    )
+    assert merged == apart

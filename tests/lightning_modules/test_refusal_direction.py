@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from lightning_modules.attacks.embedding.refusal_direction import DirectionalAblation
 from lightning_modules.attacks.transfer import Ablated, DirectionAdded, transfer_of, turned_of
+from lightning_modules.models.adapters import disabled_adapters
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.hidden_states import conversation_states
 from lightning_modules.models.language_model import Encoded, LanguageModel
@@ -23,6 +24,7 @@ from lightning_modules.models.refusal_direction import (
     refusal_log_odds,
 )
 from tests.conftest import FAMILIES, chat_model, text_batch, tiny_model
+from tests.support.adapters import lora
 
 HARMFUL, HARMLESS, REFUSAL = 5, 6, 7
 
@@ -77,19 +79,55 @@ def test_without_the_direction_a_refusal_is_as_likely_as_any_token() -> None:
     torch.testing.assert_close(refusal_log_odds(first_log_probs(model, unseen), [REFUSAL]), before)
 
 
-def test_validation_chooses_the_direction_that_refuses_and_spares_the_harmless() -> None:
-    """e1 takes the refusals away; e2 does nothing. Without e1 a harmless prompt's logit of -16 becomes 0:
-    from uniform over 96 tokens to uniform over 97, KL = ln(97 / 96) = 0.0104 nats. Below that, only e2 is
-    left."""
+def test_validation_chooses_the_direction_that_refuses_and_spares_the_harmless(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """2 e1 takes the refusals away; e2 does nothing. Without e1 a harmless prompt's logit of -16 becomes 0:
+    from uniform over 96 tokens to uniform over 97, KL = ln(97 / 96) = 0.0104 nats. Added, 2 e1 makes e0 + e1
+    of a harmless prompt's e0 - e1: log-odds 16 - ln 96 = 11.436."""
     model = linear_model()
-    first, second = torch.eye(32)[1], torch.eye(32)[2]
+    first, second = 2 * torch.eye(32)[1], torch.eye(32)[2]
     candidates = [Direction(0, -1, second), Direction(0, -2, first), Direction(1, -1, first)]
     unseen = prompts(HARMFUL), prompts(HARMLESS), [REFUSAL]
     found = chosen(model, candidates, *unseen, max_kl=0.1, max_depth=0.5)
     assert (found.layer, found.position) == (0, -2)
     assert found.kl == pytest.approx(0.01036, abs=1e-4)
     assert found.refusal == pytest.approx(-4.564, abs=1e-2)
+    assert found.induced == pytest.approx(11.436, abs=1e-2)
+    assert not caplog.text
+    # Below that, only e2 is left, which induces nothing.
     assert chosen(model, candidates, *unseen, max_kl=0.005, max_depth=0.5).position == -1
+    assert "no candidate within max_kl 0.005 makes harmless requests refused where it is added" in caplog.text
+
+
+def test_a_direction_that_induces_refusals_is_preferred_to_one_that_only_takes_them_away() -> None:
+    """Along -2 e1 the same is removed, and added, a harmless prompt's e0 - e1 becomes e0 - 3 e1."""
+    candidates = [Direction(0, -1, -2 * torch.eye(32)[1]), Direction(0, -2, 2 * torch.eye(32)[1])]
+    unseen = prompts(HARMFUL), prompts(HARMLESS), [REFUSAL]
+    assert chosen(linear_model(), candidates, *unseen, max_kl=0.1, max_depth=1.0).position == -2
+
+
+def test_probabilities_that_are_not_finite_are_no_choice() -> None:
+    model = linear_model()
+    with torch.no_grad():
+        causal_lm(model.module).get_output_embeddings().weight[9] = float("nan")
+    with pytest.raises(ValueError, match="expected finite probabilities without layer 0's direction"):
+        chosen(
+            model,
+            [Direction(0, -1, torch.eye(32)[1])],
+            prompts(HARMFUL),
+            prompts(HARMLESS),
+            [REFUSAL],
+            0.1,
+            1.0,
+        )
+
+
+def test_positions_before_the_shortest_prompt_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="num_positions: expected at most 2, the tokens of the shortest prompt"
+    ):
+        mean_differences(linear_model(), prompts(HARMFUL), prompts(HARMLESS), 3)
 
 
 def test_where_none_spares_the_harmless_the_least_harm_is_taken_and_said(
@@ -104,6 +142,18 @@ def test_the_same_requests_on_both_sides_have_no_direction() -> None:
     candidates = mean_differences(linear_model(), prompts(HARMFUL), prompts(HARMFUL), 1)
     with pytest.raises(ValueError, match="got a difference of length 0; lower num_positions"):
         chosen(linear_model(), candidates, prompts(HARMFUL), prompts(HARMLESS), [REFUSAL], 0.1, 1.0)
+
+
+def test_in_bf16_the_direction_is_gone_but_for_the_rounding_of_the_result() -> None:
+    model = LanguageModel(tiny_model(dtype=torch.bfloat16))
+    vector, own = torch.randn(32, generator=torch.Generator().manual_seed(0)), prompts(HARMFUL)
+    with torch.no_grad(), ablated(model, vector):
+        states = conversation_states(model, own.prompt_ids, own.prompt_mask, [0, 1])
+    for found in states:
+        kept = found[own.prompt_mask].double()
+        component = (kept @ (vector / vector.norm()).double()).abs()
+        # Each of 32 coordinates is rounded by at most 2^-9 of itself, in no common direction.
+        assert (component < 2**-9 * kept.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,6 +199,14 @@ def test_other_weights_have_another_direction() -> None:
     with torch.no_grad():
         causal_lm(model.module).get_decoder().layers[0].mlp.down_proj.weight.mul_(2)
     assert not torch.equal(own.direction(model).vector, first.vector)
+
+
+def test_without_its_adapters_a_model_has_another_direction() -> None:
+    own, adapted = attack(), chat_model()
+    model = LanguageModel(lora(adapted.module).eval(), adapted.chat)
+    first = own.direction(model)
+    with disabled_adapters(model.module):
+        assert not torch.equal(own.direction(model).vector, first.vector)
 
 
 def test_a_part_of_the_batch_keeps_the_ablation() -> None:

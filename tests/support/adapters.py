@@ -9,9 +9,8 @@ from torch import nn
 
 def lora(model: nn.Module, **changes: object) -> nn.Module:
     """The model with adapters of rank 4 that are not zero; `changes` are fields of LoraConfig."""
-    wrapped = get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
-    )  # type: ignore[arg-type]
+    fields = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes
+    wrapped = get_peft_model(model, LoraConfig(**fields))  # type: ignore[arg-type]
     g = torch.Generator().manual_seed(3)
     for name, p in wrapped.named_parameters():
         if "lora_B" in name:

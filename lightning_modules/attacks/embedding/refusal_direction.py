@@ -17,6 +17,7 @@ from datamodules.sources.gather import Source
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.embedding.pgd import target_loss
 from lightning_modules.attacks.ledger import Ledger
+from lightning_modules.models.adapters import switches
 from lightning_modules.models.fingerprint import fingerprint
 from lightning_modules.models.language_model import Encoded, LanguageModel, encoded
 from lightning_modules.models.refusal_direction import Direction, ablated, chosen, mean_differences
@@ -37,6 +38,7 @@ class DirectionalAblation:
         num_validation: the next requests of each kind, on which the candidate is chosen.
         num_positions: how many of the prompt's last positions are tried.
         max_kl: largest change of the first token's distribution on harmless requests, in nats [0.1 there].
+            Small models may have no direction within it that also induces refusals (a warning): try more.
         max_depth: the deepest layer tried, as a share of them [0.8 there].
     """
 
@@ -71,11 +73,11 @@ class DirectionalAblation:
         return replace(ledger.attacked(batch.prompt_ids, batch.prompt_mask), ablated=vector)
 
     def direction(self, model: LanguageModel) -> Direction:
-        """The direction of these weights; looked for once as long as they stay the same."""
-        weights = fingerprint(model.module)
-        if self._found is None or self._found[0] != weights:
+        """The direction of these weights and adapters; looked for once as long as they stay the same."""
+        computed = f"{fingerprint(model.module)} {switches(model.module)}"
+        if self._found is None or self._found[0] != computed:
             with model.frozen():
-                self._found = weights, self._find(model)
+                self._found = computed, self._find(model)
         return self._found[1]
 
     def _find(self, model: LanguageModel) -> Direction:
