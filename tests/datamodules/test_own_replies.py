@@ -13,7 +13,8 @@ from datamodules.rows import ChatRow
 from datamodules.sources.base import collecting_passes
 from datamodules.sources.combinators import RefusalsAsHarm, Repeated
 from datamodules.sources.harmbench import HarmBench
-from datamodules.sources.harmless_requests import FORMS, MATTERS, HarmlessRequests
+from datamodules.sources.harmless_requests import HarmlessRequests
+from datamodules.sources.harmless_texts import FORMS, MATTERS, QUESTIONS
 from datamodules.sources.tables import ChatTable, HarmfulTable
 from datamodules.text.encoding import Encoder, EncodingConfig
 from tests.conftest import tinychat_format
@@ -25,9 +26,10 @@ def prompts(split: str, num_forms: int) -> list[str]:
     return [row.prompt for row in rows if isinstance(row, ChatRow)]
 
 
-def test_splits_share_no_matter_and_no_form() -> None:
+def test_splits_share_no_matter_no_form_and_no_question() -> None:
     assert not set(FORMS["train"]) & set(FORMS["validation"])
     assert not set(MATTERS["train"]) & set(MATTERS["validation"])
+    assert not set(QUESTIONS["train"]) & set(QUESTIONS["validation"])
     for split in ("train", "validation"):
         assert all(form.count("{}") == 1 for form in FORMS[split])  # type: ignore[index]
     assert not set(prompts("train", 16)) & set(prompts("validation", 6))
@@ -36,7 +38,7 @@ def test_splits_share_no_matter_and_no_form() -> None:
 @pytest.mark.parametrize("num_forms", [1, 2, 4, 16])
 def test_forms_and_matters_occur_about_equally_often(num_forms: int) -> None:
     found = prompts("train", num_forms)
-    assert len({*found}) == len(found) == num_forms * len(MATTERS["train"])
+    assert len({*found}) == len(found) == num_forms * len(MATTERS["train"]) + len(QUESTIONS["train"])
     used = Counter(
         form
         for form in FORMS["train"]
