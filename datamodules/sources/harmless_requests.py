@@ -4,7 +4,7 @@ A model that is trained on harmful requests alone learns to refuse their form ("
 on how to build a bike"; arXiv 2405.15589 reports it of its own models), or single words ("kill weeds"). These
 are to be answered beside them: matters in forms, and questions about words, history, stories and rights that
 sound dangerous. Texts of the two splits are disjoint (harmless_texts.py). No prompt of XSTest is among them,
-though XSTest asks for the same kinds of thing: it stays a test of whether the kind, not the prompt, was learned.
+though XSTest asks for the same kinds of thing: it stays a test of whether the kind was learned.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from datamodules.sources.harmless_texts import FORMS, MATTERS, QUESTIONS, Split
 
 @checked
 class HarmlessRequests:
-    """Every matter in some of the forms, spread so that each form and each matter occurs about equally often; then
-    every question as it is.
+    """Every matter in some of the forms, spread so that each form and each matter occurs about equally often;
+    then every question as it is.
 
     Args:
         split: `train` or `validation`.
