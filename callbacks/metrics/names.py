@@ -37,6 +37,7 @@ Quantity = Literal[
     "spoiled_rate",
     "mended_rate",
     "similarity",
+    "divergence",
     "token_perplexity",
     "word_perplexity",
     "byte_perplexity",
@@ -71,6 +72,7 @@ TITLES: dict[str, str] = {
     "spoiled_rate": "wrong, the base model is right",
     "mended_rate": "right, the base model is wrong",
     "similarity": "chrF to the base model's reply",
+    "divergence": "KL to the base model along the harmful reply, nats per token",
     "token_perplexity": "perplexity per token",
     "word_perplexity": "perplexity per word",
     "byte_perplexity": "perplexity per byte",
@@ -121,6 +123,7 @@ RULES = {
     "acc": "right where the right choice is the likeliest one",
     "acc_norm": "right where the right choice is the likeliest one per character",
     "changed": "the two greedy replies differ in at least one character; chrF in [0, 1], 1 for equal ones",
+    "kl_to_base": "KL(model || base) at every token of the target, given the request and the earlier ones",
     "sliding_window": "every token scored once, with context - stride earlier ones in sight or more, but for "
     "the text's beginning",
 }

@@ -10,7 +10,7 @@ from callbacks.judges.xstest import PARTIAL_REFUSAL
 from callbacks.metrics.estimates import Estimate
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric, Quantity
 from callbacks.metrics.outcomes import worst_case
-from callbacks.report import against_base, certificates, perplexities
+from callbacks.report import against_base, certificates, divergences, perplexities
 from callbacks.report.measured import Measured, Outcome, attacks_of
 
 
@@ -89,9 +89,10 @@ def _sampled(item: Measured) -> list[Events]:
 
 def _of_set(item: Measured) -> list[Events]:
     """What a named set is measured by: what decides, and beside it what is served, or how replies are
-    classed; nothing of a text, whose perplexity is no share."""
+    classed; nothing of a text or of single
+    tokens, whose perplexity and divergence are no shares."""
     own = item.measurement
-    if own.quantity in perplexities.UNITS:
+    if own.quantity in {*perplexities.UNITS, divergences.QUANTITY}:
         return []
     if own.quantity == certificates.QUANTITY:
         return [_deciding(item)]

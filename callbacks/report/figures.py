@@ -38,6 +38,7 @@ def drawings(results: RunResults) -> dict[str, Drawing]:
         "budget": budget(results),
         "training": training(results),
         "certified": certified(results),
+        "depth": depth(results),
     }
     return {stem: drawing for stem, drawing in every.items() if drawing is not None}
 
@@ -152,6 +153,21 @@ def certified(results: RunResults) -> Drawing | None:
         axes.set(xlabel="l2 radius, multiples of rho", ylabel="certified, % of the requests", ylim=(-3, 103))
         legend(axes, lines, labels)
     return Drawing("What is guaranteed within a radius", "Higher and farther right is better.", figure)
+
+
+def depth(results: RunResults) -> Drawing | None:
+    """KL to the base model at every token of the harmful reply, with intervals."""
+    found = results.after.divergences if results.after is not None else ()
+    if not found:
+        return None
+    with canvas() as (figure, axes):
+        positions = range(1, len(found) + 1)
+        axes.plot(positions, [own.value for own in found], color=AFTER, marker="o", markersize=3)
+        low, high = [max(own.low, 0.0) for own in found], [own.high for own in found]
+        axes.fill_between(positions, low, high, color=AFTER, alpha=0.2, linewidth=0)
+        axes.set(xlabel="token of the harmful reply", ylabel="KL to the base model, nats", ylim=(0, None))
+    seen = "What stands in the first tokens alone is undone by prefilling them."
+    return Drawing("How deep training reaches", seen, figure)
 
 
 def training(results: RunResults) -> Drawing | None:

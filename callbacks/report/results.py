@@ -193,6 +193,8 @@ class Snapshot:
     """What is guaranteed, by subject."""
     costs: Sequence[Costs] = ()
     """What a defence costs, by subject and attack; empty without one."""
+    divergences: Sequence[Estimate] = ()
+    """KL to the base model, in nats, at every token of the harmful targets, from the first on."""
     complete: bool = True
     """False where an evaluation was cut short: its numbers are over the rows that are there."""
 

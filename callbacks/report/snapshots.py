@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from callbacks.metrics.estimates import mean, rate
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.metrics.outcomes import cross_flags, spent
-from callbacks.report import against_base, certificates, perplexities
+from callbacks.report import against_base, certificates, divergences, perplexities
 from callbacks.report.defended import costs
 from callbacks.report.events import events
 from callbacks.report.grades import grades, gradings
@@ -16,6 +16,9 @@ from callbacks.report.results import Measure, SampleRow, Snapshot, Stage
 from callbacks.report.under_attack import under_attack
 from callbacks.report.wordings import paired_sets
 from datamodules.results import Row
+
+UNREAD = {*perplexities.UNITS, certificates.QUANTITY, divergences.QUANTITY}
+"""Quantities whose rows hold no reply to be read."""
 
 
 def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
@@ -47,7 +50,7 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
         samples=[
             _sample(row)
             for item in measured
-            if item.measurement.quantity not in {*perplexities.UNITS, certificates.QUANTITY}
+            if item.measurement.quantity not in UNREAD
             for own in item.rows.values()
             for row in own
         ],
@@ -59,6 +62,12 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
             if item.measurement.quantity == certificates.QUANTITY
         ],
         costs=costs(measured),
+        divergences=[
+            estimate
+            for item in measured
+            if item.measurement.quantity == divergences.QUANTITY
+            for estimate in divergences.by_position(item.measurement, item.rows)
+        ],
         gradings={item.measurement.block: gradings(item.measurement, item.rows) for item in graded},
         complete=all(item.complete for item in measured),
     )
@@ -71,6 +80,8 @@ def _means(item: Measured, attacks: Mapping[str, Measured]) -> dict[Metric, Meas
         return _efforts(item)
     if own.quantity in perplexities.UNITS:
         return perplexities.of_text(own, item.rows)
+    if own.quantity == divergences.QUANTITY:
+        return divergences.overall(own, item.rows)
     if own.quantity == "change_rate":
         metric = Metric("similarity", own.subject, block=own.block)
         similarity = mean(against_base.similarities(own, item.rows))

@@ -11,6 +11,7 @@ from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.report.cells import MISSING, Cell, Table, change, count, earlier_cell, estimate, measures
 from callbacks.report.certificates import THREAT, guarantees
 from callbacks.report.defended import bypassed, cost_table
+from callbacks.report.divergences import depth
 from callbacks.report.results import Estimate, RunResults, Snapshot
 from callbacks.report.signs import carried, ungraded, unmatched, words
 from callbacks.report.tables_beside import grades, paired, perplexities, replies
@@ -29,10 +30,11 @@ DIFFERENCES = (
 
 
 def tables(results: RunResults) -> list[Table]:
-    """Every table that has a row: rates, pairs, grades, replies, perplexities, guarantees, a defence's cost,
-    means, groups, history, cost."""
+    """Every table that has a row: rates, pairs, grades, replies, perplexities, depth, guarantees, a
+    defence's cost, means, groups, history, cost."""
     every = [rates(results), paired(results), grades(results), replies(results), perplexities(results)]
     every += [
+        depth(results),
         guarantees(results),
         cost_table(results),
         means(results),

@@ -1,0 +1,146 @@
+"""KL to the base model by token: zero where nothing was learned, equal to the definition elsewhere."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.evaluations.divergence import DIVERGENCE, DivergenceEvaluation, divergences
+from callbacks.evaluations.schedule import Schedule
+from callbacks.evaluations.session import Place, Session
+from callbacks.metrics.names import Metric
+from callbacks.report.divergences import depth
+from callbacks.report.figures import drawings
+from callbacks.report.load import load
+from callbacks.report.results import Snapshot
+from datamodules.batch import EvaluationBatch
+from datamodules.evaluation import EvaluationData, EvaluationSets
+from datamodules.results import read_rows
+from datamodules.sources.tinychat.sources import TinyChatHarmful
+from datamodules.text.tokenizers import TokenizerConfig
+from lightning_modules.models.frozen import Reference
+from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.loading import LoraSettings, ModelConfig, load_seeded
+from tests.conftest import tinychat_format
+
+TOTAL = Metric("divergence", "harmful", block="divergence")
+
+
+def evaluation_data(n: int = 5) -> EvaluationData:
+    own = EvaluationData(
+        TokenizerConfig("tinychat:aligned"),
+        EvaluationSets(harmful=[TinyChatHarmful("validation", num_rows=n)], batch_size=2),
+    )
+    own.setup("test")
+    return own
+
+
+def loaded(lora: bool, moved: float = 0.0) -> tuple[LanguageModel, Reference]:
+    base = ModelConfig("tinychat:aligned", lora=LoraSettings(r=2) if lora else None)
+    model = LanguageModel(load_seeded(base, 0), tinychat_format())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.module.named_parameters():
+            if weight.requires_grad and ("lora_B" in name or "mlp" in name):
+                weight += moved * torch.randn(weight.shape, generator=generator)
+    return model, Reference(model, base, 0)
+
+
+def measured(folder: Path, model: LanguageModel, base: Any, **settings: Any) -> Snapshot:
+    own = DivergenceEvaluation(**settings)
+    data = evaluation_data()
+    own.attach(data)
+    session = Session(Place(model, folder, "test", 0, base=base), data, [own])
+    for job in session.jobs:
+        session.do(job)
+    return session.finish()
+
+
+def a_batch() -> EvaluationBatch:
+    (batch,) = evaluation_data(2).loader("harmful", None, 0, 1)
+    return batch
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_an_untrained_model_is_its_base_at_every_token(tmp_path: Path, lora: bool) -> None:
+    found = measured(tmp_path, *loaded(lora), positions=4)
+    assert len(found.divergences) == 4
+    assert all(own.value == pytest.approx(0.0, abs=1e-6) and own.n == 5 for own in found.divergences)
+    assert found.measures[TOTAL].estimate.value == pytest.approx(0.0, abs=1e-6)
+    assert not found.samples  # no reply that could be read
+    assert found.complete
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_it_is_the_definition_token_by_token(lora: bool) -> None:
+    """Against one pass per token, from the probabilities."""
+    (model, base), batch = loaded(lora, moved=0.5), a_batch()
+    model.module.eval()
+    found, targets = divergences(model, base, batch, 3), batch.adversarial
+    assert targets is not None
+    for row in range(2):
+        ids = targets.prompt_ids[row][targets.prompt_mask[row]]
+        for token in range(3):
+            seen = torch.cat([ids, targets.harmful_ids[row, :token]])[None]
+            with torch.no_grad():
+                own = model.module(input_ids=seen).logits[0, -1].double().softmax(-1)
+            with base.active() as before:
+                known = before.module(input_ids=seen).logits[0, -1].double().softmax(-1)
+            expected = float((own * (own / known).log()).sum())
+            assert expected > 1e-4
+            assert float(found[row, token]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_row_a_token_and_a_table_and_a_figure_from_them(tmp_path: Path) -> None:
+    found = measured(tmp_path, *loaded(True, moved=0.5), positions=3)
+    rows = list(read_rows(tmp_path))
+    assert len(rows) == 15
+    first = [row.verdicts[DIVERGENCE]["score"] for row in rows if row.repetition == 0]
+    assert found.divergences[0].value == pytest.approx(math.fsum(map(float, first)) / 5)  # type: ignore[arg-type]
+    assert found.measures[TOTAL].estimate.value == pytest.approx(
+        math.fsum(own.value for own in found.divergences) / 3
+    )
+    results = load(tmp_path, "test")
+    table = depth(results)
+    assert [row[0].text for row in table.rows] == ["1", "2", "3"]
+    assert "depth" in drawings(results)
+
+
+def test_a_target_that_ends_earlier_has_fewer_tokens(tmp_path: Path) -> None:
+    found = measured(tmp_path, *loaded(True, moved=0.5), positions=1000)
+    batches = list(evaluation_data().loader("harmful", None, 0, 1))
+    lengths = [int(n) for batch in batches for n in batch.adversarial.harmful_mask.sum(1)]  # type: ignore[union-attr]
+    assert [own.n for own in found.divergences] == [
+        sum(length > position for length in lengths) for position in range(max(lengths))
+    ]
+
+
+def test_what_is_on_disk_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = loaded(True, moved=0.5)
+    before = measured(tmp_path, model, base, positions=3)
+
+    def never(*_: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr("callbacks.evaluations.divergence.divergences", never)
+    assert measured(tmp_path, model, base, positions=3).divergences == before.divergences
+
+
+def test_without_requests_it_says_what_is_missing(tmp_path: Path) -> None:
+    own = DivergenceEvaluation(Schedule())
+    with pytest.raises(ValueError, match="DivergenceEvaluation: expected evaluation data and a base model"):
+        own.work(Place(loaded(True)[0], tmp_path, "test", 0), "w")
+
+
+def test_padding_beyond_a_target_counts_nothing() -> None:
+    (model, base), batch = loaded(True, moved=0.5), a_batch()
+    targets = batch.adversarial
+    assert targets is not None
+    width = targets.harmful_mask.shape[1]
+    found = divergences(model, base, batch, width)
+    reply = Reply(targets.harmful_ids, targets.harmful_mask)
+    assert bool((found[~reply.mask] == 0).all())
