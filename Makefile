@@ -32,9 +32,12 @@ tinychat: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml --overwrite
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
-# CAT on SmolLM2-135M-Instruct. Both halves go on where they were stopped: replies that are there are kept, training resumes.
-smollm2: runs/smollm2_replies/predictions.jsonl
+# CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Each of the three goes on where it was stopped.
+smollm2: runs/smollm2_aligned_seed0/model_merged/config.json
 	$(BIN)/thundercat fit --config configs/experiment/cat_smollm2.yaml --ckpt_path last
+
+runs/smollm2_aligned_seed0/model_merged/config.json: | runs/smollm2_replies/predictions.jsonl
+	$(BIN)/thundercat fit --config configs/experiment/smollm2_aligned.yaml --ckpt_path last
 
 # Every defence of the study, judged: hours on 2 cores. What is done is kept.
 smollm2-study: runs/smollm2_replies/predictions.jsonl
