@@ -43,6 +43,7 @@ runs/smollm2_aligned_seed0/model_merged/config.json: | runs/smollm2_replies/pred
 smollm2-study: runs/smollm2_replies/predictions.jsonl
 	$(PIP) -e '.[benchmarks]'
 	$(BIN)/thundercat study configs/study/smollm2.yaml --out experiments/results/smollm2_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml --out experiments/results/smollm2_suffixes_cpu_202611
 
 runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
 	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
