@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -17,15 +20,36 @@ def score_replies(
     attacked: AttackedPrompt,
     reference: ReferenceScores | None = None,
 ) -> ReplyScores:
-    """Both replies under the same perturbation, the one found for the harmful target."""
+    """Both replies under the same perturbation, the one found for the harmful target.
+
+    Where an attack begins the replies with tokens of the target, the harmful one is what remains of it.
+
+    Raises: ValueError for begun replies with a reference, whose scores are of whole replies.
+    """
     _, harmful_lengths, safe_lengths = zip(*batch.lengths, strict=True) if batch.lengths else ((), (), ())
-    replies = (
-        Reply(batch.safe_ids, batch.safe_mask, safe_lengths),
-        Reply(batch.harmful_ids, batch.harmful_mask, harmful_lengths),
-    )
+    safe_reply = Reply(batch.safe_ids, batch.safe_mask, safe_lengths)
+    harmful_reply = Reply(batch.harmful_ids, batch.harmful_mask, harmful_lengths)
+    if any(attacked.forced):
+        if reference is not None:
+            raise ValueError(
+                "model.attack: expected an attack that begins no reply beside an objective with a reference, "
+                "whose scores are of whole replies; use another attack, or an objective without one"
+            )
+        harmful_reply = _remaining(harmful_reply, attacked.forced)
     with attacked.applied(model) as embeds:
-        safe, harmful = model.reply_log_probs(embeds, attacked.prompt_mask, *replies)
-    return ReplyScores(safe, batch.safe_mask, harmful, batch.harmful_mask, reference)
+        safe, harmful = model.reply_log_probs(embeds, attacked.prompt_mask, safe_reply, harmful_reply)
+    return ReplyScores(safe, safe_reply.mask, harmful, harmful_reply.mask, reference)
+
+
+def _remaining(reply: Reply, begun: Sequence[Sequence[int]]) -> Reply:
+    """Every reply without the tokens that it was begun with, as wide as before."""
+    ids, mask = torch.zeros_like(reply.ids), torch.zeros_like(reply.mask)
+    width = reply.ids.shape[1]
+    for i, own in enumerate(begun):
+        ids[i, : width - len(own)] = reply.ids[i, len(own) :]
+        mask[i, : width - len(own)] = reply.mask[i, len(own) :]
+    lengths = [length - len(own) for length, own in zip(reply.lengths, begun, strict=False)]
+    return Reply(ids, mask, tuple(lengths))
 
 
 def score_utility(

@@ -49,6 +49,7 @@ from lightning_modules.attacks.text.rewrites import (
 )
 from lightning_modules.attacks.text.transfer import TransferSuffixes
 from lightning_modules.attacks.text.variants import Variant
+from lightning_modules.attacks.training.begun_reply import BegunReply
 from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.persistent_gcg import PersistentGCG
 from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
@@ -273,6 +274,10 @@ CASES: dict[str, Case] = {
         typed=False,
         keeps_best=False,
         stateful=True,
+    ),
+    "begun_reply": Case(
+        lambda: BegunReply(EmbeddingPGD(epsilon=0.2, num_steps=2), longest=3, probability=1.0),
+        keeps_best=False,  # its losses are those of the prompt, before a reply was begun
     ),
     "rewrite_then_perturb": Case(
         lambda: RewriteThenPerturb(persistent(), EmbeddingPGD(epsilon=0.2, num_steps=2), probability=1.0),
