@@ -33,7 +33,7 @@ from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from experiments.benchmarks import gcg_yardstick
 from experiments.benchmarks.rows import LLAMA2_TEMPLATE
-from experiments.benchmarks.training_step import build_model
+from experiments.benchmarks.sides import build_model
 from lightning_modules.attacks.base import example_rngs
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.suffix.search import SuffixSearch

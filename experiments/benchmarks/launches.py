@@ -33,7 +33,8 @@ from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 from experiments.benchmarks import gcg_yardstick, training_yardstick
 from experiments.benchmarks.counters import Launches
 from experiments.benchmarks.rows import UTILITY_BATCHES, equal_rows
-from experiments.benchmarks.training_step import EPSILON, STEP, Ours, Public, interleaved
+from experiments.benchmarks.sides import EPSILON, STEP, Ours, Public
+from experiments.benchmarks.training_step import interleaved
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, target_loss
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.suffix.search import SuffixSearch
@@ -83,8 +84,16 @@ def attack_iteration(layers: int) -> dict[str, Run]:
     runs: dict[str, Run] = {
         name: partial(lambda side, steps: pgd(steps)(side, batch), side) for name, side in sides.items()
     }
-    runs["yardstick"] = lambda steps: training_yardstick.attack(model, batch, PROMPT + REPLY, steps, *lengths)
+    (whole,) = training_yardstick.apart(batch, [])
+    assert whole.harmful is not None
+    runs["yardstick"] = partial(_yardstick_attack, model, whole.harmful, lengths)
     return runs
+
+
+def _yardstick_attack(
+    model: nn.Module, rows: training_yardstick.Rows, lengths: tuple[Tensor, Tensor], steps: int
+) -> Tensor:
+    return training_yardstick.attack(model, rows, steps, *lengths)
 
 
 def gcg_step(layers: int) -> dict[str, Run]:
@@ -117,11 +126,12 @@ def gcg_step(layers: int) -> dict[str, Run]:
 
 def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
     """Gradients of 8 adversarial and 56 utility rows: the former in one micro-batch, or in one-row
-    micro-batches as the 7B recipe has them. Ours attacks all at once, the yardstick each micro-batch's. The
-    optimiser's own update is left out: on a GPU it is fused."""
+    micro-batches as the 7B recipe has them. Ours attacks all at once; the yardstick draws micro-batches of
+    8 rows in either case. The optimiser's own update is left out: on a GPU it is fused."""
     model = build_model(layers)
     adversarial, (utility,) = equal_rows(VOCABULARY, PROMPT, REPLY)
     size = len(adversarial) // micro_batches
+    every = [utility] * UTILITY_BATCHES
     parts = [adversarial.select(list(range(i, i + size))) for i in range(0, len(adversarial), size)]
 
     def utilities(number: int) -> list[Any]:
@@ -139,11 +149,10 @@ def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
             model.zero_grad()
 
     def yardstick(steps: int) -> None:
+        side = Public(model, adversarial, every, len(adversarial))
         for _ in range(steps):
-            for number, part in enumerate(parts):
-                side = Public(model, part, utilities(number), PROMPT + REPLY)
-                for loss in side.losses(side.attack()):
-                    loss.backward()
+            for loss in side.losses(side.attack()):
+                loss.backward()
             model.zero_grad()
 
     return {"ours": partial(ours, False), "ours, merged": partial(ours, True), "yardstick": yardstick}

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from callbacks.run_folder.provenance import environment_facts
 from experiments.benchmarks.rows import natural_rows
-from experiments.benchmarks.training_step import Ours, Step, build_model, interleaved, timed_step
+from experiments.benchmarks.sides import Ours, Step, build_model, timed_step
+from experiments.benchmarks.training_step import interleaved
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.losses.preference import Preference
 from lightning_modules.models.frozen import Reference

@@ -5,12 +5,10 @@ in one run.
     python -m experiments.benchmarks.training_step --vocabulary 32000 --repeats 3 --out
     experiments/results/benchmark_cpu_202611
 
-Same model, same batch, same mathematics: a figure is reported only if losses (to 1e-5 of their size) and
-perturbations agree.
-Two settings: `equal` pads both sides alike (adversarial rows to 128 prompt + 32 reply tokens), `natural`
-    takes HarmBench and
-Dolly rows with the Llama-2 tokenizer, where the reference pads its adversarial rows to the utility length of
-256.
+Same model, same rows, same mathematics: a figure is reported only if losses (to 1e-5 of their size) and
+perturbations agree. Three settings: `equal` rows need no padding; `natural` takes HarmBench and Dolly rows
+with the Llama-2 tokenizer's lengths, adversarial rows together on both sides; `interleaved` the same rows, of
+which the yardstick draws its micro-batches at random and pads them to their longest, as the public code does.
 """
 
 from __future__ import annotations
@@ -22,128 +20,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from callbacks.cost import peak_memory_mib, reset_peak_memory
 from callbacks.run_folder.provenance import environment_facts
-from datamodules.batch import AdversarialBatch, UtilityBatch
-from experiments.benchmarks import training_yardstick
-from experiments.benchmarks.rows import equal_rows, natural_rows
+from datamodules.batch import AdversarialBatch
+from experiments.benchmarks.rows import MICRO_BATCH, equal_rows, natural_rows
+from experiments.benchmarks.sides import STEP, Ours, Public, Step, build_model
 from lightning_modules.attacks.base import AttackedPrompt
-from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
-from lightning_modules.losses.toward_away import TowardAwayUtility
-from lightning_modules.models.embeddings import mean_embedding_norm
-from lightning_modules.models.language_model import LanguageModel
-from lightning_modules.scoring import score_replies, score_utility
 
-STEPS = 10
-EPSILON, STEP = 0.05, 1e-3
-REFERENCE_LENGTH = 256
 TOLERANCE = 1e-5
-
-
-def build_model(vocabulary: int) -> nn.Module:
-    """A random Llama with LoRA r 64 on all linear layers: 19.4 M parameters at V = 32,000, of which the body
-    is 7.1 M."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=384, intermediate_size=1024, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
-    lora = LoraConfig(
-        r=64, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(LlamaForCausalLM(config), lora)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model.train()
-
-
-class Ours:
-    """This project's attack and training step."""
-
-    def __init__(self, model: nn.Module, adversarial: AdversarialBatch, utility: list[UtilityBatch]) -> None:
-        self.model, self.adversarial, self.utility = LanguageModel(model), adversarial, utility
-        self.pgd = EmbeddingPGD(
-            epsilon=EPSILON,
-            num_steps=STEPS,
-            step_size=STEP,
-            step_unit="absolute",
-            step_rule="sign",
-            keep="last",
-        )
-        self.objective = TowardAwayUtility()
-
-    def attack(self) -> AttackedPrompt:
-        return self.pgd(self.model, self.adversarial)
-
-    def losses(self, attacked: AttackedPrompt) -> Iterator[Tensor]:
-        """The losses of a step's micro-batches, each to be differentiated before the next is asked for."""
-        yield self.objective.adversarial(score_replies(self.model, self.adversarial, attacked)).loss.mean()
-        for utility in self.utility:
-            yield self.objective.utility(*score_utility(self.model, utility)).loss.mean() / len(self.utility)
-
-    def step(self) -> Step:
-        return timed_step(self.model.module, self.attack, self.losses)
-
-
-class Public:
-    """The reference's attack and training step; `length` is what its adversarial rows are padded to."""
-
-    def __init__(
-        self, model: nn.Module, adversarial: AdversarialBatch, utility: list[UtilityBatch], length: int
-    ) -> None:
-        self.model, self.adversarial, self.utility, self.length = model, adversarial, utility, length
-        self.radius = EPSILON * mean_embedding_norm(LanguageModel(model))
-
-    def attack(self) -> Tensor:
-        return training_yardstick.attack(
-            self.model, self.adversarial, self.length, STEPS, self.radius, torch.tensor(STEP)
-        )
-
-    def losses(self, delta: Tensor) -> Iterator[Tensor]:
-        """As `Ours.losses`."""
-        yield training_yardstick.adversarial_loss(self.model, self.adversarial, delta)
-        for utility in self.utility:
-            yield training_yardstick.utility_loss(self.model, utility) / len(self.utility)
-
-    def step(self) -> Step:
-        return timed_step(self.model, self.attack, self.losses)
-
-
-@dataclass
-class Step:
-    """One training step: its loss, the perturbation it trained under, and the seconds spent on finding
-    that."""
-
-    loss: float
-    perturbation: Any
-    attack_seconds: float
-
-
-def timed_step(
-    model: nn.Module, attack: Callable[[], Any], losses: Callable[[Any], Iterator[Tensor]]
-) -> Step:
-    """Attack, then a backward pass per micro-batch; gradients are dropped, as an optimiser step would leave
-    them."""
-    began = time.perf_counter()
-    perturbation = attack()
-    seconds, total = time.perf_counter() - began, 0.0
-    for loss in losses(perturbation):
-        loss.backward()
-        total += loss.item()
-    model.zero_grad()
-    return Step(total, perturbation, seconds)
 
 
 def losses_agree(ours: float, public: float) -> dict[str, float]:
@@ -154,7 +45,9 @@ def losses_agree(ours: float, public: float) -> dict[str, float]:
     return {"relative_loss_difference": difference, "loss": ours}
 
 
-def perturbations_agree(batch: AdversarialBatch, attacked: AttackedPrompt, delta: Tensor) -> dict[str, float]:
+def perturbations_agree(
+    batch: AdversarialBatch, attacked: AttackedPrompt, deltas: list[Tensor]
+) -> dict[str, float]:
     """Which share of the coordinates of delta agrees. A sign step flips where a gradient vanishes, so single
     ones may differ.
 
@@ -162,7 +55,7 @@ def perturbations_agree(batch: AdversarialBatch, attacked: AttackedPrompt, delta
     """
     assert attacked.delta is not None
     masks = batch.prompt_mask
-    rows = [(attacked.delta[i][masks[i]], delta[i, : int(masks[i].sum())]) for i in range(len(masks))]
+    rows = [(attacked.delta[i][masks[i]], deltas[i][: int(masks[i].sum())]) for i in range(len(masks))]
     same = torch.cat([((a - b).abs() <= 0.1 * STEP).flatten() for a, b in rows]).float().mean().item()
     assert same >= 0.99, f"the two sides find different perturbations: {same:.4f} of the coordinates agree"
     return {"equal_coordinates": same}
@@ -187,12 +80,8 @@ def measure(vocabulary: int, setting: str, what: str, repeats: int) -> list[dict
     figure too."""
     model = build_model(vocabulary)
     adversarial, utility = (equal_rows if setting == "equal" else natural_rows)(vocabulary)
-    length = (
-        adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1]
-        if setting == "equal"
-        else REFERENCE_LENGTH
-    )
-    ours, public = Ours(model, adversarial, utility), Public(model, adversarial, utility, length)
+    ours = Ours(model, adversarial, utility)
+    public = Public(model, adversarial, utility, MICRO_BATCH if setting == "interleaved" else None)
     shape = {
         "setting": setting,
         "vocabulary": vocabulary,
@@ -201,7 +90,10 @@ def measure(vocabulary: int, setting: str, what: str, repeats: int) -> list[dict
         "rows": {"adversarial": len(adversarial), "utility": sum(map(len, utility))},
         "padded_length": {
             "ours": adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1],
-            "reference": length,
+            "reference": [
+                max(rows.ids.shape[1] for rows in (part.harmful, part.utility) if rows is not None)
+                for part in public.micro_batches
+            ],
         },
     }
     if what == "attack":
@@ -211,7 +103,7 @@ def measure(vocabulary: int, setting: str, what: str, repeats: int) -> list[dict
             for name, side in (("ours", ours), ("reference", public))
         ]
         agreement = losses_agree(*losses) | perturbations_agree(
-            adversarial, results["ours"], results["reference"]
+            adversarial, results["ours"], public.by_example(results["reference"])
         )
         return [{"what": "attack", **shape, "agreement": agreement, **ratio(seconds)}]
     attack_seconds: dict[str, list[float]] = {"ours": [], "reference": []}
@@ -230,7 +122,7 @@ def measure(vocabulary: int, setting: str, what: str, repeats: int) -> list[dict
     )
     agreement = losses_agree(results["ours"].loss, results["reference"].loss)
     agreement |= perturbations_agree(
-        adversarial, results["ours"].perturbation, results["reference"].perturbation
+        adversarial, results["ours"].perturbation, public.by_example(results["reference"].perturbation)
     )
     shared = {**shape, "agreement": agreement}
     return [
@@ -250,10 +142,7 @@ def memory_of(vocabulary: int, side: str) -> float:
     own)."""
     model = build_model(vocabulary)
     adversarial, utility = equal_rows(vocabulary)
-    length = adversarial.prompt_ids.shape[1] + adversarial.harmful_ids.shape[1]
-    runner = (
-        Ours(model, adversarial, utility) if side == "ours" else Public(model, adversarial, utility, length)
-    )
+    runner = (Ours if side == "ours" else Public)(model, adversarial, utility)
     reset_peak_memory()
     before = peak_memory_mib()
     runner.attack()
@@ -302,8 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only",
         nargs="*",
-        default=["memory", "attack/equal", "step/natural"],
-        help="figures to take (a step includes its attack)",
+        default=["memory", "attack/equal", "step/natural", "step/interleaved"],
+        help="figures to take (a step includes its attack), each as WHAT/SETTING",
     )
     parser.add_argument("--memory-of", choices=["ours", "reference"], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -5,38 +5,54 @@ from __future__ import annotations
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from experiments.benchmarks import training_step as benchmark
+from experiments.benchmarks import training_yardstick
 from experiments.benchmarks.rows import equal_rows
-from experiments.benchmarks.training_step import Ours, Public, interleaved, losses_agree, perturbations_agree
+from experiments.benchmarks.sides import Ours, Public
+from experiments.benchmarks.training_step import interleaved, losses_agree, perturbations_agree
 from tests.conftest import VOCABULARY, ragged_batch, tiny_model, utility
 
 
-def sides(family: str = "llama") -> tuple[Ours, Public]:
+def sides(family: str = "llama", size: int | None = None) -> tuple[Ours, Public]:
     model = get_peft_model(
         tiny_model(family), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     ).train()
     batches = [utility(), utility()]
-    return Ours(model, ragged_batch(), batches), Public(model, ragged_batch(), batches, 24)
+    return Ours(model, ragged_batch(), batches), Public(model, ragged_batch(), batches, size)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
-def test_reference_and_ours_agree_on_ragged_rows(family: str) -> None:
-    ours, public = sides(family)
+@pytest.mark.parametrize(("family", "size"), [("llama", None), ("llama_tied", None), ("llama", 2)])
+def test_reference_and_ours_agree_on_ragged_rows(family: str, size: int | None) -> None:
+    ours, public = sides(family, size)
     mine, theirs = ours.step(), public.step()
     losses_agree(mine.loss, theirs.loss)
-    perturbations_agree(ours.adversarial, mine.perturbation, theirs.perturbation)
+    perturbations_agree(ours.adversarial, mine.perturbation, public.by_example(theirs.perturbation))
     assert all(parameter.grad is None for parameter in public.model.parameters())
 
 
 def test_a_different_perturbation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, public = sides()
-    attack = benchmark.training_yardstick.attack
-    monkeypatch.setattr(benchmark.training_yardstick, "attack", lambda *arguments: 0.5 * attack(*arguments))
+    attack = training_yardstick.attack
+    monkeypatch.setattr(training_yardstick, "attack", lambda *arguments: 0.5 * attack(*arguments))
     mine, theirs = ours.step(), public.step()
     with pytest.raises(AssertionError, match="find different perturbations"):
-        perturbations_agree(ours.adversarial, mine.perturbation, theirs.perturbation)
+        perturbations_agree(ours.adversarial, mine.perturbation, public.by_example(theirs.perturbation))
     with pytest.raises(AssertionError, match="compute different losses"):
         losses_agree(mine.loss, mine.loss + 0.1)
+
+
+def test_the_yardstick_draws_its_micro_batches_and_pads_them_to_their_longest() -> None:
+    ours, public = sides(size=2)
+    rows, chats = len(ours.adversarial), sum(map(len, ours.utility))
+    parts = public.micro_batches
+    assert sorted(i for part in parts for i in part.examples) == list(range(rows))
+    assert len(parts) == -(-(rows + chats) // 2)
+    for part in parts:
+        kinds = [kind for kind in (part.harmful, part.safe, part.utility) if kind is not None]
+        assert (part.harmful is None) == (part.safe is None) == (not part.examples)
+        (length,) = {kind.ids.shape[1] for kind in kinds}
+        assert length == max(int(kind.mask.sum(1).max()) for kind in kinds)
+        assert all(bool((kind.labels[~kind.mask] == -100).all()) for kind in kinds)
+    assert sum(0 if part.utility is None else len(part.utility.ids) for part in parts) == chats
 
 
 def test_equal_rows_have_no_padding() -> None:
