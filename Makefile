@@ -1,12 +1,13 @@
 # make quickstart  install and run the main job     make test   install and run the tests
 # make check       format, lint, types, imports     make bench  measure the attack and the training step
 # make smollm2     CAT on a real chat model from PyPI    make test-real  the tests on that model
+# make bench-gpu   ours and the public schedule at 7 B's shape, about 10 minutes on one GPU
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: quickstart test check bench tinychat smollm2 smollm2-study test-real clean
+.PHONY: quickstart test check bench bench-gpu tinychat smollm2 smollm2-study test-real clean
 
 # A model this small is 1.5 times faster on one thread (experiments/LOG.md). An earlier run is moved aside to
 # runs/quickstart.1, never deleted.
@@ -25,6 +26,9 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python -m experiments.benchmarks.training_step
 	$(BIN)/python -m experiments.benchmarks.gcg
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m experiments.benchmarks.gpu --out runs/bench_gpu
 
 # Make the packaged chat model again, from its corpus.
 tinychat: $(VENV)/.installed

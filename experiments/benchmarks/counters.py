@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from experiments.planning.memory import FORMULAS
 
 aten = torch.ops.aten
 ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
@@ -47,6 +50,10 @@ class Launches:
         """All calls of the dispatcher."""
         self.kernels = 0
         """Those that compute something: neither views nor allocations."""
+        self.written = 0
+        """Bytes of the kernels' results."""
+        self.flops = 0
+        """Floating-point operations of products and attention, forward and backward."""
         self.syncs: Counter[str] = Counter()
         """What would wait for a GPU, by kind."""
         self.places: Counter[str] = Counter()
@@ -92,7 +99,15 @@ class _Dispatched(TorchDispatchMode):
                 own.wait(READS[name])
             elif func in INDEXES and any(i is not None and i.dtype == torch.bool for i in args[1]):
                 own.wait("boolean index")
-        return func(*args, **(kwargs or {}))
+        given = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and not (func.is_view or func._opname in ALLOCATES):
+            self.launches.written += sum(
+                leaf.numel() * leaf.element_size() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)
+            )
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.launches.flops += formula(*args, **(kwargs or {}), out_val=given)
+        return given
 
 
 class _Called(TorchFunctionMode):

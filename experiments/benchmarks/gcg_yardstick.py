@@ -20,6 +20,7 @@ from lightning_modules.attacks.suffix.slots import SuffixSlot
 
 ROWS = 64
 """Candidates per forward pass; larger ones do not run faster on a CPU."""
+ROWS_ON_A_GPU = 512
 DRAWS = 4
 
 
@@ -35,10 +36,12 @@ class Behaviour:
 
 def candidate_losses(model: nn.Module, behaviour: Behaviour, suffixes: list[list[int]]) -> Tensor:
     """(N,) mean cross-entropy of the target after each suffix."""
-    rows = torch.tensor([behaviour.slot.ids(suffix) + behaviour.target for suffix in suffixes])
+    rows = [behaviour.slot.ids(suffix) + behaviour.target for suffix in suffixes]
     with torch.no_grad():
         embed = model.get_input_embeddings()  # type: ignore[operator]
-        return torch.cat([_losses(model, embed(part), behaviour.target) for part in rows.split(ROWS)])
+        ids = torch.tensor(rows, device=embed.weight.device)
+        size = ROWS if ids.device.type == "cpu" else ROWS_ON_A_GPU
+        return torch.cat([_losses(model, embed(part), behaviour.target) for part in ids.split(size)])
 
 
 def promising(
@@ -47,15 +50,17 @@ def promising(
     """The loss of a suffix and the (S, k) tokens per position with the most negative one-hot gradient."""
     weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     slot = behaviour.slot
-    coordinates = one_hot(torch.tensor(suffix), weight.shape[0]).to(weight.dtype).requires_grad_()
+    own = torch.tensor(suffix, device=weight.device)
+    coordinates = one_hot(own, weight.shape[0]).to(weight.dtype).requires_grad_()
     embed = model.get_input_embeddings()  # type: ignore[operator]
-    rest = [embed(torch.tensor([ids])) for ids in (slot.before, [*slot.after, *behaviour.target])]
+    around = slot.before, [*slot.after, *behaviour.target]
+    rest = [embed(torch.tensor([ids], device=weight.device)) for ids in around]
     loss = _losses(
         model, torch.cat([rest[0], (coordinates @ weight)[None], rest[1]], dim=1), behaviour.target
     )
     (gradient,) = torch.autograd.grad(loss.sum(), coordinates)
     scores = gradient.masked_fill(~allowed, torch.inf)
-    scores[torch.arange(len(suffix)), torch.tensor(suffix)] = torch.inf
+    scores.scatter_(1, own[:, None], torch.inf)
     return loss.detach(), scores.topk(topk, dim=1, largest=False).indices
 
 
@@ -82,7 +87,7 @@ def step(
     generator: torch.Generator,
 ) -> tuple[list[int], float, int]:
     """One GCG step: the best candidate, its loss and the number of candidates evaluated."""
-    _, top = promising(model, behaviour, suffix, allowed, topk)
+    top = promising(model, behaviour, suffix, allowed, topk)[1].cpu()
     kept: list[list[int]] = []
     for _ in range(DRAWS):
         if len(kept) < width:
@@ -97,5 +102,5 @@ def step(
 def _losses(model: nn.Module, embeds: Tensor, target: list[int]) -> Tensor:
     logits = model(inputs_embeds=embeds, use_cache=False).logits
     predicted = logits[:, -len(target) - 1 : -1]
-    labels = torch.tensor(target).expand(len(embeds), -1)
+    labels = torch.tensor(target, device=embeds.device).expand(len(embeds), -1)
     return cross_entropy(predicted.transpose(1, 2), labels, reduction="none").mean(1)
