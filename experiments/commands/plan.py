@@ -6,35 +6,32 @@ The run's own training step, attack included, is built and executed on tensors t
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
 from tqdm.auto import tqdm
 
 from callbacks.run_folder.checkpoints import RunCheckpoints
 from datamodules.adversarial import AdversarialData
-from datamodules.text.model_files import resolve_path
 from experiments.commands.run import callbacks_of, instantiate
 from experiments.config.check import check
-from experiments.config.compose import PROJECT_ROOT, ConfigError, compose
+from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import with_seeds
-from experiments.planning.memory import ATTACK, MERGED, PARTS
+from experiments.planning.four_bits import as_nf4
+from experiments.planning.memory import ADAPTERS, ATTACK, GRADIENTS, MERGED, PARTS, WEIGHTS
+from experiments.planning.recipe import check_plannable, quantised, without_machine
 from experiments.planning.rows import full_rows, kinds_of_micro_batches
 from experiments.planning.shapes_only import ShapesOnly, built_without_weights
 from experiments.planning.step import StepCost, count_step
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.models.decoder import text_config
 
-ARCHITECTURES = "experiments/planning/architectures.yaml"
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -68,6 +65,25 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
     if settings.print_config:
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0
+    found = figures(config, settings, memory, executed(config, settings))
+    print(json.dumps(found, indent=2) if settings.as_json else table(found))
+    return 0
+
+
+@dataclass
+class Executed:
+    """A recipe's step, counted."""
+
+    cost: StepCost
+    rows: dict[str, int]
+    """The most of each kind in a micro-batch, or at once, and their tokens."""
+    together: int
+    """Rows of the largest micro-batch."""
+    saving: RunCheckpoints | None
+
+
+def executed(config: Mapping[str, Any], settings: PlanSettings) -> Executed:
+    """Execute a composed recipe's step without weights. Raises: ConfigError."""
     with tempfile.TemporaryDirectory() as folder, tqdm(total=3, desc="plan", leave=False) as bar:
         runnable = without_machine(config, folder)
         check(runnable, "fit")
@@ -84,6 +100,7 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
         module._chat = object()  # type: ignore[assignment]
         with built_without_weights():
             module.configure_model()
+        saved = as_nf4(module.model) if quantised(config) else 0
         bar.update()
         kinds = kinds_of_micro_batches(data.division, settings.devices)
         longest = data.encoding.max_length
@@ -105,17 +122,28 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
         bar.set_description("plan: one step without weights")
         times = [(kind.attacks, kind.times) for kind in kinds]
         cost = count_step(module, batches, config.get("trainer") or {}, 2, ShapesOnly(), times)
+        for held in (cost.persistent, *cost.peaks.values()):
+            held[WEIGHTS] -= saved
         bar.update()
-    saving = next((c for c in callbacks_of(cli.trainer) if isinstance(c, RunCheckpoints)), None)
-    found = summary(config, settings, memory, cost, saving)
     rows = {name: max(getattr(kind, name) for kind in kinds) for name in ("attacked", "harmful", "utility")}
-    found["rows"] = {**rows, "prompt_tokens": prompt, "reply_tokens": reply}
-    largest = max(kind.harmful + kind.utility for kind in kinds)
-    found["largest_rows"] = largest_rows(cost, memory, largest, attack=False)
-    found["largest_attack"] = largest_rows(cost, memory, rows["attacked"], attack=True)
-    found["assumptions"] = assumptions(config, settings, rows, prompt, reply)
-    print(json.dumps(found, indent=2) if settings.as_json else table(found))
-    return 0
+    return Executed(
+        cost,
+        {**rows, "prompt_tokens": prompt, "reply_tokens": reply},
+        max(kind.harmful + kind.utility for kind in kinds),
+        next((c for c in callbacks_of(cli.trainer) if isinstance(c, RunCheckpoints)), None),
+    )
+
+
+def figures(config: Mapping[str, Any], settings: PlanSettings, memory: int, done: Executed) -> dict[str, Any]:
+    """Everything that a plan says."""
+    found = summary(config, settings, memory, done.cost, done.saving)
+    found["rows"] = done.rows
+    found["largest_rows"] = largest_rows(done.cost, memory, done.together, attack=False)
+    found["largest_attack"] = largest_rows(done.cost, memory, done.rows["attacked"], attack=True)
+    if settings.devices > 1:
+        found["communication"] = communication(done.cost, settings.devices)
+    found["assumptions"] = assumptions(config, settings, done.rows)
+    return found
 
 
 def summary(
@@ -136,6 +164,7 @@ def summary(
         "peak": cost.peak,
         "device_memory": memory,
         "flops_per_step_and_device": per_step,
+        "sweeps_per_step": cost.sweeps.total(),
         "seconds_per_step": seconds,
         "checkpoint": checkpoint,
         "warnings": [],
@@ -153,20 +182,6 @@ def summary(
     return found
 
 
-def check_plannable(module: AdversarialFineTuning) -> None:
-    """Raises: ConfigError for what would read weights while a plan has none."""
-    if module.base.lora is None and (module.terms or getattr(module.objective, "needs_reference", False)):
-        raise ConfigError(
-            "model.base.lora: a plan cannot hold the copy of the model that this recipe compares with where "
-            "all weights learn; set model.base.lora, or model.terms=[] for the rest of the plan"
-        )
-    if module.objective is not None and module.objective.needs_reference:
-        raise ConfigError(
-            "model.objective: reference scores are computed from weights before training, which a plan has "
-            "not; plan the recipe with --model.objective=TowardAwayUtility, whose step costs the same"
-        )
-
-
 def largest_rows(cost: StepCost, memory: int, rows: int, attack: bool) -> int:
     """Rows of an attack, or of a micro-batch, that fit: whatever a step works on, what it holds beyond its
     weights, merged ones among them, gradients and optimiser's state grows at most in proportion to its rows.
@@ -181,10 +196,22 @@ def largest_rows(cost: StepCost, memory: int, rows: int, attack: bool) -> int:
     return max(0, min(fits, default=0))
 
 
-def assumptions(
-    config: Mapping[str, Any], settings: PlanSettings, counts: Mapping[str, int], prompt: int, reply: int
-) -> list[str]:
+def communication(cost: StepCost, devices: int) -> dict[str, int]:
+    """Bytes that a device sends in a step, by how the devices share the work, collectives in rings: replicas
+    add up what learns (DDP); shards (FSDP2) gather all weights for each pass over the layers, or once a step
+    where they are kept, and each takes its part of the summed gradients."""
+    weights, gradients = cost.persistent[WEIGHTS] + cost.persistent[ADAPTERS], cost.persistent[GRADIENTS]
+    volumes = {
+        "ddp": 2 * gradients,
+        "sharded": cost.sweeps.total() * weights + gradients,
+        "sharded_weights_kept": weights + gradients,
+    }
+    return {name: volume * (devices - 1) // devices for name, volume in volumes.items()}
+
+
+def assumptions(config: Mapping[str, Any], settings: PlanSettings, counts: Mapping[str, int]) -> list[str]:
     """What stands in for what a plan does not know."""
+    prompt, reply = counts["prompt_tokens"], counts["reply_tokens"]
     said = [
         f"{counts['attacked']} rows are attacked at once, and micro-batches hold up to {counts['harmful']} "
         f"harmful and {counts['utility']} utility rows, without padding: prompts of {prompt} and replies of "
@@ -196,10 +223,15 @@ def assumptions(
         "a checkpoint holds what learns and two moments of it, in fp32",
         "no example reaches the attack's stop_loss, and all losses are finite",
     ]
-    if config["model"]["init_args"]["base"].get("quantization"):
+    if quantised(config):
         said.append(
-            "4-bit weights are planned in base.dtype, and without a 4-bit layer's own work: the quantised "
-            "layers' memory is about a quarter of what stands here, embedding and head are as planned"
+            "4-bit weights take half a byte and their scales, all else of the base is fp32; 4-bit layers "
+            "compute in bf16 on a copy of their weight made at each use, and return what they are given"
+        )
+    if settings.devices > 1:
+        said.append(
+            "sharded training is on paper: it is refused at present; its weights are gathered in the dtype "
+            "that they are held in"
         )
     return said
 
@@ -229,6 +261,8 @@ def table(found: Mapping[str, Any]) -> str:
     if "checkpoints" in found:
         written = f"{found['checkpoints']:,}, {gib(found['checkpoint_bytes_written'])} in all"
         rows.append(("checkpoints written", written))
+    for name, volume in found.get("communication", {}).items():
+        rows.append((f"sent by a device a step: {name.replace('_', ' ')}", gib(volume)))
     rows.append(("rows of a micro-batch that fit", f"{found['largest_rows']:,}"))
     rows.append(("rows of an attack that fit", f"{found['largest_attack']:,}"))
     width = max(len(name) for name, _ in rows)
@@ -252,40 +286,3 @@ def in_bytes(text: str) -> int:
     if size <= 0:
         raise ConfigError(f"--device-memory: expected a size like 80GiB or 40GB, got {text!r}")
     return int(size)
-
-
-def without_machine(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The configuration on no device at all, its model from scratch. Raises: ConfigError where nobody knows
-    the model's architecture."""
-    own: dict[str, Any] = copy.deepcopy(dict(config))
-    trainer = own.get("trainer") or {}
-    own["trainer"] = {**trainer, "accelerator": "cpu", "devices": 1, "strategy": "auto"}
-    base = ((own.get("model") or {}).get("init_args") or {}).get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("name_or_path"), str):
-        raise ConfigError(
-            "model.base.name_or_path: expected a model, got none; add a model file with --config"
-        )
-    path = architecture(base["name_or_path"], base.get("revision"), folder)
-    base |= {"name_or_path": path, "from_scratch": True, "quantization": None, "revision": None}
-    if base.get("dtype", "auto") == "auto":
-        settings = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-        base["dtype"] = settings.get("dtype") or settings.get("torch_dtype") or "float32"
-    return own
-
-
-def architecture(name: str, revision: str | None, folder: str) -> str:
-    """A folder with the model's config.json. Raises: ConfigError where it is not at hand."""
-    path = Path(resolve_path(name))
-    if (path / "config.json").is_file():
-        return str(path)
-    cached = try_to_load_from_cache(name, "config.json", revision=revision) if not path.is_dir() else None
-    if isinstance(cached, str):
-        return str(Path(cached).parent)
-    known = yaml.safe_load((PROJECT_ROOT / ARCHITECTURES).read_text(encoding="utf-8"))
-    if name not in known:
-        raise ConfigError(
-            f"model.base.name_or_path: the configuration of {name!r} is not at hand; put its config.json "
-            f"into a folder and name that, or add its values to {ARCHITECTURES}"
-        )
-    (Path(folder) / "config.json").write_text(json.dumps(known[name]), encoding="utf-8")
-    return folder

@@ -61,6 +61,8 @@ class Counted(TorchDispatchMode):
         self.part = ACTIVATIONS
         self.live: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
+        self.sweeps: Counter[str] = Counter()
+        """Passes over all layers, forward and backward ones, each of which reads every weight."""
         self.peaks: dict[str, Counter[str]] = {}
         """What was alive, bytes by part, when it was the most while a part was worked on."""
         self._vocabulary = vocabulary
@@ -80,6 +82,13 @@ class Counted(TorchDispatchMode):
             yield
         finally:
             self.part = before
+
+    def swept(self, decoder: nn.Module, given: object, output: Any) -> None:
+        """A hook on the decoder stack: count its pass, and the one back where there is one."""
+        part, states = self.part, output.last_hidden_state
+        self.sweeps[part] += 1
+        if states.requires_grad:
+            states.register_hook(lambda _: self.sweeps.update({part: 1}))
 
     def call(self, tensor: Tensor, part: str) -> None:
         """Count a tensor's storage under another part from now on."""

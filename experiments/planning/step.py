@@ -26,7 +26,7 @@ from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.progress import observed
-from lightning_modules.models.decoder import text_config
+from lightning_modules.models.decoder import causal_lm, text_config
 from lightning_modules.models.language_model import LanguageModel
 
 ITERATIONS = 3
@@ -47,6 +47,8 @@ class StepCost:
     """Bytes by part between two steps."""
     flops: Counter[str] = field(default_factory=Counter)
     """Floating-point operations of all micro-batches: `attack` and `outer`."""
+    sweeps: Counter[str] = field(default_factory=Counter)
+    """Passes over all layers, forward and backward ones; likewise."""
 
     @property
     def at_peak(self) -> Counter[str]:
@@ -74,19 +76,20 @@ class _Parts(Callback):
 
     def __init__(self, memory: Counted, times: Sequence[tuple[int, int]]) -> None:
         self.memory, self.times = memory, times
-        self._before: Counter[str] = Counter()
+        self._before: list[Counter[str]] = []
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        self._before = self.memory.flops.copy()
+        self._before = [self.memory.flops.copy(), self.memory.sweeps.copy()]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
         attacks, times = self.times[batch_idx % len(self.times)]
-        for part, number in (self.memory.flops - self._before).items():
-            self.memory.flops[part] += ((attacks if part == ATTACK else times) - 1) * number
+        for counts, before in zip((self.memory.flops, self.memory.sweeps), self._before, strict=True):
+            for part, number in (counts - before).items():
+                counts[part] += ((attacks if part == ATTACK else times) - 1) * number
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for parameter in pl_module.parameters():
@@ -129,6 +132,7 @@ class _CountedAttack:
             attacked = self.attack(model, batch, rng)
         if self.left_out:
             self.counted.flops[ATTACK] += self.left_out * (marks[ITERATIONS - 1] - marks[ITERATIONS - 2])
+            self.counted.sweeps[ATTACK] += 2 * self.left_out
         return attacked
 
 
@@ -160,6 +164,8 @@ def count_step(
             without_weights(model, mode)
             stack.enter_context(mode)
         counted = stack.enter_context(Counted(model, text_config(model).vocab_size))
+        hook = causal_lm(model).get_decoder().register_forward_hook(counted.swept)
+        stack.callback(hook.remove)
         attack = module.attack
         module.attack = _CountedAttack(attack, counted, shorten=mode is not None)
         fit(module, micro_batches, trainer, steps, _Parts(counted, times or [(1, 1)] * len(micro_batches)))
@@ -171,6 +177,7 @@ def count_step(
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             persistent=+counted.live,
             flops=Counter({part: number // steps for part, number in counted.flops.items()}),
+            sweeps=Counter({part: number // steps for part, number in counted.sweeps.items()}),
         )
 
 

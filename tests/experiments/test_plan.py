@@ -4,6 +4,7 @@ torch's counter."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,26 @@ import pytest
 import torch
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from datamodules.batch import TrainingBatch
-from experiments.commands.plan import in_bytes, largest_rows
+from datamodules.division import Division
+from experiments.benchmarks.cards import Choice, choose, deeper
+from experiments.commands.plan import Executed, communication, in_bytes, largest_rows
 from experiments.config.errors import ConfigError
-from experiments.planning.memory import ADAPTERS, ATTACK, GRADIENTS, MERGED, OPTIMISER, WEIGHTS
+from experiments.planning.four_bits import as_nf4, nf4_bytes
+from experiments.planning.memory import (
+    ACTIVATIONS,
+    ADAPTERS,
+    ATTACK,
+    GRADIENTS,
+    MERGED,
+    OPTIMISER,
+    WEIGHTS,
+)
 from experiments.planning.rows import full_rows
 from experiments.planning.shapes_only import ShapesOnly, UnknownValue, built_without_weights, without_weights
-from experiments.planning.step import calm, count_step, fit
+from experiments.planning.step import StepCost, calm, count_step, fit
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.losses.toward_away import TowardAwayUtility
@@ -56,7 +68,10 @@ def folder_of(path: Path, layers: int) -> str:
 def module(folder: str, base: dict[str, Any], **attack: Any) -> AdversarialFineTuning:
     settings = {"epsilon": 0.1, "num_steps": 5, "step_size": 0.3, "keep": "last"} | attack
     return AdversarialFineTuning(
-        ModelConfig(folder, from_scratch=True, **base), EmbeddingPGD(**settings), TowardAwayUtility(), seed=0
+        ModelConfig(folder, **{"from_scratch": True} | base),
+        EmbeddingPGD(**settings),
+        TowardAwayUtility(),
+        seed=0,
     )
 
 
@@ -124,6 +139,90 @@ def test_operations_are_those_of_torch_s_counter(name: str, tmp_path: Path) -> N
         fit(own, [batch], shape["trainer"], 1)
     assert plan.flops[ATTACK] > 0
     assert plan.flops.total() == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_passes_over_the_layers(tmp_path: Path) -> None:
+    """Five iterations there and back, both replies in one pass, the utility rows in another."""
+    batch = TrainingBatch(ragged_batch(size=3), utility(size=4))
+    folder = folder_of(tmp_path, 2)
+    plan = planned(SHAPES["adapters on bf16, mixed"], folder, [batch], 1, attack_steps=5)
+    assert plan.sweeps == {ATTACK: 10, ACTIVATIONS: 4}
+    weights, gradients = plan.persistent[WEIGHTS] + plan.persistent[ADAPTERS], plan.persistent[GRADIENTS]
+    assert communication(plan, 4) == {
+        "ddp": 2 * gradients * 3 // 4,
+        "sharded": (14 * weights + gradients) * 3 // 4,
+        "sharded_weights_kept": (weights + gradients) * 3 // 4,
+    }
+
+
+def test_a_step_grows_by_as_much_with_each_layer(tmp_path: Path) -> None:
+    shape = SHAPES["adapters on bf16, mixed"]
+    batch = full_rows({"harmful": 2, "utility": 4}, 40, 20, VOCABULARY)
+    two, three, five = (planned(shape, folder_of(tmp_path / str(n), n), [batch]) for n in (2, 3, 5))
+    assert deeper(two, three, 3.0) == five
+
+
+def test_a_base_in_four_bits(tmp_path: Path) -> None:
+    """128 x 64 weights: 4,096 bytes of two each, 128 blocks' scales, one block of those."""
+    assert nf4_bytes(128 * 64) == 4096 + 128 + 4
+    shape = SHAPES["adapters on bf16, mixed"]
+    own = module(folder_of(tmp_path, 2), shape["base"], num_steps=3)
+    own.attach(object())  # type: ignore[arg-type]
+    with built_without_weights():
+        own.configure_model()
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
+    assert as_nf4(own.model) == 2 * linear - 2 * (2 * nf4_bytes(64 * 64) + 2 * nf4_bytes(64 * 32)) - 6 * (
+        nf4_bytes(64 * 160)
+    )
+    dtypes = {name: p.dtype for name, p in own.model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "base_layer" in name} == {torch.bfloat16}
+    assert {dtype for name, dtype in dtypes.items() if "base_layer" not in name} == {torch.float32}
+    batch = full_rows({"harmful": 2, "utility": 2}, 40, 20, VOCABULARY)
+    four = count_step(own, [batch], shape["trainer"], 2, ShapesOnly())
+    bf16 = planned(shape, str(tmp_path), [batch])
+    assert four.flops == bf16.flops
+    # What a backward pass keeps is twice as wide but for the adapters' inputs.
+    assert 1.2 < four.peaks[ATTACK][ATTACK] / bf16.peaks[ATTACK][ATTACK] < 2.0
+
+
+def test_a_peak_in_four_bits_is_the_allocator_s(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the base is in 4 bits")
+    torch.manual_seed(0)
+    size = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    LlamaForCausalLM(LlamaConfig(**size, **heads)).to(torch.bfloat16).save_pretrained(tmp_path)
+    base = {"dtype": "bfloat16", "lora": LoraSettings(r=8), "gradient_checkpointing": True}
+    trainer = {"precision": "bf16-mixed", "gradient_clip_val": 0.3}
+    batches = [full_rows({"harmful": 2, "utility": 2}, 20, 20, 512)]
+    own = module(str(tmp_path), base, num_steps=3)
+    own.attach(object())  # type: ignore[arg-type]
+    with built_without_weights():
+        own.configure_model()
+    saved = as_nf4(own.model)
+    plan = count_step(own, batches, trainer, 2, ShapesOnly())
+    real = {"base": {**base, "quantization": "nf4", "from_scratch": False}, "trainer": trainer}
+    assert plan.peak - saved == pytest.approx(measured(real, str(tmp_path), batches), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("memory", "rate", "wanted"),
+    [
+        (1000, 1e-12, Choice("wide", 8, 900, 1000 / 1080)),
+        (700, 1e-12, Choice("narrow", 8, 600, 2000 / 1080)),
+        (350, 1e-12, Choice("narrow", 2, 300, 2000 / 1080)),
+        (199, 1e-12, None),
+    ],
+)
+def test_a_card_takes_the_first_settings_that_fit(memory: int, rate: float, wanted: Choice | None) -> None:
+    def done(attack: int, flops: int) -> Executed:
+        peaks = {ATTACK: Counter({WEIGHTS: 200, ATTACK: attack}), ACTIVATIONS: Counter({WEIGHTS: 300})}
+        persistent, counts = Counter({WEIGHTS: 200}), Counter({ATTACK: flops})
+        cost = StepCost(peaks, persistent=persistent, flops=counts)
+        return Executed(cost, {"attacked": 8}, 8, None)
+
+    plans = {"wide": done(700, 1), "narrow": done(400, 2)}
+    found = choose(plans, Division(8, 56, 8), 1000, memory, rate)
+    assert found == (wanted and wanted._replace(hours=pytest.approx(wanted.hours)))
 
 
 def test_parts_are_told_apart(tmp_path: Path) -> None:
