@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import CodeType
 from typing import Any
 
 import torch
@@ -21,14 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lightning_modules.models.known import is_copy_of, says
 
-def _says(code: CodeType) -> tuple[object, ...]:
-    return code.co_code, code.co_names, code.co_varnames, code.co_consts
-
-
-_KNOWN = _says(LlamaRMSNorm.forward.__code__)
-"""Most families' norm is a copy of this one. What computes something else, or a kernel put in its place, is
-left alone."""
+_KNOWN = says(LlamaRMSNorm.forward)
 
 
 @contextmanager
@@ -51,9 +45,7 @@ def rms_norm(x: Float[Tensor, "*token dim"], weight: Tensor, eps: float) -> Floa
 
 
 def _is_known(part: nn.Module) -> bool:
-    code = getattr(type(part).forward, "__code__", None)
-    named = hasattr(part, "variance_epsilon") and "forward" not in vars(part)
-    return named and code is not None and _says(code) == _KNOWN
+    return hasattr(part, "variance_epsilon") and is_copy_of(part, _KNOWN)
 
 
 class _RMSNorm(torch.autograd.Function):

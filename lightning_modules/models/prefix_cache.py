@@ -14,12 +14,14 @@ from transformers.cache_utils import DynamicLayer
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """The computed beginnings of prompts, left-padded like a prompt; `layers` holds keys and values."""
+    """The computed beginnings of prompts, left-padded like a prompt; `layers` holds keys and values, and
+    `lengths` the tokens of each where the host knows them."""
 
     mask: Bool[Tensor, "batch prefix"]
     layers: tuple[
         tuple[Float[Tensor, "batch head prefix head_dim"], Float[Tensor, "batch head prefix head_dim"]], ...
     ]
+    lengths: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -28,7 +30,8 @@ class PrefixCache:
     def head(self, length: int) -> PrefixCache:
         """The beginnings' first `length` columns (views)."""
         layers = ((keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers)
-        return PrefixCache(self.mask[:, :length], tuple(layers))
+        lengths = tuple(max(0, own - self.length + length) for own in self.lengths)
+        return PrefixCache(self.mask[:, :length], tuple(layers), lengths)
 
     def rows(self, index: Int[Tensor, " row"]) -> Continuation:
         """A cache for one forward pass, row n beginning like prompt index[n]; this object stays unchanged."""
@@ -42,9 +45,9 @@ class Continuation(Cache):
         self.shared = [_PrefixLayer(keys, values, index) for keys, values in prefix.layers]
         super().__init__(layers=list(self.shared))
 
-    def extended(self, mask: Bool[Tensor, "row whole"]) -> PrefixCache:
-        """The rows with what the model added to them; `mask` is that of the whole."""
-        return PrefixCache(mask, tuple(layer.whole for layer in self.shared))
+    def extended(self, mask: Bool[Tensor, "row whole"], lengths: tuple[int, ...] = ()) -> PrefixCache:
+        """The rows with what the model added to them; `mask` and `lengths` are those of the whole."""
+        return PrefixCache(mask, tuple(layer.whole for layer in self.shared), lengths)
 
 
 class _PrefixLayer(DynamicLayer):

@@ -155,7 +155,7 @@ def test_a_gcg_step_waits_twice() -> None:
         "gcg.GCG._tried": 1,
         # Lists of what is on the host.
         "search.SuffixSearch.gradient": 1,
-        "search.SuffixSearch.scores_of_changes": 2,
+        "search.SuffixSearch.scores_of_changes": 3,
         "gcg.GCG._step.<locals>.<dictcomp>": 1,
         "search.best_by_owner": 1,
         "ledger.CandidateLedger.record": 1,

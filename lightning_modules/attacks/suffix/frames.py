@@ -55,6 +55,9 @@ class Frames:
         # The cache needs a column: a row that lends its whole beginning gets one that nobody sees.
         ids, prefix_mask = (tensor.to(device) for tensor in pad([head or [0] for head in heads], "left"))
         prefix_mask &= torch.tensor([[bool(head)] for head in heads], device=device)
+        # A head that is shorter than what it should lend leaves its frame shorter than the others.
+        self.padded = len({len(lead) + len(after) for lead, after in frames}) > 1
+        self.head_lengths = tuple(map(len, heads))
         frame_ids, frame_mask = pad([lead + after for lead, after in frames], "left")
         self.frame_ids, self.frame_mask = frame_ids.to(device), frame_mask.to(device)
         self.place = torch.tensor([end - own for own in ends], device=device)
@@ -65,31 +68,28 @@ class Frames:
             own.type: (self.place.to(own), self.second.to(own)) for own in (device, torch.device("cpu"))
         }
         self.head = slots[0].head
-        self.prefix = prefix_cache(model, ids, prefix_mask)
+        self.prefix = prefix_cache(model, ids, prefix_mask, () if self.padded else self.head_lengths)
 
-    def extended(self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"]) -> PrefixCache:
-        """The cache of these rows, held on over their suffixes."""
-        return extend_cache(
-            self.model, self.prefix, rows, *self._frame(rows, suffixes, self.model.embed(suffixes))
-        )
+    def extended(
+        self, rows: Int[Tensor, " row"], suffixes: Int[Tensor, "row suffix"], names: Sequence[int]
+    ) -> PrefixCache:
+        """The cache of these rows, held on over their suffixes; `names` are they on the host."""
+        whole, mask = self._frame(rows, suffixes, self.model.embed(suffixes))
+        lengths = () if self.padded else tuple(self.head_lengths[row] + mask.shape[1] for row in names)
+        return extend_cache(self.model, self.prefix, rows, whole, mask, lengths)
 
     def token_losses(
         self,
         rows: Int[Tensor, " row"],
         suffixes: Int[Tensor, "row suffix"],
         embeds: Float[Tensor, "row suffix dim"],
-        cache: PrefixCache | None = None,
-        cached_rows: Int[Tensor, " row"] | None = None,
-        skip: int = 0,
         names: Sequence[int] | None = None,
     ) -> Float[Tensor, "row reply"]:
-        """Losses with suffix embeddings put into their frames.
-
-        `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns
-        are taken from its rows. `names` are the rows where the host knows them; without, it asks for them.
-        """
-        given, reply = self._given(rows, suffixes, embeds, cache, cached_rows, skip, names)
-        losses = -continued_log_probs(self.model, *given, reply)
+        """Losses with suffix embeddings put into their frames. `names` are the rows where the host knows
+        them; without, it asks for them."""
+        names = rows.tolist() if names is None else names
+        given, reply = self._given(rows, suffixes, embeds, None, None, 0, names)
+        losses = -continued_log_probs(self.model, *given, reply, None if self.padded else names)
         return torch.nn.functional.pad(losses, (0, self.target.mask.shape[1] - losses.shape[1]))
 
     def token_scores(
@@ -100,12 +100,18 @@ class Frames:
         cached_rows: Int[Tensor, " row"] | None = None,
         skip: int = 0,
         names: Sequence[int] | None = None,
+        cached_names: Sequence[int] | None = None,
     ) -> Float[Tensor, "row reply 2"]:
         """Losses as `token_losses` without a gradient, and 1 where greedy decoding says the token after those
-        before it, outside the target too."""
-        embeds = self.model.embed(suffixes)
+        before it, outside the target too.
+
+        `cache` may hold the prompts further than the fixed beginning: then the frame's first `skip` columns
+        are taken from its rows `cached_rows`, `cached_names` on the host.
+        """
+        embeds, names = self.model.embed(suffixes), rows.tolist() if names is None else names
         given, reply = self._given(rows, suffixes, embeds, cache, cached_rows, skip, names)
-        log_probs, said = continued_scores(self.model, *given, reply)
+        held = names if cached_rows is None else cached_names
+        log_probs, said = continued_scores(self.model, *given, reply, None if self.padded else held)
         missing = (0, self.target.mask.shape[1] - said.shape[1])
         losses = torch.nn.functional.pad(-log_probs, missing)
         # One tensor, since passes over chunks are joined tensor by tensor.
@@ -119,14 +125,14 @@ class Frames:
         cache: PrefixCache | None,
         cached_rows: Int[Tensor, " row"] | None,
         skip: int,
-        names: Sequence[int] | None,
+        names: Sequence[int],
     ) -> tuple[
         tuple[PrefixCache, Int[Tensor, " row"], Float[Tensor, "row rest dim"], Bool[Tensor, "row rest"]],
         Reply,
     ]:
         """What is fed after a cache, and the target that is scored."""
         whole, mask = self._frame(rows, suffixes, embeds)
-        lengths = tuple(self.lengths[row] for row in (rows.tolist() if names is None else names))
+        lengths = tuple(self.lengths[row] for row in names)
         longest = max(lengths)
         reply = Reply(self.target.ids[rows, :longest], self.target.mask[rows, :longest], lengths)
         prefix = self.prefix if cache is None else cache.head(self.prefix.length + skip)

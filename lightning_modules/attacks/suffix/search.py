@@ -168,19 +168,20 @@ class SuffixSearch:
         # A pass each, however much of it is shared: sharing saves time and not budget.
         self.ledger.count_forward(rows)
         own = torch.tensor(active)
-        extended = self.frames.extended(own.to(device), base.to(device))
+        extended = self.frames.extended(own.to(device), base.to(device), active)
         place = torch.zeros(len(self.slots), dtype=torch.long).scatter(0, own, torch.arange(len(own)))
         first = (suffixes != base[place[rows]]).to(torch.uint8).argmax(1, keepdim=True)
         changed = self.frames.columns(rows, suffixes.shape[1]).gather(1, first).squeeze(1)
         order = self._order(rows, changed)
         given, cached = rows[order], place[rows[order]].to(device)
         found = self.chunked(
-            lambda r, s, p, c, names: self.frames.token_scores(r, s, extended, p, min(c), names),
+            lambda r, s, p, c, *names: self.frames.token_scores(r, s, extended, p, min(c), *names),
             given.to(device),
             suffixes[order].to(device),
             cached,
             changed[order].tolist(),
             given.tolist(),
+            place[given].tolist(),
         )
         found = torch.empty_like(found).index_copy(0, order.to(device), found)
         return self._read(rows.to(device), found)
