@@ -194,8 +194,10 @@ def main(arguments: list[str] | None = None) -> int:
         model = build(options.shape, device, four_bits=base == "nf4")
         for what, calls in figures.items():
             if what.startswith(tuple(options.only)):
-                rows += measure(f"{what}, {base}", calls(model, backend), options.repeats, device, rate)
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                taken = measure(f"{what}, {base}", calls(model, backend), options.repeats, device, rate)
+                rows += taken
+                for row in taken:
+                    print(json.dumps(row), file=sys.stderr, flush=True)
         del model
         gc.collect()
         if device.type == "cuda":
