@@ -9,6 +9,7 @@ newline is a write that a kill interrupted and counts as not written.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,6 +18,8 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from datamodules.fields import NonNegativeInt, fitting, problem
 from datamodules.line_files import append_lines, drop_torn_line, whole_lines
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
@@ -233,6 +236,18 @@ class ResultsStore:
         last = {(item.stage, item.defence): (item.step, item.model) for item in self._announced}
         for own in {item.slot: item for item in measurements}.values():
             item = replace(own, call=self._call) if own.stage in ("validate", "test") else own
+            earlier = known.get(item.slot)
+            if (
+                earlier is not None
+                and earlier.call == item.call != ""
+                and earlier.evaluation != item.evaluation
+            ):
+                log.warning(
+                    "%s: %s replaces what %s says of it; measure one of them on another set",
+                    " ".join(part for part in (item.subject, item.block, item.attack) if part),
+                    item.evaluation,
+                    earlier.evaluation,
+                )
             if known.get(item.slot) != item or last.get((item.stage, item.defence)) != (
                 item.step,
                 item.model,

@@ -284,6 +284,24 @@ def test_every_named_set_is_measured_by_itself(tmp_path: Path) -> None:
     assert len(set(titles)) == len(titles)
 
 
+def test_of_named_sets_those_that_are_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without `sets`, what another evaluation measures of its own set is replaced, and that is said."""
+    blocks = {name: Block(harmful=[TinyChatHarmful("validation", limit=2)]) for name in ("one", "two")}
+    data = corpus(blocks)
+    with caplog.at_level("WARNING"):
+        found = measured(tmp_path / "one", Suspicious(data), data, BlockEvaluation(sets=["one"]))
+    assert {metric.block for metric in found.measures} == {"one"} and not caplog.records
+    with pytest.raises(ValueError, match="expected a named set 'three'"):
+        measured(tmp_path / "three", Suspicious(data), data, BlockEvaluation(sets=["three"]))
+    with pytest.raises(ValueError, match=r"BlockEvaluation\.sets: expected at least one name"):
+        BlockEvaluation(sets=[])
+    store = ResultsStore(tmp_path / "both")
+    plan = measurement("full_refusal_rate", block="one", evaluation="xstest", stage="test")
+    store.announce([plan])
+    store.announce([measurement("refusal_rate", block="one", evaluation="blocks", stage="test")])
+    assert "harmful one: blocks replaces what xstest says of it" in caplog.text
+
+
 def test_a_prompt_without_an_expected_reply_cannot_be_served(tmp_path: Path) -> None:
     plan = measurement("over_refusal_rate", subject="harmless", block="odd", judges=["exact_match@1"], n=3)
     store = ResultsStore(tmp_path)
