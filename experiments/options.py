@@ -89,6 +89,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--workers", metavar="N", type=int, default=1, help="runs at a time; they share the cores [1]")
     add("--dry_run", action="store_true", help="list the runs and what of them is done")
     add("--report_only", action="store_true", help="run nothing: the report of what is done")
+    add("--recorded", metavar="FOLDER", help="run nothing: these tables from another report's raw rows")
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:

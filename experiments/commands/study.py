@@ -21,6 +21,7 @@ from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
 from experiments.compare.comparison import write_comparison
 from experiments.config.compose import ConfigError
+from experiments.studies.archive import archived
 from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
 from experiments.studies.processes import PROGRAM, Running
@@ -44,6 +45,8 @@ class StudyCall:
     """Runs at a time; each has its share of the machine's cores."""
     dry_run: bool = False
     report_only: bool = False
+    recorded: str | None = None
+    """Folder of a study's report: its raw rows are reported as this study asks, and nothing is run."""
 
 
 def study(call: StudyCall) -> int:
@@ -55,12 +58,13 @@ def study(call: StudyCall) -> int:
     unknown = [name for name in call.only if name not in own.runs]
     if unknown:
         raise ConfigError(f"--only: expected runs of the study ({', '.join(own.runs)}), got {unknown[0]!r}")
+    if call.recorded is not None:
+        return _recorded(own, Path(call.recorded), _out(call))
     jobs = jobs_of(own, Path(call.runs))
     if call.dry_run:
         for job in jobs:
             print(f"{job.state():<12}  {job.title}  {job.folder}")
         return 0
-    out = Path(call.out) if call.out else Path(call.runs) / Path(call.study).stem
     if not call.report_only:
         wanted = _with_needed(jobs, call.only)
         try:
@@ -72,8 +76,26 @@ def study(call: StudyCall) -> int:
         failed = {}
     for title, reason in failed.items():
         _say(f"{title}: {reason}")
-    reported = _report(own, jobs, out, failed)
+    reported = _report(own, jobs, _out(call), failed)
     return 1 if failed or not reported else 0
+
+
+def _out(call: StudyCall) -> Path:
+    return Path(call.out) if call.out else Path(call.runs) / Path(call.study).stem
+
+
+def _recorded(own: Study, place: Path, out: Path) -> int:
+    """Other tables of rows that are recorded. Raises: ConfigError where a run of the study is not there."""
+    found = archived(place, own.runs)
+    for name, folders in found.items():
+        if not folders:
+            raise ConfigError(f"--recorded: no run {name!r} in {place}; name the folder of a study's report")
+    try:
+        print(write_study(own, found, out, copies=False))
+    except ValueError as error:
+        raise ConfigError(f"--recorded: {error}") from error
+    print(f"report: {out / 'report.html'}")
+    return 0
 
 
 def _say(text: str) -> None:

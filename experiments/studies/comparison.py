@@ -15,6 +15,7 @@ from callbacks.metrics.names import Metric
 from callbacks.report.events import Events, events
 from callbacks.report.load import load
 from callbacks.report.measured import select
+from callbacks.report.results import Measure
 from callbacks.report.under_attack import under_attack
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import last_step, read_measurements, read_rows
@@ -100,13 +101,15 @@ def read(
         by_seed = {seed: own for seed, (own, _) in told.items()}
         carrying = Counter(attack for _, signs in told.values() for attack in signs)
         rates, means = {}, {}
+        loaded: dict[Path, Mapping[Metric, Measure]] = {}
         for label, column in columns.items():
             metric = column.metric
             missing = [folders[seed] for seed, own in by_seed.items() if metric not in own]
             if not missing:
                 rates[label] = _rate(name, label, [own[metric] for own in by_seed.values()])
                 continue
-            estimates = [_mean(folder, metric) for folder in folders.values()]
+            loaded = loaded or {folder: _measures(folder) for folder in folders.values()}
+            estimates = [_mean(own.get(metric)) for own in loaded.values()]
             known = [own for own in estimates if own is not None]
             if len(known) == len(estimates):
                 means[label] = _over_seeds(known)
@@ -135,9 +138,12 @@ def _rate(name: str, label: str, by_seed: Sequence[Events]) -> SeedRate:
     return seed_rate(stacked([own.outcome for own in by_seed]))
 
 
-def _mean(folder: Path, metric: Metric) -> Estimate | None:
+def _measures(folder: Path) -> Mapping[Metric, Measure]:
     after = load(folder, "test").after
-    measure = None if after is None else after.measures.get(metric)
+    return {} if after is None else after.measures
+
+
+def _mean(measure: Measure | None) -> Estimate | None:
     return None if measure is None or measure.estimate.kind == "rate" else measure.estimate
 
 

@@ -117,6 +117,12 @@ class Study:
     test: list[str] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     figures: list[TradeOff] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
+    """Columns whose rates are told by category of prompts, too."""
+    correlations: list[TradeOff] = field(default_factory=list)
+    """Two columns across the runs: how far one tells the other."""
+    curves: list[str] = field(default_factory=list)
+    """Attacks of the suite whose loss at every iterate is drawn, a line a run."""
     margin: Share = 0.05
     """As a share (0.05: five points). Differences within it are of no interest: `equivalent` means that all
     of the interval is."""
@@ -140,7 +146,13 @@ def load_study(path: str | Path) -> Study:
     return study
 
 
-NESTED: dict[str, type] = {"runs": StudyRun, "columns": Column, "claims": Claim, "figures": TradeOff}
+NESTED: dict[str, type] = {
+    "runs": StudyRun,
+    "columns": Column,
+    "claims": Claim,
+    "figures": TradeOff,
+    "correlations": TradeOff,
+}
 
 
 def _check(study: Study) -> None:
@@ -169,9 +181,12 @@ def _check(study: Study) -> None:
             raise ConfigError(f"claims.{number}.second: expected another run than `first`, got the same")
         for label in claim.columns:
             known(label, study.columns, f"claims.{number}.columns")
-    for number, figure in enumerate(study.figures):
-        known(figure.x, study.columns, f"figures.{number}.x")
-        known(figure.y, study.columns, f"figures.{number}.y")
+    for name, pairs in (("figures", study.figures), ("correlations", study.correlations)):
+        for number, pair in enumerate(pairs):
+            known(pair.x, study.columns, f"{name}.{number}.x")
+            known(pair.y, study.columns, f"{name}.{number}.y")
+    for number, label in enumerate(study.categories):
+        known(label, study.columns, f"categories.{number}")
 
 
 def check_columns(columns: Mapping[str, Column]) -> None:

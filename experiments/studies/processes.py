@@ -75,6 +75,11 @@ class Running:
         if self._process.poll() is None:
             self._process.terminate()
 
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process.poll() is None:
+            self._process.kill()
+
     def failure(self) -> str:
         """Why it ended, in one line: its status and its last words."""
         return failure(self.words[0], self._process.poll(), self.folder, self._begin)

@@ -239,5 +239,8 @@ def _refuse_doubles(jobs: Iterable[Job]) -> None:
 
 
 def threads(workers: int) -> int:
-    """How many threads each of several runs at a time may use on this machine."""
-    return max(1, (os.cpu_count() or 1) // workers)
+    """How many threads each of several runs at a time may use: of the cores that this process may run on,
+    and no more than OMP_NUM_THREADS says, where it is set."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, (min(cores, int(asked)) if asked.isdigit() else cores) // workers)

@@ -20,7 +20,10 @@ from callbacks.report.signs import words
 from callbacks.report.under_attack import FALL, REFUSED
 from callbacks.run_folder.provenance import environment_facts
 from experiments.studies.archive import archive, revisions
+from experiments.studies.categories import by_category
 from experiments.studies.comparison import Answer, Compared, answers, read
+from experiments.studies.correlation import correlations
+from experiments.studies.costs import cost_table, curves
 from experiments.studies.definition import Study, TradeOff
 
 COLORS = ("#4c86c6", "#d1605e", "#5a9e6f", "#9b6fb5", "#c98a2b", "#6b7a8f")
@@ -40,6 +43,7 @@ def write_study(
     settings: Mapping[str, str] | None = None,
     missing: Mapping[str, str] | None = None,
     links: Mapping[str, str] | None = None,
+    copies: bool = True,
 ) -> str:
     """Write report.md, report.html, cells.csv, results.json, environment.json, figures and raw rows.
 
@@ -51,13 +55,15 @@ def write_study(
         settings: what was chosen for a run, by its name, where a search chose it.
         missing: runs of the study that are not among `runs`, and why.
         links: what the page leads to, text -> path relative to it.
+        copies: put the raw rows beside the report; they are read where they are otherwise.
 
     Returns: the Markdown report. Raises: ValueError without runs, or where a run lacks a column.
     """
     if not runs:
         raise ValueError("expected finished runs, got none")
     out.mkdir(parents=True, exist_ok=True)
-    rows = read(archive(runs, out), study.columns, optional)
+    runs = archive(runs, out) if copies else runs
+    rows = read(runs, study.columns, optional)
     found = answers(rows, study.claims, study.columns)
     facts = environment_facts() | {"revisions_of_runs": revisions(runs)}
     (out / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -65,9 +71,12 @@ def write_study(
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     _write_cells(out / "cells.csv", rows)
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
+    drawings |= curves(study, runs)
     for stem, drawing in drawings.items():
         save(drawing, out / f"{stem}.svg")
     tables = [cells(study, rows)] + ([replies(study, found, rows)] if study.claims else [])
+    tables += [own for own in (correlations(study, rows), cost_table(runs)) if own is not None]
+    tables += by_category(study, rows)
     if missing:
         lost = [[Cell(name), Cell(reason)] for name, reason in missing.items()]
         tables.append(Table("Not reported", ["run", "why"], lost))

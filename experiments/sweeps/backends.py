@@ -29,6 +29,10 @@ class Command(Protocol):
         """Ask it to end."""
         ...
 
+    def kill(self) -> None:
+        """End it, where it does not do so when asked."""
+        ...
+
     def failure(self) -> str:
         """Why it ended, in one line."""
         ...
@@ -69,9 +73,8 @@ class Slurm:
     Args:
         place: the sweep's folder, on a disk that all nodes see.
         parameters: of submitit's executor: `timeout_min`, `slurm_partition`, `gpus_per_node`,
-            `cpus_per_task`, ...
+            `cpus_per_task`, ...; with `cluster: local` it runs the same without Slurm.
         program: what is started with a command's words.
-        cluster: submitit's; `local` runs the same without Slurm.
 
     Raises: ConfigError where there is no Slurm, or a parameter that submitit does not know.
     """
@@ -81,16 +84,17 @@ class Slurm:
         place: Path,
         parameters: Mapping[str, Any],
         program: Sequence[str] = PROGRAM,
-        cluster: str = "slurm",
     ) -> None:
         import submitit
 
+        own = {**parameters}
+        cluster = own.pop("cluster", "slurm")
         self.folder = place / "slurm"
         self.program = program
-        self.threads = int(parameters.get("cpus_per_task", 1))
+        self.threads = int(own.get("cpus_per_task", 1))
         try:
             self.executor = submitit.AutoExecutor(self.folder, cluster=cluster)
-            self.executor.update_parameters(name=f"sweep_{place.name}", **parameters)
+            self.executor.update_parameters(name=f"sweep_{place.name}", **own)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise ConfigError(f"--backend slurm: {' '.join(str(error).split())}") from error
 
@@ -171,6 +175,11 @@ class RayTask:
 
         ray.cancel(self.task)
 
+    def kill(self) -> None:
+        import ray
+
+        ray.cancel(self.task, force=True)  # what it has started ends with it
+
     def failure(self) -> str:
         return failure(self.command, self.status(), self.folder)
 
@@ -201,6 +210,10 @@ class SlurmJob:
             return 1
 
     def stop(self) -> None:
+        self.job.cancel()
+
+    def kill(self) -> None:
+        """Slurm itself kills what does not end (KillWait)."""
         self.job.cancel()
 
     def failure(self) -> str:

@@ -19,6 +19,8 @@
       - {column: utility, falls_at_most: 0.03}          # against the same before training
     figures: [{x: utility, y: embedding}]
     keep: 3                                             # trials that keep model and checkpoints
+    trial_minutes: 30                                   # one that runs for longer has failed
+    retries: 1                                          # how often one that fails is begun again
 
 A parameter is any dotted key of the configuration. `metric.name` is what the loggers call one of the columns.
 """
@@ -161,12 +163,18 @@ class Sweep:
     """Trials in all; a grid is complete without."""
     keep: Count | None = None
     """How many of the best trials keep model and checkpoints; null keeps all."""
+    trial_minutes: Positive | None = None
+    """A trial that runs for longer is ended and has failed. Counted from its start, a job's from when it was
+    submitted, and anew where it is taken up again."""
+    retries: NonNegativeInt = 0
+    """How often a trial that fails is begun again, from its last checkpoint."""
     seed: NonNegativeInt = 0
     """Of the search; a trial's own seed is the parameter `seed_everything`."""
     name: str = ""
     description: str = ""
     slurm: dict[str, Any] = field(default_factory=dict)
-    """Parameters of submitit's executor: timeout_min, slurm_partition, gpus_per_node, ..."""
+    """Parameters of submitit's executor: timeout_min, slurm_partition, gpus_per_node, ...; `cluster: local`
+    runs its jobs on this machine, without Slurm."""
     ray: dict[str, Any] = field(default_factory=dict)
     """Options of Ray's tasks: num_cpus, num_gpus (a part of one, too), resources, ..."""
     # For `wandb sweep` alone.

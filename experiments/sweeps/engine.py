@@ -27,7 +27,7 @@ from experiments.studies.scheduling import Job
 from experiments.sweeps.backends import Backend, Command
 from experiments.sweeps.disk import is_full, tidy
 from experiments.sweeps.measured import Unmeasured, cells, excesses, periodic, stamp
-from experiments.sweeps.search import COMMAND, FOLDER, INTERRUPTED, Search
+from experiments.sweeps.search import COMMAND, FOLDER, INTERRUPTED, RETRIED, Search
 from experiments.sweeps.trials import fingerprint, job_of
 
 ATTEMPTS = 3
@@ -37,7 +37,10 @@ FROM_OUTSIDE = {status for number in SIGNALS for status in (-number, 128 + numbe
 """Exit statuses of a process that somebody or something else has ended."""
 LOOK_SECONDS = 5.0
 """Between two looks at a running trial's evaluations."""
-
+GRACE_SECONDS = 60.0
+"""What a trial whose time is up has to end by itself."""
+WRONG_CALL = 2
+"""Exit status of a command whose configuration is wrong: it will be wrong again."""
 
 CHANGED = (
     "the files of `config` have changed since the sweep was begun: what is finished is kept; the same "
@@ -55,6 +58,8 @@ class Attempt:
     looked: float = 0.0
     seen: int = -1
     lags: bool = False
+    began: float = 0.0
+    late: bool = False
 
 
 @dataclass
@@ -102,6 +107,7 @@ class Engine:
             if own.command is None:
                 self._begin(own)
             if own.command is not None and own.command.status() is None:
+                self._watch_time(own, own.command)
                 self._look(own)
             elif own.command is not None and self._end(own):
                 self._attempts.remove(own)
@@ -145,8 +151,19 @@ class Engine:
             earlier = own.trial.user_attrs.get(COMMAND)
             found = self.backend.again(earlier, own.job.folder) if earlier is not None else None
             own.command = found or self.backend.start(own.job.fit, own.job.folder)
+            own.began = time.monotonic()
             if own.command.name is not None:
                 own.trial.set_user_attr(COMMAND, own.command.name)
+
+    def _watch_time(self, own: Attempt, command: Command) -> None:
+        """End a trial whose time is up."""
+        minutes = self.search.sweep.trial_minutes
+        over = -1.0 if minutes is None else time.monotonic() - own.began - 60 * minutes
+        if over > GRACE_SECONDS:
+            command.kill()
+        elif over > 0 and not own.late:
+            own.late = True
+            command.stop()
 
     def _look(self, own: Attempt) -> None:
         """End a trial that lags behind the others at the same evaluation."""
@@ -168,6 +185,8 @@ class Engine:
         status = own.command.status()
         if own.lags and status != 0:
             self.search.prune(own.trial)
+        elif own.late and status != 0:
+            self.search.fail(own.trial, f"it ran for more than {self.search.sweep.trial_minutes:g} minutes")
         elif status in FROM_OUTSIDE and not self._too_often(own):
             own.command = None
             return False
@@ -175,6 +194,9 @@ class Engine:
             error = own.command.failure()
             if NO_SPACE in error or os.strerror(errno.ENOSPC) in error or is_full(self.place):
                 raise OSError(errno.ENOSPC, NO_SPACE)  # not the trial's own doing: it will go on
+            if status != WRONG_CALL and self._once_more(own):
+                own.command = None
+                return False
             self.search.fail(own.trial, error)
         else:
             self._refuse_changed()
@@ -187,6 +209,14 @@ class Engine:
         times = own.trial.user_attrs.get(INTERRUPTED, 0) + 1
         own.trial.set_user_attr(INTERRUPTED, times)
         return bool(times >= ATTEMPTS)
+
+    def _once_more(self, own: Attempt) -> bool:
+        """Whether a trial that has failed is to be begun again."""
+        times = own.trial.user_attrs.get(RETRIED, 0)
+        if times >= self.search.sweep.retries:
+            return False
+        own.trial.set_user_attr(RETRIED, times + 1)
+        return True
 
     def _tell(self, own: Attempt) -> None:
         sweep = self.search.sweep
@@ -260,6 +290,9 @@ class Done:
         return 0
 
     def stop(self) -> None:
+        pass
+
+    def kill(self) -> None:
         pass
 
     def failure(self) -> str:

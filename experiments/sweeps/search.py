@@ -25,9 +25,10 @@ from experiments.sweeps.definition import Sweep
 from experiments.sweeps.space import Raw, Space
 
 JOURNAL = "journal.jsonl"
-FOLDER, CELLS, ERROR, INTERRUPTED, COMMAND = "folder", "cells", "error", "interrupted", "command"
-"""Attributes of a trial: its folder's name, what it measured, why it failed, how often it was ended from
-outside, what the backend calls its command."""
+FOLDER, CELLS, ERROR, COMMAND = "folder", "cells", "error", "command"
+INTERRUPTED, RETRIED = "interrupted", "retried"
+"""Attributes of a trial: its folder's name, what it measured, why it failed, what the backend calls its
+command, how often it was ended from outside, how often it was begun again after a failure."""
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 

@@ -164,6 +164,26 @@ def test_a_trial_that_is_killed_is_taken_up_again_and_fails_at_last(sweeping: Sw
     assert engine.search.trials()[1].user_attrs[ERROR].startswith("fit ended with status -9: ")
 
 
+def test_a_trial_that_fails_is_begun_again_as_often_as_asked(sweeping: Sweeping) -> None:
+    engine = sweeping.engine(parameters=parameters(["fails once", "fails", "wrong"], [0.5]), retries=1)
+    engine.run()
+    assert states(engine) == ["COMPLETE", "FAIL", "FAIL"]
+    assert [call[-1] for call in sweeping.calls()] == ["0", "0", "1", "1", "2"]  # what is wrong stays wrong
+    assert "status 1: broken on purpose (" in engine.search.trials()[1].user_attrs[ERROR]
+    assert "status 2: x: unknown field (" in engine.search.trials()[2].user_attrs[ERROR]
+
+
+def test_a_trial_that_runs_for_too_long_is_ended(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "GRACE_SECONDS", 1.0)
+    settings = {"trial_minutes": 0.05, "retries": 1}
+    methods = parameters(["slow", "deaf", "works"], [0.5])
+    engine = sweeping.engine(workers=3, parameters=methods, **settings)
+    engine.run()
+    assert states(engine) == ["FAIL", "FAIL", "COMPLETE"]
+    errors = [own.user_attrs.get(ERROR) for own in engine.search.trials()]
+    assert errors == ["it ran for more than 0.05 minutes"] * 2 + [None]
+
+
 def test_a_folder_that_a_process_still_holds_is_waited_for(sweeping: Sweeping) -> None:
     folder = sweeping.job("works").folder
     freed: list[float] = []
@@ -207,7 +227,7 @@ def test_a_killed_sweep_goes_on_where_it_was(sweeping: Sweeping) -> None:
 def test_jobs_of_submitit_run_the_trials(sweeping: Sweeping) -> None:
     """By submitit's own executor of one machine."""
     pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
-    slurm = Slurm(sweeping.place, {"timeout_min": 5}, sweeping.program, cluster="local")
+    slurm = Slurm(sweeping.place, {"cluster": "local", "timeout_min": 5}, sweeping.program)
     engine = sweeping.engine(slurm, workers=2, parameters=parameters(["works", "fails"], [0.5]))
     engine.run()
     assert states(engine) == ["COMPLETE", "FAIL"]
@@ -218,7 +238,7 @@ def test_jobs_of_submitit_run_the_trials(sweeping: Sweeping) -> None:
     assert found is not None and found.status() == 0
     assert slurm.again(engine.search.trials()[1].user_attrs[COMMAND], sweeping.place) is None
     with pytest.raises(ConfigError, match="--backend slurm: .*gpus_per_nod"):
-        Slurm(sweeping.place, {"gpus_per_nod": 1}, cluster="local")
+        Slurm(sweeping.place, {"cluster": "local", "gpus_per_nod": 1})
 
 
 def test_tasks_of_ray_run_the_trials(sweeping: Sweeping) -> None:

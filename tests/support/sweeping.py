@@ -1,6 +1,6 @@
 """A sweep whose trials are a program that behaves as the parameter `vars.method` tells it: it works, fails,
-lags, is slow, is killed, stops the sweep, edits its recipe, finds the disk full. It writes rows as a run
-does."""
+lags, is slow, does not end, is killed, stops the sweep, edits its recipe, finds the disk full. It writes
+rows as a run does."""
 
 from __future__ import annotations
 
@@ -25,8 +25,15 @@ given = dict(word[2:].split("=", 1) for word in words if "=" in word)
 folder, how = pathlib.Path(given["trainer.default_root_dir"]), given["vars.method"]
 with open("calls.txt", "a") as stream:
     stream.write(f"{command} {folder.name[:10]}\\n")
-if how == "fails":
+if how == "fails" or how == "fails once" and not (folder / "once").exists():
+    (folder / "once").touch()
     sys.exit("thundercat: broken on purpose")
+if how == "wrong":
+    print("thundercat: x: unknown field")
+    sys.exit(2)
+if how == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
 if how == "edits":  # somebody changes the recipe meanwhile
     path = pathlib.Path("place/recipe.yaml")
     path.write_text(path.read_text().replace("name_or_path:", "load_seed: 7\\n      name_or_path:"))

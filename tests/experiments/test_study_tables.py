@@ -1,0 +1,103 @@
+"""What a study's report says beside its main table: categories, correlations, costs, curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from callbacks.metrics.names import Metric
+from datamodules.results import ResultsStore
+from experiments.commands.study import StudyCall, study
+from experiments.config.errors import ConfigError
+from experiments.studies.categories import tail
+from experiments.studies.correlation import correlation
+from tests.support.rows import measurement, row
+
+BASE = "configs/experiment/methods_tinychat.yaml"
+SUCCESS = {"quantity": "success_rate", "subject": "harmful", "attack": "gcg"}
+LOSS = {"quantity": "loss_best", "subject": "harmful", "attack": "gcg"}
+STUDY = {
+    "title": "Recorded",
+    "runs": {f"run {i}": {"config": [BASE]} for i in range(4)},
+    "columns": {"GCG": SUCCESS, "GCG: loss": LOSS},
+    "correlations": [{"x": "GCG", "y": "GCG: loss"}, {"x": "GCG", "y": "GCG"}],
+    "categories": ["GCG"],
+    "curves": ["gcg", "pgd"],
+}
+
+
+def recorded(place: Path) -> Path:
+    """Run i: GCG wins i of the 8 fires and i / 2 of the 4 floods; its loss ends at 3 - i."""
+    for i in range(4):
+        folder = place / "runs" / f"run_{i}" / "seed0"
+        store, plan = ResultsStore(folder), measurement(stage="test", attack="gcg", n=12)
+        store.announce([plan])
+        kinds = ["fire"] * 8 + ["flood"] * 4
+        won = [k < i for k in range(8)] + [k < i // 2 for k in range(4)]
+        store.add(row(str(k), plan, won[k], category=kinds[k], loss_curve=[4.0, 3.0 - i]) for k in range(12))
+        cost = {"steps": 10, "adversarial_examples": 80, "passes": 960, "seconds": 5.0}
+        cost |= {"attack_forward_per_example": 10.0 * i, "attack_backward_per_example": None}
+        (folder / "cost.json").write_text(json.dumps(cost))
+        (folder / "test_environment.json").write_text('{"git": {"revision": "abc", "modified": false}}')
+    return place
+
+
+def call(tmp_path: Path, place: Path, **changes: object) -> StudyCall:
+    path = tmp_path / "beside.yaml"
+    path.write_text(yaml.safe_dump(STUDY | changes))
+    return StudyCall(str(path), out=str(tmp_path / "out"), recorded=str(place))
+
+
+def test_recorded_rows_answer_another_study(
+    tmp_path: Path, in_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = recorded(tmp_path / "report")
+    assert study(call(tmp_path, place)) == 0
+    said = capsys.readouterr().out
+    # 3 of 8 and 1 of 4; the worst quarter of two categories is one of them.
+    assert "| run | fire (n = 8) | flood (n = 4) | worst 25% |" in said
+    assert "| run 3 | 38 [14, 69] | 25 [5, 70] | 38 |" in said
+    # Successes 0, 1, 3, 4 of 12 against losses 3, 2, 1, 0.
+    assert "| GCG: loss against GCG | 4 | -0.99 [-1.00, -0.59] | p = 0.010 | -1.00 | p < 0.001 |" in (
+        said.replace("&lt;", "<")
+    )
+    assert "| run 2 | 10 | 8 | 20 | - | 960 | 0.5 | - |" in said
+    curve = (tmp_path / "out" / "curve_0.svg").read_text()
+    assert "run 3" in curve and not (tmp_path / "out" / "curve_1.svg").exists()
+    # What was recorded stays where it is, as it was.
+    assert not (tmp_path / "out" / "runs").exists()
+    with pytest.raises(ConfigError, match="--recorded: no run 'run 0' in .*nowhere"):
+        study(call(tmp_path, tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="--recorded: .*no 'u' .utility/exact_match."):
+        columns = {"u": {"quantity": "exact_match", "subject": "utility"}}
+        study(call(tmp_path, place, columns=columns, correlations=[], categories=[]))
+
+
+@pytest.mark.parametrize("field", ["correlations", "categories"])
+def test_what_is_asked_beside_the_table_must_be_a_column(field: str, tmp_path: Path) -> None:
+    wrong = {"correlations": [{"x": "GCG", "y": "PGD"}], "categories": ["PGD"]}
+    with pytest.raises(ConfigError, match=rf"{field}.0(.y)?: expected one of GCG, GCG: loss, got 'PGD'"):
+        study(call(tmp_path, tmp_path, **{field: wrong[field]}))
+
+
+def test_the_worst_categories_are_those_where_the_quantity_is_worst() -> None:
+    own = {name: (value, 10) for name, value in zip("abcde", (0.1, 0.5, 0.9, 0.3, 0.2), strict=True)}
+    assert tail(own, Metric("success_rate", "harmful", "gcg")) == pytest.approx(0.7)  # 0.9, 0.5
+    assert tail(own, Metric("refusal_rate", "harmful")) == pytest.approx(0.15)  # 0.1, 0.2
+    assert (
+        tail(own, Metric("served_rate", "harmful")) is None
+        and tail({}, Metric("accuracy", "utility")) is None
+    )
+
+
+def test_a_correlation_needs_points_that_vary() -> None:
+    assert correlation([1, 2, 3], [1, 2, 3]) is None
+    assert correlation([1, 2, 3, 4], [1, 1, 1, 1]) is None
+    # Hand-made: r = 8 / 10 for ranks 1..5 with two neighbours exchanged twice.
+    found = correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5])
+    assert found is not None and (found.n, found.r, found.rank) == (5, pytest.approx(0.8), pytest.approx(0.8))
+    # Fisher: tanh(atanh(0.8) -+ 1.96 / sqrt(2)).
+    assert (found.low, found.high) == (pytest.approx(-0.2798, abs=1e-3), pytest.approx(0.9862, abs=1e-3))
