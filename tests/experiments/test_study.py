@@ -19,7 +19,7 @@ from callbacks.run_folder.stopping import Stopped
 from experiments.commands.study import Runner, StudyCall, study
 from experiments.config.errors import ConfigError
 from experiments.studies.definition import Study, load_study
-from experiments.studies.scheduling import DONE, Job, jobs_of
+from experiments.studies.scheduling import DONE, Job, jobs_of, threads
 
 CAT = ["configs/experiment/methods_tinychat.yaml", "configs/method/cat.yaml"]
 COLUMNS = {"utility": {"quantity": "exact_match", "subject": "utility"}}
@@ -342,3 +342,13 @@ def test_a_study_trains_judges_and_reports(
         study(StudyCall(str(path), workers=0))
     with pytest.raises(ConfigError, match="study: no file 'none.yaml'; the project's own are below"):
         study(StudyCall("none.yaml"))
+
+
+def test_runs_side_by_side_share_the_cores_that_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 4, 6}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads(workers) for workers in (1, 2, 9)] == [4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert [threads(workers) for workers in (1, 2)] == [2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert threads(1) == 4
