@@ -236,26 +236,19 @@ class ResultsStore:
         last = {(item.stage, item.defence): (item.step, item.model) for item in self._announced}
         for own in {item.slot: item for item in measurements}.values():
             item = replace(own, call=self._call) if own.stage in ("validate", "test") else own
-            earlier = known.get(item.slot)
+            earlier, where = known.get(item.slot), (item.stage, item.defence)
             if (
                 earlier is not None
                 and earlier.call == item.call != ""
                 and earlier.evaluation != item.evaluation
             ):
-                log.warning(
-                    "%s: %s replaces what %s says of it; measure one of them on another set",
-                    " ".join(part for part in (item.subject, item.block, item.attack) if part),
-                    item.evaluation,
-                    earlier.evaluation,
-                )
-            if known.get(item.slot) != item or last.get((item.stage, item.defence)) != (
-                item.step,
-                item.model,
-            ):
+                what = " ".join(part for part in (item.subject, item.block, item.attack) if part)
+                log.warning("%s: %s replaces what %s says of it", what, item.evaluation, earlier.evaluation)
+            if earlier != item or last.get(where) != (item.step, item.model):
                 if self.rank == 0:
                     append_lines(self.path.with_name(MEASUREMENTS), [_dumped(item)])
                 self._announced.append(item)
-                last[item.stage, item.defence] = item.step, item.model
+                last[where] = item.step, item.model
 
 
 def read_rows(folder: str | Path) -> list[Row]:

@@ -47,7 +47,8 @@ def as_nf4(model: nn.Module) -> int:
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        given: Tensor = _Dequantised.apply(x.to(torch.bfloat16), layer.weight)  # type: ignore[no-untyped-call]
+        half = x.to(torch.bfloat16)
+        given: Tensor = _Dequantised.apply(half, layer.weight)  # type: ignore[no-untyped-call]
         return (given if layer.bias is None else given + layer.bias).to(x.dtype)
 
 
