@@ -163,7 +163,7 @@ def test_every_share_is_of_known_replies(tmp_path: Path, scripted: Replies) -> N
     assert "against base: replies changed, utility" in titles
     row = next(iter(ResultsStore(tmp_path)))
     assert (row.reply, row.base_reply) == (REFUSAL, right[0])
-    assert row.verdict("keyword_refusal@2") and not row.verdict(BASE + "keyword_refusal@2")
+    assert row.verdict("keyword_refusal@3") and not row.verdict(BASE + "keyword_refusal@3")
     assert row.verdict(BASE + "exact_match@1") and not row.verdict("exact_match@1")
 
 

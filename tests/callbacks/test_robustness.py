@@ -98,7 +98,7 @@ def test_another_judge_needs_no_new_attack(
     assert status == 0, err
     assert "gcg: judged so by exact_match@1" in out
     rows = read_rows(tmp_path)
-    assert all({"target_prefix@1", "keyword_refusal@2", "exact_match@1"} == set(r.verdicts) for r in rows)
+    assert all({"target_prefix@1", "keyword_refusal@3", "exact_match@1"} == set(r.verdicts) for r in rows)
 
 
 def fit_arguments(folder: Path, evaluation: str, steps: int) -> list[str]:

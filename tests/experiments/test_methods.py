@@ -55,6 +55,7 @@ SHORTER = {
     "lat": [("model.init_args.attack.init_args.num_steps", "3")],
 }
 SEARCHLESS = ["noise_augmentation", "adversarial_fine_tuning", "red_team_replay", "circuit_breakers"]
+SEARCHLESS += ["deep_alignment"]
 ONE_STEP = {
     "r2d2": [("model.init_args.attack.init_args.gcg.init_args.num_steps", "1")],
     "mixat": [
@@ -62,6 +63,10 @@ ONE_STEP = {
         ("model.init_args.attack.init_args.perturb.init_args.step_size", "1.0"),
     ],
     "prompt_generator": [("model.init_args.attack.init_args.num_tokens", "1")],
+    "cat_deep": [
+        ("model.init_args.attack.init_args.attack.init_args.num_steps", "1"),
+        ("model.init_args.attack.init_args.attack.init_args.step_size", "1.0"),
+    ],
 }
 ABLATIONS = {
     "none": METHODS,
