@@ -110,7 +110,9 @@ def test_make_targets_exist() -> None:
 
 def test_main_paths_are_short() -> None:
     """One training example and one evaluation example: at most six files each."""
-    section = README[README.index("## The main path") : README.index("```\nconfigs/")]
+    section = README[
+        README.index("## The main path") : README.index("[configs/](configs/README.md) YAML only")
+    ]
     training, evaluation = section.split("One **evaluation** example")
     assert 1 <= len(re.findall(r"\]\(", training)) <= 6
     assert 1 <= len(re.findall(r"\]\(", evaluation)) <= 6

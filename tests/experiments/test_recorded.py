@@ -18,6 +18,7 @@ from callbacks.report.results import Stage
 from datamodules.results import read_rows
 from experiments.studies.archive import archived
 from experiments.studies.comparison import answers, read
+from experiments.studies.definition import load_study
 from experiments.studies.methods_search import OPTIONAL, comparison
 from experiments.studies.study_report import carrying, cells, exported, judges, replies
 from tests.conftest import ROOT
@@ -26,6 +27,7 @@ RECORDED = sorted(path.parent.parent for path in ROOT.glob("experiments/results/
 QUICKSTART = ROOT / "experiments" / "results" / "quickstart_cpu_202611"
 ORGANISM = ROOT / "experiments" / "results" / "organism_cpu_202611"
 METHODS = ROOT / "experiments" / "results" / "methods_cpu_202611"
+SMOLLM2 = ROOT / "experiments" / "results" / "smollm2_cpu_202611"
 
 
 def prefix_of(stage: Stage) -> str:
@@ -140,3 +142,14 @@ def test_success_of_the_first_table_s_attacks_is_what_the_composed_judge_says() 
 
 def plain(cell: str) -> str:
     return re.sub(r"\*\*", "", cell)
+
+
+def test_every_cell_of_the_real_model_s_table_can_be_computed_again(in_root: Path) -> None:
+    """From verdicts alone: replies to harmful requests are recorded in part."""
+    recorded = numbers((SMOLLM2 / "results.json").read_text(encoding="utf-8"))["runs"]
+    study = load_study("configs/study/smollm2.yaml")
+    rows = read(archived(SMOLLM2, recorded), study.columns)
+    assert len(recorded) >= 2
+    assert numbers(json.dumps(exported(rows, {}))) == recorded
+    report = (SMOLLM2 / "report.md").read_text(encoding="utf-8")
+    assert table_text(cells(study, rows)) in report
