@@ -259,7 +259,8 @@ def test_tasks_of_ray_run_the_trials(sweeping: Sweeping) -> None:
         while not [*slow.folder.glob("checkpoints/*")] and time.monotonic() < until:
             time.sleep(0.05)
         command.stop()
-        while (status := command.status()) is None:
+        until = time.monotonic() + 60
+        while (status := command.status()) is None and time.monotonic() < until:
             time.sleep(0.05)
         assert status == -signal.SIGTERM
         with pytest.raises(ConfigError, match="--backend ray: .*num_gpu"):
