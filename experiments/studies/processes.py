@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class Resumable:
             return status
         except BaseException:  # the job is asked to end: so is the command
             running.stop()
-            running.wait()
+            _outlive(running)
             raise
 
     def checkpoint(self, *arguments: Any) -> Any:
@@ -108,6 +109,13 @@ class Resumable:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)
+
+
+def _outlive(running: Running) -> None:
+    """Until the command has ended, however often one is asked to end meanwhile: it frees its folder last."""
+    while running.status() is None:
+        with suppress(KeyboardInterrupt):
+            time.sleep(POLL_SECONDS)
 
 
 def failure(command: str, status: int | None, folder: Path, begin: int = 0) -> str:

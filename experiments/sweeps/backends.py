@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,9 @@ from callbacks.run_folder.folder import RunFolder
 from experiments.config.errors import ConfigError
 from experiments.studies.processes import PROGRAM, Resumable, Running, failure
 from experiments.studies.scheduling import threads
+
+ASK_AGAIN_SECONDS = 5.0
+"""After which a task of Ray that has been asked to end is asked again."""
 
 
 class Command(Protocol):
@@ -153,6 +157,8 @@ class RayTask:
 
     def __init__(self, task: Any, command: str, folder: Path) -> None:
         self.task, self.command, self.folder = task, command, folder
+        self._asked: float | None = None
+        """When it was last asked to end."""
 
     def status(self) -> int | None:
         import ray
@@ -160,6 +166,9 @@ class RayTask:
 
         done, _ = ray.wait([self.task], timeout=0)
         if not done:
+            # Ray tells a task once, and the interrupt can be lost where Python ignores exceptions.
+            if self._asked is not None and time.monotonic() > self._asked + ASK_AGAIN_SECONDS:
+                self.stop()
             return None
         try:
             return int(ray.get(self.task))
@@ -173,6 +182,7 @@ class RayTask:
     def stop(self) -> None:
         import ray
 
+        self._asked = time.monotonic()
         ray.cancel(self.task)
 
     def kill(self) -> None:

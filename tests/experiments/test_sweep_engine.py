@@ -241,8 +241,8 @@ def test_jobs_of_submitit_run_the_trials(sweeping: Sweeping) -> None:
         Slurm(sweeping.place, {"cluster": "local", "gpus_per_nod": 1})
 
 
-def test_tasks_of_ray_run_the_trials(sweeping: Sweeping) -> None:
-    """On a cluster of this machine."""
+def test_tasks_of_ray_run_the_trials(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster of this machine; a stop that Ray loses is said again."""
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
     tasks = Ray({"num_cpus": 0.5}, sweeping.program)
     try:
@@ -258,11 +258,20 @@ def test_tasks_of_ray_run_the_trials(sweeping: Sweeping) -> None:
         until = time.monotonic() + 60
         while not [*slow.folder.glob("checkpoints/*")] and time.monotonic() < until:
             time.sleep(0.05)
+        cancel, asked = ray.cancel, []
+
+        def losing(task: Any, **how: Any) -> None:
+            asked.append(task)
+            if len(asked) > 1:
+                cancel(task, **how)
+
+        monkeypatch.setattr(ray, "cancel", losing)
+        monkeypatch.setattr("experiments.sweeps.backends.ASK_AGAIN_SECONDS", 0.5)
         command.stop()
         until = time.monotonic() + 60
         while (status := command.status()) is None and time.monotonic() < until:
             time.sleep(0.05)
-        assert status == -signal.SIGTERM
+        assert status == -signal.SIGTERM and len(asked) > 1
         with pytest.raises(ConfigError, match="--backend ray: .*num_gpu"):
             Ray({"num_gpu": 1})
     finally:
