@@ -31,6 +31,7 @@ from datamodules.evaluation import EvaluationData
 from datamodules.results import Row
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.progress import observed
+from lightning_modules.models.frozen import Reference
 from lightning_modules.pretrained import PretrainedModel
 
 PREFIX = "eval/"
@@ -59,6 +60,16 @@ class Evaluation(Callback, ABC):
     def attach(self, data: EvaluationData) -> None:
         """Hand over the rows that are measured."""
         self._data = data
+
+    def began(self, place: Place) -> tuple[EvaluationData, Reference, str]:
+        """The rows, the model before training, and the digest of its weights.
+
+        Raises: ValueError where rows or that model are missing.
+        """
+        if self._data is None or place.base is None:
+            raise ValueError(f"{type(self).__name__}: expected evaluation data and a base model, got none")
+        with undisturbed(place.model.module):
+            return self._data, place.base, place.base.key
 
     @abstractmethod
     def probes(self) -> list[Probe]:

@@ -27,7 +27,6 @@ from datamodules.fields import Count, checked
 from datamodules.results import Identity, Measurement, Row
 from datamodules.settings import contents, settings_digest
 from lightning_modules.losses.distributions import token_kl
-from lightning_modules.models.decoder import weight_dtype
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.logits import reply_logits
@@ -57,15 +56,11 @@ class DivergenceEvaluation(Evaluation):
 
     def work(self, place: Place, weights: str) -> list[tuple[Measurement, list[Work]]]:
         """One measurement; its batches are dealt out to the processes."""
-        data, base = self._data, place.base
-        if data is None or base is None:
-            raise ValueError("DivergenceEvaluation: expected evaluation data and a base model, got none")
+        data, base, key = self.began(place)
         if not data.rows_of("harmful"):
             raise ValueError(
                 "DivergenceEvaluation: found no request with a target; set data.evaluation.harmful"
             )
-        with undisturbed(place.model.module):
-            key = base.key
         shares = dealt_out(data, "harmful", self.schedule.rows(place.stage), place.world_size)
         batches = [batch for share in shares for batch in share]
         measurement = place.measurement(
@@ -150,10 +145,7 @@ def divergences(
 
     with undisturbed(model.module):
         own = logits(model)
-        with base.active() as before:
-            # A copy is loaded in its own precision, which the trainer's may have changed of the model.
-            if weight_dtype(before.module) != weight_dtype(model.module):
-                before.module.to(dtype=weight_dtype(model.module))
+        with base.alike() as before:
             known = logits(before)
     found = own.new_zeros(reply.mask.shape)
     found[reply.mask] = token_kl(own, known)

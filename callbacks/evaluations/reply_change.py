@@ -26,7 +26,6 @@ from datamodules.evaluation import EvaluationData, Subject
 from datamodules.fields import Count, checked
 from datamodules.results import BASE, Identity, Measurement, Row
 from datamodules.settings import contents, settings_digest
-from lightning_modules.models.decoder import weight_dtype
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.requests import Decoding
@@ -70,9 +69,7 @@ class ReplyChangeEvaluation(Evaluation):
 
     def work(self, place: Place, weights: str) -> list[tuple[Measurement, list[Work]]]:
         """One measurement a subject that has rows."""
-        data, base = self._data, place.base
-        if data is None or base is None:
-            raise ValueError("ReplyChangeEvaluation: expected evaluation data and a base model, got none")
+        data, base, key = self.began(place)
         if BLOCK in data.blocks:
             raise ValueError(
                 f"data.evaluation.blocks: {BLOCK} is ReplyChangeEvaluation's own name; rename it"
@@ -81,8 +78,6 @@ class ReplyChangeEvaluation(Evaluation):
         if not subjects:
             wanted = " or ".join(f"data.evaluation.{subject}" for subject in BENIGN)
             raise ValueError(f"ReplyChangeEvaluation: found no row to evaluate; set {wanted}")
-        with undisturbed(place.model.module):
-            key = base.key
         return [self._planned(subject, data, base, key, place, weights) for subject in subjects]
 
     def _planned(
@@ -149,10 +144,7 @@ class Comparison:
         sent = Encoded(batch.prompt_ids, batch.prompt_mask)
         with undisturbed(model.module):
             replies = model.reply(sent, self.decoding)
-            with self.base.active() as before:
-                # A copy is loaded in its own precision, which the trainer's may have changed of the model.
-                if weight_dtype(before.module) != weight_dtype(model.module):
-                    before.module.to(dtype=weight_dtype(model.module))
+            with self.base.alike() as before:
                 base_replies = LanguageModel(before.module, model.chat).reply(sent, self.decoding)
         verdicts = self._verdicts(replies, base_replies)
         return [

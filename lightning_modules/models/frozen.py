@@ -68,6 +68,15 @@ class Reference:
             with torch.no_grad(), disabled_adapters(self._policy.module), self._policy.frozen():
                 yield self._policy
 
+    @contextmanager
+    def alike(self) -> Iterator[LanguageModel]:
+        """The same in the policy's present precision: a copy is loaded in its own, and the trainer may have
+        changed the policy's."""
+        with self.active() as model:
+            if weight_dtype(model.module) != weight_dtype(self._policy.module):
+                model.module.to(dtype=weight_dtype(self._policy.module))
+            yield model
+
     @property
     def key(self) -> str:
         """Digest of the starting weights and their dtype."""

@@ -136,7 +136,7 @@ class Scripted:
         self.model = model
 
     @contextmanager
-    def active(self) -> Iterator[LanguageModel]:
+    def alike(self) -> Iterator[LanguageModel]:
         yield self.model
 
 
