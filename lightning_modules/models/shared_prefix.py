@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_modules.models.decoder import causal_lm, decode, text_config
@@ -144,7 +145,9 @@ def attended(
     attention where they take these tensors."""
     if query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-    if query.dtype in (torch.bfloat16, torch.float16):
+    # Called directly, the kernel refuses what torch's own attention would pad or hand to another one.
+    whole = query.shape[-1] % 8 == 0
+    if whole and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, causal, False)):
         given = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
         return given[0], given[1][..., : query.shape[2]]
     return attended_plainly(query, key, value, scale, causal)
