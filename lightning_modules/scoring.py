@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from datamodules.batch import AdversarialBatch, UtilityBatch
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.losses.base import ReferenceScores, ReplyScores
+from lightning_modules.models.begun import remaining
 from lightning_modules.models.language_model import LanguageModel, Reply
 
 
@@ -28,28 +26,16 @@ def score_replies(
     """
     _, harmful_lengths, safe_lengths = zip(*batch.lengths, strict=True) if batch.lengths else ((), (), ())
     safe_reply = Reply(batch.safe_ids, batch.safe_mask, safe_lengths)
+    if reference is not None and any(attacked.forced):
+        raise ValueError(
+            "model.attack: expected an attack that begins no reply beside an objective with a reference, "
+            "whose scores are of whole replies; use another attack, or an objective without one"
+        )
     harmful_reply = Reply(batch.harmful_ids, batch.harmful_mask, harmful_lengths)
-    if any(attacked.forced):
-        if reference is not None:
-            raise ValueError(
-                "model.attack: expected an attack that begins no reply beside an objective with a reference, "
-                "whose scores are of whole replies; use another attack, or an objective without one"
-            )
-        harmful_reply = _remaining(harmful_reply, attacked.forced)
+    harmful_reply = remaining(harmful_reply, attacked.forced)
     with attacked.applied(model) as embeds:
         safe, harmful = model.reply_log_probs(embeds, attacked.prompt_mask, safe_reply, harmful_reply)
     return ReplyScores(safe, safe_reply.mask, harmful, harmful_reply.mask, reference)
-
-
-def _remaining(reply: Reply, begun: Sequence[Sequence[int]]) -> Reply:
-    """Every reply without the tokens that it was begun with, as wide as before."""
-    ids, mask = torch.zeros_like(reply.ids), torch.zeros_like(reply.mask)
-    width = reply.ids.shape[1]
-    for i, own in enumerate(begun):
-        ids[i, : width - len(own)] = reply.ids[i, len(own) :]
-        mask[i, : width - len(own)] = reply.mask[i, len(own) :]
-    lengths = [length - len(own) for length, own in zip(reply.lengths, begun, strict=False)]
-    return Reply(ids, mask, tuple(lengths))
 
 
 def score_utility(

@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from datamodules.fields import Count, NonNegativeInt, Positive, checked
 from lightning_modules.losses.base import LossTerms, Step
+from lightning_modules.models.begun import remaining
 from lightning_modules.models.hidden_states import conversation_states, num_layers, reply_states
 from lightning_modules.models.language_model import Reply
 from lightning_modules.models.likelihood import masked_mean
@@ -84,7 +85,7 @@ class CircuitBreakers:
                 f"CircuitBreakers.layers: expected layers below {depth}, got {self.layers}; the model "
                 f"has {depth} layers"
             )
-        reply = Reply(harmful.harmful_ids, harmful.harmful_mask)
+        reply = remaining(Reply(harmful.harmful_ids, harmful.harmful_mask), step.attacked.forced)
         with step.reference.active() as reference:
             # Both models read the attacked prompt: the cosine is to tell the models apart, not the prompts.
             with step.attacked.applied(reference) as embeds:
