@@ -237,11 +237,7 @@ class ResultsStore:
         for own in {item.slot: item for item in measurements}.values():
             item = replace(own, call=self._call) if own.stage in ("validate", "test") else own
             earlier, where = known.get(item.slot), (item.stage, item.defence)
-            if (
-                earlier is not None
-                and earlier.call == item.call != ""
-                and earlier.evaluation != item.evaluation
-            ):
+            if earlier is not None and earlier.call == item.call and _another(earlier, item):
                 what = " ".join(part for part in (item.subject, item.block, item.attack) if part)
                 log.warning("%s: %s replaces what %s says of it", what, item.evaluation, earlier.evaluation)
             if earlier != item or last.get(where) != (item.step, item.model):
@@ -249,6 +245,11 @@ class ResultsStore:
                     append_lines(self.path.with_name(MEASUREMENTS), [_dumped(item)])
                 self._announced.append(item)
                 last[where] = item.step, item.model
+
+
+def _another(one: Measurement, other: Measurement) -> bool:
+    """Whether the same slot was measured in another way."""
+    return (one.evaluation, one.settings) != (other.evaluation, other.settings)
 
 
 def read_rows(folder: str | Path) -> list[Row]:

@@ -33,6 +33,8 @@ from experiments.benchmarks.gpu_sides import SHAPES, Call, Model, attacks, build
 
 SIZE = {"cuda": 8192, "cpu": 512}
 """Of the square matrices whose product tells the device's rate."""
+FAILURES = (RuntimeError, ValueError, AssertionError, ImportError)
+"""What a side may fail with: out of memory and compilers' refusals are among them."""
 COLUMNS = ("what", "side", "seconds", "a second", "of the rate", "GiB", "kernels", "waits")
 
 
@@ -66,6 +68,11 @@ def timed(call: Callable[[], object], device: torch.device) -> Measured:
     return Measured(time.perf_counter() - began, peak_memory_mib())
 
 
+def said(error: Exception) -> str:
+    """What a side failed with, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def measure(
     what: str, calls: Mapping[str, Call], repeats: int, device: torch.device, rate: float
 ) -> list[dict[str, Any]]:
@@ -77,8 +84,8 @@ def measure(
     def attempt(name: str, call: Callable[[], object]) -> None:
         try:
             call()
-        except (RuntimeError, ValueError) as error:  # out of memory and compilers' refusals are among them
-            failed[name] = " ".join(str(error).split())[:200]
+        except FAILURES as error:
+            failed[name] = said(error)
 
     def count(name: str) -> None:
         other = calls[name].like
@@ -188,27 +195,42 @@ def main(arguments: list[str] | None = None) -> int:
         "step": training_steps,
         "gcg": gcg_steps,
     }
-    rate, rows = matrix_rate(device), []
+    wanted = [what for what in figures if what.startswith(tuple(options.only))]
+    if not wanted or options.repeats < 1:
+        parser.error(f"expected --repeats of at least 1 and --only among {', '.join(figures)}")
+    rate: float = matrix_rate(device)
+    rows: list[dict[str, Any]] = []
+
+    def note(taken: list[dict[str, Any]]) -> None:
+        """Print rows, and write all of them so far: what fails later costs nothing of it."""
+        rows.extend(taken)
+        for row in taken:
+            print(json.dumps(row), file=sys.stderr, flush=True)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            report = {"environment": environment_facts(), "shape": options.shape, "rate": rate, "rows": rows}
+            (options.out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            (options.out / "gpu.md").write_text(table(rows, rate), encoding="utf-8")
+
     bases = ["bf16"] + ["nf4"] * (importlib.util.find_spec("bitsandbytes") is not None)
     for base in bases:
-        model = build(options.shape, device, four_bits=base == "nf4")
-        for what, calls in figures.items():
-            if what.startswith(tuple(options.only)):
-                taken = measure(f"{what}, {base}", calls(model, backend), options.repeats, device, rate)
-                rows += taken
-                for row in taken:
-                    print(json.dumps(row), file=sys.stderr, flush=True)
+        try:
+            model = build(options.shape, device, four_bits=base == "nf4")
+        except FAILURES as error:
+            note([{"what": base, "side": "the model", "failed": said(error)}])
+            continue
+        for what in wanted:
+            try:
+                sides = figures[what](model, backend)
+            except FAILURES as error:
+                note([{"what": f"{what}, {base}", "side": "both", "failed": said(error)}])
+                continue
+            note(measure(f"{what}, {base}", sides, options.repeats, device, rate))
         del model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    text = table(rows, rate)
-    print(text)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        report = {"environment": environment_facts(), "shape": options.shape, "rate": rate, "rows": rows}
-        (options.out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (options.out / "gpu.md").write_text(text, encoding="utf-8")
+    print(table(rows, rate))
     return 0
 
 

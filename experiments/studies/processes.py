@@ -10,13 +10,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 from experiments.process import ENDS_WITH
 
+T = TypeVar("T")
 LOG = "log.txt"
 NO_SPACE = "no space left on the disk"
 """What a command says whose disk is full."""
@@ -94,14 +97,23 @@ class Resumable:
         self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str], cwd: Path
     ) -> int:
         """From its beginning to its end. Returns its exit status."""
-        running = Running(words, folder, threads, program, cwd)
+        begun: Future[Running] = Future()
+        # Where the job is asked to end, this thread is interrupted: between the command's start and the name
+        # for it nobody could end it. Another thread is not interrupted.
+        starting = Thread(target=_start, args=(begun, words, folder, threads, program, cwd))
         try:
+            starting.start()
+            running = begun.result()
             while (status := running.status()) is None:
                 time.sleep(POLL_SECONDS)  # Ray interrupts between two of Python's own steps alone
             return status
         except BaseException:  # the job is asked to end: so is the command
-            running.stop()
-            _outlive(running)
+            if starting.ident is not None and _insist(begun.exception) is None:
+                running = begun.result()
+                running.stop()
+                # It frees its folder last, however often one is asked to end meanwhile.
+                while _insist(running.status) is None:
+                    _insist(lambda: time.sleep(POLL_SECONDS))
             raise
 
     def checkpoint(self, *arguments: Any) -> Any:
@@ -111,11 +123,18 @@ class Resumable:
         return DelayedSubmission(self, *arguments)
 
 
-def _outlive(running: Running) -> None:
-    """Until the command has ended, however often one is asked to end meanwhile: it frees its folder last."""
-    while running.status() is None:
+def _start(begun: Future[Running], *command: Any) -> None:
+    try:
+        begun.set_result(Running(*command))
+    except BaseException as error:
+        begun.set_exception(error)
+
+
+def _insist(call: Callable[[], T]) -> T:
+    """What a call returns, though one is interrupted meanwhile."""
+    while True:
         with suppress(KeyboardInterrupt):
-            time.sleep(POLL_SECONDS)
+            return call()
 
 
 def failure(command: str, status: int | None, folder: Path, begin: int = 0) -> str:

@@ -300,6 +300,11 @@ def test_of_named_sets_those_that_are_asked_for(tmp_path: Path, caplog: pytest.L
     store.announce([plan])
     store.announce([measurement("refusal_rate", block="one", evaluation="blocks", stage="test")])
     assert "harmful one: blocks replaces what xstest says of it" in caplog.text
+    # Inside `fit` too, and where one evaluation measures twice with other settings; not where it goes on.
+    for settings in ("s", "s", "other"):
+        caplog.clear()
+        store.announce([measurement(settings=settings)])
+        assert len(caplog.records) == (settings == "other")
 
 
 def test_a_prompt_without_an_expected_reply_cannot_be_served(tmp_path: Path) -> None:

@@ -79,3 +79,38 @@ def test_without_a_card_it_says_what_to_do(
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "--device cuda: expected a CUDA GPU, found none; run it where there is one, or" in told
+
+
+def test_a_model_or_a_figure_that_does_not_fit_costs_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured before is on disk; what fails before it is a row."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gpu, "matrix_rate", lambda device: 1e9)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    calls = {"ours": Call(lambda: torch.ones(2) + 1, 4, "tokens")}
+    monkeypatch.setattr(gpu, "build", lambda *_, **__: object())
+    monkeypatch.setattr(gpu, "attacks", lambda *_: calls)
+    monkeypatch.setattr(gpu, "training_steps", fails)
+    monkeypatch.setattr(gpu, "gcg_steps", lambda *_: calls)
+    words = ["--shape", "toy", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]
+    assert gpu.main(words) == 0
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [(row["what"], row.get("failed")) for row in rows] == [
+        ("attack, bf16", None),
+        ("step, bf16", "CUDA out of memory."),
+        ("gcg, bf16", None),
+    ]
+    monkeypatch.setattr(gpu, "build", fails)
+    assert gpu.main(words) == 0
+    (row,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert row == {"what": "bf16", "side": "the model", "failed": "CUDA out of memory."}
+
+
+@pytest.mark.parametrize("words", [["--repeats", "0"], ["--only", "nosuch"]])
+def test_nothing_to_measure_is_an_error(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--shape", "toy", "--device", "cpu", *words])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import multiprocessing
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -17,7 +20,7 @@ from optuna.trial import TrialState
 from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.stopping import Stopped
 from experiments.config.errors import ConfigError
-from experiments.studies.processes import LOG
+from experiments.studies.processes import LOG, Resumable
 from experiments.studies.scheduling import DONE
 from experiments.sweeps import engine as engine_module
 from experiments.sweeps.backends import Ray, Slurm
@@ -239,6 +242,31 @@ def test_jobs_of_submitit_run_the_trials(sweeping: Sweeping) -> None:
     assert slurm.again(engine.search.trials()[1].user_attrs[COMMAND], sweeping.place) is None
     with pytest.raises(ConfigError, match="--backend slurm: .*gpus_per_nod"):
         Slurm(sweeping.place, {"cluster": "local", "gpus_per_nod": 1})
+
+
+def test_a_command_that_has_just_been_started_ends_with_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt between the command's start and the name for it, as Ray may send one."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def begins(*words: Any, **how: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*words, **how))
+        _thread.interrupt_main()
+        time.sleep(0.3)
+        return started[0]
+
+    monkeypatch.setattr("experiments.studies.processes.subprocess.Popen", begins)
+    program = (sys.executable, "-c", "import time; time.sleep(60)")
+    with pytest.raises(KeyboardInterrupt):
+        Resumable()(["fit"], tmp_path / "run", 1, program, tmp_path)
+    assert started[0].poll() == -signal.SIGTERM
+
+
+def test_a_job_whose_command_cannot_be_started_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no_such_program"):
+        Resumable()(["fit"], tmp_path / "run", 1, ("no_such_program",), tmp_path)
 
 
 def test_tasks_of_ray_run_the_trials(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
