@@ -36,7 +36,7 @@ tinychat: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml --overwrite
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
-# CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Each of the three goes on where it was stopped.
+# CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Trainings go on where they were stopped, replies (minutes) begin again.
 smollm2: runs/smollm2_aligned_seed0/model_merged/config.json
 	$(BIN)/thundercat fit --config configs/experiment/cat_smollm2.yaml --ckpt_path last
 
