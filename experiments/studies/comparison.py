@@ -13,9 +13,10 @@ from callbacks.metrics.estimates import Difference, Estimate, paired_difference
 from callbacks.metrics.hierarchical import SeedDifference, SeedRate, seed_difference, seed_rate, stacked
 from callbacks.metrics.names import Metric
 from callbacks.report.events import Events, events
-from callbacks.report.load import load
-from callbacks.report.measured import select
-from callbacks.report.results import Measure
+from callbacks.report.load import load, text_differences
+from callbacks.report.measured import Measured, select
+from callbacks.report.perplexities import UNITS
+from callbacks.report.results import Measure, PerplexityDifference
 from callbacks.report.under_attack import under_attack
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import last_step, read_measurements, read_rows
@@ -41,6 +42,8 @@ class Compared:
     """What occurred on every example: two runs with one seed are compared pair by pair."""
     carrying: dict[str, int] = field(default_factory=dict)
     """Attack -> seeds whose model refuses or fails benign prompts that carry it (report/under_attack.py)."""
+    texts: dict[int, list[Measured]] = field(default_factory=dict, repr=False)
+    """Scored windows by seed: two runs with one seed are compared window by window."""
 
     def cell(self, label: str) -> SeedRate | None:
         return self.rates.get(label, self.means.get(label))
@@ -63,9 +66,9 @@ class Answer:
     is_rate: bool
 
 
-def happened(folder: Path) -> tuple[Happened, list[str]]:
-    """What occurred on every test example of a run, and the attacks that its model refuses, or fails, benign
-    prompts for carrying. Raises: ValueError where not all of it was tested."""
+def happened(folder: Path) -> tuple[Happened, list[str], list[Measured]]:
+    """What occurred on every test example of a run, the attacks that its model refuses, or fails, benign
+    prompts for carrying, and the texts that it scored. Raises: ValueError where not all of it was tested."""
     step = last_step(folder, "test")
     if step is None:
         raise ValueError(f"{folder}: no results of `test`; run the study again")
@@ -78,7 +81,8 @@ def happened(folder: Path) -> tuple[Happened, list[str]]:
                 f"{folder}: {len(own.rows)} of {n} replies of {name}; test it again, or bring it back"
             )
     signs = [name for name, own in under_attack(measured).items() if own.refuses_what_carries_it]
-    return {event.metric: event for event in events(measured)}, signs
+    texts = [own for own in measured if own.measurement.quantity in UNITS]
+    return {event.metric: event for event in events(measured)}, signs, texts
 
 
 def read(
@@ -98,8 +102,8 @@ def read(
     found = {}
     for name, folders in runs.items():
         told = {seed: happened(folder) for seed, folder in folders.items()}
-        by_seed = {seed: own for seed, (own, _) in told.items()}
-        carrying = Counter(attack for _, signs in told.values() for attack in signs)
+        by_seed = {seed: own for seed, (own, _, _) in told.items()}
+        carrying = Counter(attack for _, signs, _ in told.values() for attack in signs)
         rates, means = {}, {}
         loaded: dict[Path, Mapping[Metric, Measure]] = {}
         for label, column in columns.items():
@@ -118,7 +122,9 @@ def read(
                     f"{missing[0]}: no {label!r} ({metric.key}) among its results of `test`; test it again "
                     "with the evaluation that measures it, or make the column optional"
                 )
-        found[name] = Compared(rates, means, passes(folders.values()), by_seed, dict(carrying))
+        texts = {seed: own for seed, (_, _, own) in told.items()}
+        spent = passes(folders.values())
+        found[name] = Compared(rates, means, spent, by_seed, dict(carrying), texts)
     return found
 
 
@@ -176,6 +182,8 @@ def answers(rows: Mapping[str, Compared], claims: list[Claim], columns: Mapping[
             joined = seed_difference(a, b)
             if paired is not None:
                 joined = SeedDifference.of(paired.difference, paired.low, paired.high)
+            elif (windows := _by_window(one, other, metric)) is not None:
+                joined = SeedDifference.of(windows.difference, windows.low, windows.high)
             alike = _alike(one, other, metric)
             found.append(Answer(claim, label, a, b, joined, paired, alike, label in one.rates))
     return found
@@ -191,6 +199,14 @@ def _paired(one: Compared, other: Compared, metric: Metric) -> Difference | None
         return None
     before, after = first[metric].outcome, second[metric].outcome
     return paired_difference(before, after) if before.keys() == after.keys() else None
+
+
+def _by_window(one: Compared, other: Compared, metric: Metric) -> PerplexityDifference | None:
+    """Of a perplexity, where both runs have one seed and scored the same windows."""
+    if len(one.texts) != 1 or len(other.texts) != 1:
+        return None
+    (first,), (second,) = one.texts.values(), other.texts.values()
+    return next((own for own in text_differences(first, second) if own.metric == metric), None)
 
 
 def _alike(one: Compared, other: Compared, metric: Metric) -> bool:

@@ -172,19 +172,28 @@ def test_one_seed_each_is_compared_pair_by_pair_where_the_examples_are_the_same(
 
 
 def test_a_perplexity_is_a_column(tmp_path: Path) -> None:
-    plan = measurement("token_perplexity", stage="test", step=60, subject="utility", n=3, block="text")
-    plan.judge = "sliding_window@context=8,stride=4"
-    store = ResultsStore(tmp_path)
-    store.announce([plan])
-    counts = {"tokens": 4, "words": 2, "bytes": 8}
-    store.add(
-        plan.row(f"w{i}", "", "", verdicts={plan.judge: {"verdict": None, "score": 4.0}}, counts=counts)
-        for i in range(3)
-    )
+    def scored(folder: Path, *nats: float) -> Path:
+        plan = measurement("token_perplexity", stage="test", step=60, subject="utility", n=3, block="text")
+        plan.judge = "sliding_window@context=8,stride=4"
+        store = ResultsStore(folder)
+        store.announce([plan])
+        counts = {"tokens": 4, "words": 2, "bytes": 8}
+        store.add(
+            plan.row(f"w{i}", "", "", verdicts={plan.judge: {"verdict": None, "score": own}}, counts=counts)
+            for i, own in enumerate(nats)
+        )
+        return folder
+
     columns = {"per word": Column("word_perplexity", "utility", block="text")}
-    cell = compared({"a": {0: tmp_path}}, columns)["a"].means["per word"]
-    # 4 nats on 2 words of every window.
-    assert cell.value == pytest.approx(math.e**2)
+    runs = {"a": {0: scored(tmp_path / "a", 2.0, 4.0, 6.0)}, "b": {0: scored(tmp_path / "b", 2.2, 4.2, 6.2)}}
+    rows = compared(runs, columns)
+    # 12 nats on the 6 words of all windows.
+    assert rows["a"].means["per word"].value == pytest.approx(math.e**2)
+    # Every window is 0.2 nats worse: the pairs say so, though each run's own interval is wide.
+    (answer,) = answers(rows, [Claim("?", "a", "b", ["per word"])], columns)
+    assert answer.difference.value == pytest.approx(math.e**2.1 - math.e**2)
+    assert answer.difference.low > 0
+    assert rows["a"].means["per word"].high > rows["b"].means["per word"].low
 
 
 def test_names_that_an_earlier_archive_had_are_gone(tmp_path: Path) -> None:
