@@ -35,17 +35,19 @@ def overall(own: Measurement, rows: Mapping[str, Sequence[Row]]) -> dict[Metric,
 
 
 def depth(results: RunResults) -> Table:
-    """A row a token of the harmful reply, of the latest snapshot."""
+    """A row a token of the harmful reply, of the latest snapshot; shares are of the nats of all tokens of all
+    requests, so that a position that few replies reach counts as few."""
     found = results.after.divergences if results.after is not None else ()
-    total = math.fsum(own.value for own in found)
+    sums = [own.value * own.n for own in found]
+    total = math.fsum(sums)
     rows = [
         [
             Cell(str(position + 1), position + 1),
             estimate(own),
-            Cell(f"{100 * own.value / total:.0f} %" if total > 0 else "-", own.value),
+            Cell(f"{100 * nats / total:.0f} %" if total > 0 else "-", nats),
             count(own.n),
         ]
-        for position, own in enumerate(found)
+        for position, (own, nats) in enumerate(zip(found, sums, strict=True))
     ]
     title = "How deep training reaches: KL to the base model along the harmful reply"
     return Table(title, ("token", "nats", "share of all", "n"), rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 
@@ -71,11 +72,11 @@ class Reference:
     @contextmanager
     def alike(self) -> Iterator[LanguageModel]:
         """The same in the policy's present precision: a copy is loaded in its own, and the trainer may have
-        changed the policy's."""
+        changed the policy's. The copy itself stays as it was loaded: training may compare with it too."""
         with self.active() as model:
-            if weight_dtype(model.module) != weight_dtype(self._policy.module):
-                model.module.to(dtype=weight_dtype(self._policy.module))
-            yield model
+            dtype = weight_dtype(self._policy.module)
+            same = weight_dtype(model.module) == dtype
+            yield model if same else LanguageModel(deepcopy(model.module).to(dtype=dtype))
 
     @property
     def key(self) -> str:

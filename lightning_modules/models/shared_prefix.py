@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from lightning_modules.models.prefix_cache import PrefixCache
 KERNEL = "sdpa"
 """The attention that this one can stand in for."""
 aten = torch.ops.aten
+_TAKEN = RLock()
+"""Held while attention is replaced: the table of attentions is the process's, not the model's."""
 
 
 def can_share(module: nn.Module, prefix: PrefixCache, width: int) -> bool:
@@ -88,15 +91,24 @@ class _SharedPrefix(Uncached):
 
     @contextmanager
     def asked(self) -> Iterator[None]:
-        """The decoder's attention asks here while the context lasts."""
-        usual = ALL_ATTENTION_FUNCTIONS[KERNEL]
-        ALL_ATTENTION_FUNCTIONS[KERNEL] = self._attention
-        try:
-            yield
-        finally:
-            ALL_ATTENTION_FUNCTIONS[KERNEL] = usual
+        """The decoder's attention asks here while the context lasts; other threads' models keep theirs.
+
+        Raises: RuntimeError where a layer did not ask: its rows would have been read without a beginning.
+        """
+        with _TAKEN:
+            usual, thread = ALL_ATTENTION_FUNCTIONS[KERNEL], get_ident()
+
+            def attention(*args: Any, **kwargs: Any) -> Any:
+                return (self._attention if get_ident() == thread else usual)(*args, **kwargs)
+
+            ALL_ATTENTION_FUNCTIONS[KERNEL] = attention
+            try:
+                yield
+            finally:
+                ALL_ATTENTION_FUNCTIONS[KERNEL] = usual
         layers = len(self._prefix.layers)
-        assert self._answered == layers, f"{self._answered} of {layers} layers asked for their beginnings"
+        if self._answered != layers:
+            raise RuntimeError(f"{self._answered} of {layers} layers asked for their beginnings")
 
     def _attention(
         self,
@@ -109,7 +121,8 @@ class _SharedPrefix(Uncached):
         scaling: float | None = None,
         **_: Any,
     ) -> tuple[Float[Tensor, "row token head dim"], None]:
-        assert attention_mask is None, "expected attention that needs no mask"
+        if attention_mask is not None:
+            raise RuntimeError("expected attention that needs no mask")
         self._answered += 1
         if torch.is_autocast_enabled(query.device.type):
             # As it does with torch's own attention.

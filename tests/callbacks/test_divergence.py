@@ -75,6 +75,17 @@ def test_an_untrained_model_is_its_base_at_every_token(tmp_path: Path, lora: boo
     assert found.complete
 
 
+def test_the_reference_stays_as_it_was_loaded() -> None:
+    """Training may compare with it: an evaluation in bf16 must not round it for good."""
+    model, base = loaded(False)
+    with base.active() as before:
+        weights = {name: value.clone() for name, value in before.module.state_dict().items()}
+    model.module.to(torch.bfloat16)
+    assert torch.allclose(divergences(model, base, a_batch(), 3), torch.zeros(()), atol=1e-6)
+    with base.active() as after:
+        assert all(torch.equal(weights[name], value) for name, value in after.module.state_dict().items())
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_it_is_the_definition_token_by_token(lora: bool) -> None:
     """Against one pass per token, from the probabilities."""
@@ -118,6 +129,14 @@ def test_a_target_that_ends_earlier_has_fewer_tokens(tmp_path: Path) -> None:
     assert [own.n for own in found.divergences] == [
         sum(length > position for length in lengths) for position in range(max(lengths))
     ]
+    # A position's share is of all tokens' nats: one that few targets reach weighs as few.
+    rows = list(read_rows(tmp_path))
+    nats = [float(row.verdicts[DIVERGENCE]["score"] or 0.0) for row in rows]
+    last = [own for row, own in zip(rows, nats, strict=True) if row.repetition == max(lengths) - 1]
+    assert len(last) < len(batches) * 2
+    shares = [row[2] for row in depth(load(tmp_path, "test")).rows]
+    assert shares[-1].order == pytest.approx(math.fsum(last), rel=1e-6)
+    assert shares[-1].text == f"{100 * math.fsum(last) / math.fsum(nats):.0f} %"
 
 
 def test_what_is_on_disk_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

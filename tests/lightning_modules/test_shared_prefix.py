@@ -3,6 +3,9 @@ copies of the beginnings and whole rows."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 
@@ -78,7 +81,8 @@ def test_every_shared_family_is_known() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_and_its_mass(causal: bool) -> None:
-    query, key, value = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64, generator=torch.Generator()).unbind(0)
+    rng = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64, generator=rng).unbind(0)
     own, mass = shared_prefix.attended(query, key, value, 0.3, causal)
     other, other_mass = shared_prefix.attended_plainly(query, key, value, 0.3, causal)
     torch.testing.assert_close(own, other)
@@ -91,12 +95,31 @@ def test_torch_s_attention_is_put_back() -> None:
     assert shared_prefix.ALL_ATTENTION_FUNCTIONS["sdpa"] is usual
 
 
+def test_another_thread_s_model_keeps_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of attentions is the process's: what runs beside must not read this search's beginnings."""
+    model, ids = tiny_model("llama", torch.float64, **SETTINGS), torch.arange(5, 12)[None]
+    with torch.no_grad():
+        alone = model(ids).logits
+    beside: list[torch.Tensor] = []
+    decode = shared_prefix.decode
+
+    def with_a_neighbour(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as other:
+            beside.append(other.submit(torch.no_grad()(lambda: model(ids).logits)).result())
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(shared_prefix, "decode", with_a_neighbour)
+    read(model_of("llama"))
+    assert beside
+    assert all(torch.equal(found, alone) for found in beside)
+
+
 def test_a_decoder_that_does_not_ask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows would be read without their beginnings."""
     monkeypatch.setattr(shared_prefix, "KERNEL", "flex_attention")
     monkeypatch.setattr(shared_prefix, "can_share", lambda *_: True)
     monkeypatch.setattr(cached_scoring, "can_share", lambda *_: True)
-    with pytest.raises(AssertionError, match="0 of 2 layers asked for their beginnings"):
+    with pytest.raises(RuntimeError, match="0 of 2 layers asked for their beginnings"):
         read(model_of("llama"))
 
 
