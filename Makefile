@@ -48,6 +48,7 @@ smollm2-study: runs/smollm2_replies/predictions.jsonl
 	$(PIP) -e '.[benchmarks]'
 	$(BIN)/thundercat study configs/study/smollm2.yaml --out experiments/results/smollm2_cpu_202611
 	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml --out experiments/results/smollm2_suffixes_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml --out experiments/results/smollm2_adaptive_cpu_202611
 
 runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
 	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
