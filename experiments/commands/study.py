@@ -21,6 +21,7 @@ from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
 from experiments.compare.comparison import write_comparison
 from experiments.config.compose import ConfigError
+from experiments.counting import Lines, counter
 from experiments.studies.archive import archived
 from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
@@ -171,7 +172,7 @@ class Runner:
 
     def run(self) -> dict[str, str]:
         """Returns what failed: title of the run -> its last words. Raises: Stopped, when all have ended."""
-        bar = tqdm(total=len(self.jobs), desc="study", unit="run", disable=None)
+        bar = counter(len(self.jobs), "study", "run")
         with stoppable(), ThreadPoolExecutor(self.workers) as pool, bar:
             try:
                 self._schedule(pool, bar)
@@ -182,7 +183,7 @@ class Runner:
                 raise
         return self.failed
 
-    def _schedule(self, pool: ThreadPoolExecutor, bar: tqdm[Any]) -> None:
+    def _schedule(self, pool: ThreadPoolExecutor, bar: tqdm[Any] | Lines) -> None:
         waiting = list(self.jobs)
         running: dict[Future[None], Job] = {}
         over: set[tuple[str, int]] = set()

@@ -25,8 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tqdm.auto import tqdm
-
+from experiments.counting import counter
 from experiments.studies.archive import slug
 from experiments.studies.methods_recorded import SEARCH, recorded, searched
 from experiments.studies.methods_search import (
@@ -257,7 +256,7 @@ def _run(words: Sequence[str], log: Path) -> None:
 
 def work(jobs: Sequence[Callable[[], None]], workers: int, title: str) -> None:
     """Do the jobs, several at a time. Raises: RuntimeError of the first that failed, when all have ended."""
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=title, unit="run") as bar:
+    with ThreadPoolExecutor(workers) as pool, counter(len(jobs), title, "run") as bar:
         waiting = [pool.submit(job) for job in jobs]
         for own in waiting:
             own.add_done_callback(lambda _: bar.update())

@@ -22,6 +22,7 @@ from callbacks.run_folder.folder import RunFolder
 from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
 from experiments.config.errors import ConfigError
+from experiments.counting import Lines, counter
 from experiments.studies.processes import NO_SPACE, POLL_SECONDS
 from experiments.studies.scheduling import Job
 from experiments.sweeps.backends import Backend, Command
@@ -87,7 +88,7 @@ class Engine:
         """Raises, when all commands have ended: Stopped; OSError where the disk is full; ConfigError where
         the sweep's files have changed meanwhile, or no trial can be counted."""
         over = len(self.search.trials()) - len(self.search.unfinished())
-        bar = tqdm(total=self.search.total, initial=over, desc="sweep", unit="trial", disable=None)
+        bar = counter(self.search.total, "sweep", "trial", over)
         with stoppable(), bar:
             try:
                 for trial in self.search.unfinished():
@@ -99,7 +100,7 @@ class Engine:
                 raise
         self._tidy()
 
-    def _step(self, bar: tqdm[Any]) -> bool:
+    def _step(self, bar: tqdm[Any] | Lines) -> bool:
         """Look after every trial once; whether anything is left to do."""
         while len(self._attempts) < self.workers and self._another():
             self._take_up(self.search.begin())
