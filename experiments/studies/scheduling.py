@@ -201,15 +201,16 @@ def of_all(config: dict[str, Any], runs: Path) -> str:
 
 
 def _settled(fields: Mapping[str, Any], runs: Path) -> dict[str, Any]:
-    """Without the content of what another run of the study will write: it is not there yet when this run is
-    named, and its folder's name says what it will be."""
-    return {
-        key: value
-        for key, value in fields.items()
-        if not (
-            key.endswith(f".{CONTENT}") and _below(str(fields.get(key.removesuffix(f".{CONTENT}"))), runs)
-        )
-    }
+    """What a digest is of, wherever the files lie: their content, not their path. Of what another run of the
+    study will write neither is known yet when this run is named: its folder's name says what it will be."""
+    found: dict[str, Any] = {}
+    for key, value in fields.items():
+        named = key.removesuffix(f".{CONTENT}")
+        if _below(str(fields.get(named)), runs):
+            found[named] = Path(str(fields[named])).resolve().relative_to(runs.resolve()).as_posix()
+        elif f"{key}.{CONTENT}" not in fields:
+            found[key] = value
+    return found
 
 
 def _below(path: str, folder: Path) -> bool:
