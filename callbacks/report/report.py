@@ -25,7 +25,11 @@ class RunReport(Callback):
     """Writes the report when training, validation or testing has ended and prints its table."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, "fit")
+        # A recipe may leave all evaluations to `thundercat test`: training has ended well all the same.
+        if any(stage == "fit" for stage, _ in measured_stages(trainer.default_root_dir)):
+            self._write(trainer, "fit")
+        elif trainer.is_global_zero:
+            print(f"nothing was evaluated inside fit: thundercat test {_again(trainer.default_root_dir)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -37,6 +41,10 @@ class RunReport(Callback):
     def _write(self, trainer: Trainer, stage: Stage, module: LightningModule | None = None) -> None:
         if trainer.is_global_zero:
             print(write_report(trainer.default_root_dir, stage, label(getattr(module, "defence", None))))
+
+
+def _again(folder: str) -> str:
+    return f"--config {RunFolder.of(folder).config()} --ckpt_path last"
 
 
 def write_report(folder: str | Path, stage: Stage = "fit", defence: str = "") -> str:

@@ -226,4 +226,6 @@ class Runner:
         self._processes.discard(process)
         if status and not self._stopping.is_set():
             self.failed[job.title] = process.failure()
+            # At once: a mistake that all runs share should not take the night to be told.
+            tqdm.write(f"{job.title}: failed: {printable(self.failed[job.title])}", file=sys.stderr)
         return status == 0

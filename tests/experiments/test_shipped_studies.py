@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,21 @@ def test_sweeps_compose_and_are_what_the_agent_of_wandb_would_start(path: Path, 
     assert files == [*sweep.config, "configs/trainer/wandb.yaml"]
     assert command[:3] == ["${env}", "${program}", "fit"] and command[-1] == "${args}"
     assert f"--trainer.default_root_dir=runs/sweeps/{path.stem}/${{oc.env:WANDB_RUN_ID}}" in command
+
+
+def test_the_ablations_shared_training_ends_well_and_leaves_judging_to_test(
+    thundercat: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """It evaluates nothing inside `fit`, whose report would have no row to stand on."""
+    folder = tmp_path / "run"
+    status, out, err = thundercat(
+        "fit",
+        "--config=configs/experiment/ablation_tinychat.yaml",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.max_steps=1",
+        "--model.attack.num_steps=1",
+    )
+    assert status == 0, err
+    assert f"nothing was evaluated inside fit: thundercat test --config {folder / 'config.yaml'}" in out
+    assert any((folder / "checkpoints").glob("*.ckpt"))
+    assert not (folder / "report.md").exists()
