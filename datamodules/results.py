@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
 ADDED = frozenset({"samples", "block", "call", "against", "base_reply", "counts", "defence"})
-ADDED |= {"document", "answer", "forbidden"}
+ADDED |= {"document", "answer", "forbidden", "pieces", "contributions"}
 """Fields that came later with a default: lines written before them lack them and mean the default."""
 BASE = "base:"
 """In front of a judge's label: what it said of `base_reply`."""
@@ -92,6 +92,10 @@ class Row:
     """What must not appear in the reply; '' for `expected`."""
     defence: str = ""
     """`name-digest` of the defence around the model; '' for none."""
+    pieces: list[str] = field(default_factory=list)
+    """Of an attribution: the texts of the prompt's attackable tokens."""
+    contributions: dict[str, list[float | None]] = field(default_factory=dict)
+    """`name@revision` of an attribution, `base:` in front for the model before training -> one per piece."""
     schema: int = SCHEMA
     where: str = field(default="", compare=False)
     """file:line it was read from; not stored."""

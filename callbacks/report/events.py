@@ -10,7 +10,7 @@ from callbacks.judges.xstest import PARTIAL_REFUSAL
 from callbacks.metrics.estimates import Estimate
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric, Quantity
 from callbacks.metrics.outcomes import worst_case
-from callbacks.report import against_base, certificates, divergences, perplexities
+from callbacks.report import against_base, attributions, certificates, divergences, perplexities
 from callbacks.report.measured import Measured, Outcome, attacks_of
 
 
@@ -89,10 +89,9 @@ def _sampled(item: Measured) -> list[Events]:
 
 def _of_set(item: Measured) -> list[Events]:
     """What a named set is measured by: what decides, and beside it what is served, or how replies are
-    classed; nothing of a text or of single
-    tokens, whose perplexity and divergence are no shares."""
+    classed; nothing of a text or of single tokens, whose perplexity, divergence and margin are no shares."""
     own = item.measurement
-    if own.quantity in {*perplexities.UNITS, divergences.QUANTITY}:
+    if own.quantity in {*perplexities.UNITS, divergences.QUANTITY, attributions.QUANTITY}:
         return []
     if own.quantity == certificates.QUANTITY:
         return [_deciding(item)]

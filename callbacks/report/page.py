@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from callbacks.report.attributions import pictures as attributed
 from callbacks.report.cells import Table
 from callbacks.report.drawing import Drawing, svg
 from callbacks.report.escape import printable
@@ -63,6 +64,7 @@ def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
         figures=pictures(figures),
         attacks=list(results.after.attacks.values()) if results.after is not None else [],
         samples=samples(results),
+        attributed=attributed(results),
         configuration=_whole(
             yaml.safe_dump(dict(results.configuration), sort_keys=False, allow_unicode=True)
         ),

@@ -5,6 +5,7 @@ A Row (datamodules/results.py) is written once, when a reply has been judged; no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,28 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Attribution:
+    """What each token of a request adds to the margin by which one model refuses it."""
+
+    key: str
+    category: str
+    side: str
+    """'' for the run's model, BASE for the one before training."""
+    pieces: Sequence[str]
+    """The request's attackable tokens."""
+    contributions: Sequence[float]
+    """In nats; positive towards a refusal."""
+    margin: float
+    without: float
+    """The margin with all of these tokens at the baseline."""
+
+    @property
+    def summed(self) -> float:
+        """Close to margin - without, where the path has points enough."""
+        return math.fsum(self.contributions)
+
+
+@dataclass(frozen=True)
 class SampleRow:
     """One judged reply as a reader sees it."""
 
@@ -195,6 +218,8 @@ class Snapshot:
     """What a defence costs, by subject and attack; empty without one."""
     divergences: Sequence[Estimate] = ()
     """KL to the base model, in nats, at every token of the harmful targets, from the first on."""
+    attributions: Sequence[Attribution] = ()
+    """What single requests' refusals rest on, before training and after."""
     complete: bool = True
     """False where an evaluation was cut short: its numbers are over the rows that are there."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from callbacks.metrics.estimates import mean, rate
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.metrics.outcomes import cross_flags, spent
-from callbacks.report import against_base, certificates, divergences, perplexities
+from callbacks.report import against_base, attributions, certificates, divergences, perplexities
 from callbacks.report.defended import costs
 from callbacks.report.events import events
 from callbacks.report.grades import grades, gradings
@@ -18,6 +18,7 @@ from callbacks.report.wordings import paired_sets
 from datamodules.results import Row
 
 UNREAD = {*perplexities.UNITS, certificates.QUANTITY, divergences.QUANTITY}
+UNREAD |= {attributions.QUANTITY}
 """Quantities whose rows hold no reply to be read."""
 
 
@@ -68,6 +69,12 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
             if item.measurement.quantity == divergences.QUANTITY
             for estimate in divergences.by_position(item.measurement, item.rows)
         ],
+        attributions=[
+            attribution
+            for item in measured
+            if item.measurement.quantity == attributions.QUANTITY
+            for attribution in attributions.attributions(item.rows)
+        ],
         gradings={item.measurement.block: gradings(item.measurement, item.rows) for item in graded},
         complete=all(item.complete for item in measured),
     )
@@ -82,6 +89,8 @@ def _means(item: Measured, attacks: Mapping[str, Measured]) -> dict[Metric, Meas
         return perplexities.of_text(own, item.rows)
     if own.quantity == divergences.QUANTITY:
         return divergences.overall(own, item.rows)
+    if own.quantity == attributions.QUANTITY:
+        return attributions.overall(own, item.rows)
     if own.quantity == "change_rate":
         metric = Metric("similarity", own.subject, block=own.block)
         similarity = mean(against_base.similarities(own, item.rows))

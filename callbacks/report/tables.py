@@ -8,6 +8,7 @@ from typing import Any
 
 from callbacks.judges.card import line
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
+from callbacks.report.attributions import margins
 from callbacks.report.cells import MISSING, Cell, Table, change, count, earlier_cell, estimate, measures
 from callbacks.report.certificates import THREAT, guarantees
 from callbacks.report.defended import bypassed, cost_table
@@ -30,11 +31,12 @@ DIFFERENCES = (
 
 
 def tables(results: RunResults) -> list[Table]:
-    """Every table that has a row: rates, pairs, grades, replies, perplexities, depth, guarantees, a
+    """Every table that has a row: rates, pairs, grades, replies, perplexities, depth, margins, guarantees, a
     defence's cost, means, groups, history, cost."""
     every = [rates(results), paired(results), grades(results), replies(results), perplexities(results)]
     every += [
         depth(results),
+        margins(results),
         guarantees(results),
         cost_table(results),
         means(results),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from callbacks.report import divergences, perplexities
+from callbacks.report import attributions, divergences, perplexities
 from callbacks.report.escape import printable
 from callbacks.report.measured import Measured
 from callbacks.report.page import TITLES
@@ -53,7 +53,11 @@ def write_run(
     sets: list[RowSet] = []
     for own in after:
         item = own.measurement
-        if not own.rows or item.quantity in {*perplexities.UNITS, divergences.QUANTITY}:
+        if not own.rows or item.quantity in {
+            *perplexities.UNITS,
+            divergences.QUANTITY,
+            attributions.QUANTITY,
+        }:
             continue
         name = f"rows_{number:03}_{len(sets):03}"
         earlier = _rows_of(before.get(_slot(item)))
