@@ -53,9 +53,17 @@ SHORTER = {
     "r2d2": [("model.init_args.attack.init_args.gcg.init_args.num_steps", "1")],
     "prompt_generator": [("model.init_args.attack.init_args.num_tokens", "2")],
     "lat": [("model.init_args.attack.init_args.num_steps", "3")],
+    "refat": [
+        ("model.init_args.attack.init_args.finder.init_args.num_fit", "4"),
+        ("model.init_args.attack.init_args.every", "2"),
+    ],
+    "deep_refusal": [
+        ("model.init_args.attack.init_args.attack.init_args.finder.init_args.num_fit", "4"),
+        ("model.init_args.attack.init_args.attack.init_args.finder.init_args.num_validation", "4"),
+    ],
 }
 SEARCHLESS = ["noise_augmentation", "adversarial_fine_tuning", "red_team_replay", "circuit_breakers"]
-SEARCHLESS += ["deep_alignment"]
+SEARCHLESS += ["deep_alignment", "refat", "deep_refusal"]
 ONE_STEP = {
     "r2d2": [("model.init_args.attack.init_args.gcg.init_args.num_steps", "1")],
     "mixat": [

@@ -52,6 +52,7 @@ from lightning_modules.attacks.text.variants import Variant
 from lightning_modules.attacks.training.begun_reply import BegunReply
 from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.persistent_gcg import PersistentGCG
+from lightning_modules.attacks.training.random_ablation import RandomAblation
 from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
 from lightning_modules.attacks.training.suffix_generator import SuffixGenerator
 from lightning_modules.defences.smooth_llm import SmoothLLM
@@ -115,6 +116,12 @@ def suffix_generator() -> SuffixGenerator:
     return SuffixGenerator(
         ModelConfig("tinychat:helpful"), num_tokens=3, candidates=4, beams=2, updates=3, batch_size=4
     )
+
+
+def random_ablation(**settings: Any) -> RandomAblation:
+    harmless = TinyChatBenign("train", 8, categories=["guide"])
+    finder = DirectionalAblation(SOURCE, harmless, num_fit=4, num_validation=2, max_kl=1e9)
+    return RandomAblation(finder, **settings)
 
 
 def small_gcg(num_tokens: int = 4, **settings: Any) -> GCG:
@@ -278,6 +285,10 @@ CASES: dict[str, Case] = {
     "begun_reply": Case(
         lambda: BegunReply(EmbeddingPGD(epsilon=0.2, num_steps=2), longest=3, probability=1.0),
         keeps_best=False,  # its losses are those of the prompt, before a reply was begun
+    ),
+    # No search: it draws what the model has to do without. What finding it costs is shared by the batch.
+    "random_ablation": Case(
+        random_ablation, text=True, typed=False, keeps_best=False, alone=False, stateful=True
     ),
     "rewrite_then_perturb": Case(
         lambda: RewriteThenPerturb(persistent(), EmbeddingPGD(epsilon=0.2, num_steps=2), probability=1.0),

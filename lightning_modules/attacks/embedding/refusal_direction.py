@@ -8,6 +8,8 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
 from datamodules.fields import Count, Positive, Share, checked
@@ -79,6 +81,18 @@ class DirectionalAblation:
             with model.frozen():
                 self._found = computed, self._find(model)
         return self._found[1]
+
+    def differences(self, model: LanguageModel) -> dict[int, Float[Tensor, " dim"]]:
+        """Decoder layer -> the difference of the means of `num_fit` requests of each kind after it, at the
+        prompt's last token."""
+        harmful, harmless = (
+            _first(name, getattr(self, name), self.num_fit) for name in ("harmful", "harmless")
+        )
+        prompts = _prompts(model, [*harmful, *harmless])
+        bad, good = _part(prompts, 0, self.num_fit), _part(prompts, self.num_fit, 2 * self.num_fit)
+        with model.frozen():
+            found = mean_differences(model, bad, good, num_positions=1)
+        return {own.layer: own.vector for own in found}
 
     def _find(self, model: LanguageModel) -> Direction:
         harmful = _first("harmful", self.harmful, self.num_fit + self.num_validation)
