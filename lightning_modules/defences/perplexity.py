@@ -1,9 +1,7 @@
 """Perplexity filter (Jain et al. 2023, arXiv 2309.00614; Alon and Kamfonas 2023, arXiv 2308.14132): a request
 whose tokens are less likely than those of benign ones is flagged.
 
-The threshold is calibrated, not guessed: of n benign requests, the ceil((n + 1)(1 - f))-th smallest score.
-Another benign request of the same kind is then flagged with probability at most f (split conformal; requests
-of another kind have no such promise).
+The threshold is calibrated, not guessed (calibrated.py).
 """
 
 from __future__ import annotations
@@ -14,17 +12,15 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
 from datamodules.batch import pad
 from datamodules.fields import Count, Positive, Share, checked
-from datamodules.rows import RowProblem
 from datamodules.sources.base import ChatSource
 from datamodules.text.chat_format import ChatFormat
 from lightning_modules.defences.base import ROWS_AT_ONCE
+from lightning_modules.defences.calibrated import Threshold, texts_of
 from lightning_modules.defences.filtered import Check
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Request
@@ -98,7 +94,7 @@ class NgramNats:
     def _counted(self, chat: ChatFormat) -> tuple[Counter[tuple[int, int]], Counter[int], Counter[int]]:
         key = chat.tokenizer.name_or_path, len(chat.tokenizer)
         if key not in self._known:
-            rows = chat.encode_batch([text.strip() for text in benign_texts(self.source, self.limit)])
+            rows = chat.encode_batch([text.strip() for text in texts_of(self.source, self.limit)])
             pairs = Counter(pair for ids in rows for pair in itertools.pairwise([-1, *ids]))
             firsts = Counter(token for ids in rows for token in [-1, *ids][:-1])
             self._known[key] = pairs, firsts, Counter(token for ids in rows for token in ids)
@@ -135,18 +131,12 @@ class PerplexityFilter:
         window: Count | None = None,
         scorer: Scorer | None = None,
     ) -> None:
-        least = math.ceil(1 / false_positive_rate - 1 - 1e-9)
-        if num_calibration < least:
-            raise ValueError(
-                f"PerplexityFilter.num_calibration: expected at least {least} for a false-positive rate of "
-                f"{false_positive_rate}, got {num_calibration}; raise one of them"
-            )
         self.benign = benign
         self.false_positive_rate = false_positive_rate
         self.num_calibration = num_calibration
         self.window = window
         self.scorer: Scorer = scorer or ModelNats()
-        self._thresholds: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], float]] = WeakKeyDictionary()
+        self._threshold = Threshold(type(self).__name__, benign, false_positive_rate, num_calibration)
 
     def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
         """The score's distance from the threshold, in nats per token."""
@@ -167,28 +157,11 @@ class PerplexityFilter:
 
         Raises: ValueError where the source has fewer requests than were asked for.
         """
-        weights = tuple(p._version for p in model.module.parameters())
-        known = self._thresholds.get(model.module)
-        if known is None or known[0] != weights:
-            texts = benign_texts(self.benign, self.num_calibration)
-            if len(texts) < self.num_calibration:
-                raise ValueError(
-                    f"PerplexityFilter.num_calibration: expected at most the {len(texts)} requests of the "
-                    f"source, got {self.num_calibration}; lower it"
-                )
-            known = weights, conformal_threshold(self.scores(model, texts), self.false_positive_rate)
-            self._thresholds[model.module] = known
-        return known[1]
+        return self._threshold.of(model, self.scores)
 
     def _scored(self, model: LanguageModel, texts: Sequence[str]) -> tuple[list[float], list[int]]:
         every = self.scorer.nats(model, texts)
         return [worst_window(own, self.window) for own in every], [len(own) for own in every]
-
-
-def conformal_threshold(scores: Sequence[float], false_positive_rate: float) -> float:
-    """The ceil((n + 1)(1 - f))-th smallest of n scores."""
-    rank = math.ceil((len(scores) + 1) * (1 - false_positive_rate) - 1e-9)
-    return sorted(scores)[max(rank, 1) - 1]
 
 
 def worst_window(nats: Sequence[float], window: int | None) -> float:
@@ -196,13 +169,3 @@ def worst_window(nats: Sequence[float], window: int | None) -> float:
     if window is None or window >= len(nats):
         return math.fsum(nats) / max(1, len(nats))
     return max(math.fsum(nats[i : i + window]) / window for i in range(len(nats) - window + 1))
-
-
-def benign_texts(source: ChatSource, limit: int) -> list[str]:
-    """The first so many prompts of a source. Raises: ValueError naming a row that cannot be read."""
-    found = []
-    for row in itertools.islice(source.rows(), limit):
-        if isinstance(row, RowProblem):
-            raise ValueError(f"{row}; mend the row, or calibrate on another source")
-        found.append(row.prompt)
-    return found

@@ -19,15 +19,10 @@ from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.suffix.through_defence import ThroughDefence
 from lightning_modules.defences.base import Defended, label, marked, rng_of
+from lightning_modules.defences.calibrated import conformal_threshold, texts_of
 from lightning_modules.defences.erase_and_check import EraseAndCheck, RefusalFilter, erased, num_erased
 from lightning_modules.defences.filtered import Check, Filtered
-from lightning_modules.defences.perplexity import (
-    NgramNats,
-    PerplexityFilter,
-    benign_texts,
-    conformal_threshold,
-    worst_window,
-)
+from lightning_modules.defences.perplexity import NgramNats, PerplexityFilter, worst_window
 from lightning_modules.defences.reminder import Reminder
 from lightning_modules.defences.smooth_llm import ALPHABET, SmoothLLM, perturb
 from lightning_modules.defences.smoothing import EmbeddingSmoothing, Noisy
@@ -183,7 +178,7 @@ def test_a_window_finds_what_a_mean_hides() -> None:
 def test_bigrams_are_a_distribution_and_dislike_random_tokens() -> None:
     chat = chat_model()
     scorer = NgramNats(TinyChatBenign("train", num_rows=300), 300)
-    benign = benign_texts(TinyChatBenign("validation", num_rows=50), 50)
+    benign = texts_of(TinyChatBenign("validation", num_rows=50), 50)
     rng = random.Random(0)
     garbage = [" ".join(rng.sample(sorted(chat.chat.tokenizer.get_vocab()), 12)) for _ in range(20)]
 

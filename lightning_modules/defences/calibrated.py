@@ -1,0 +1,86 @@
+"""A threshold that benign requests calibrate: of n of them, the ceil((n + 1)(1 - f))-th smallest score.
+
+Another benign request of the same kind is then above it with probability at most f (split conformal; requests
+of another kind have no such promise).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from datamodules.rows import ChatRow, HarmfulRow, RowProblem
+from datamodules.sources.base import ChatSource, HarmfulSource
+from lightning_modules.models.language_model import LanguageModel
+
+Scores = Callable[[LanguageModel, Sequence[str]], list[float]]
+
+
+class Threshold:
+    """Found once for a model's weights, when it is first needed.
+
+    Args:
+        owner: the filter's name, for what errors say.
+        benign: requests that calibrate it, of training or validation, never of test.
+        false_positive_rate: the share of such requests that may be above it.
+        num_calibration: so many of them.
+
+    Raises: ValueError where so few requests cannot hold the rate, with the smallest number that can.
+    """
+
+    def __init__(
+        self, owner: str, benign: ChatSource, false_positive_rate: float, num_calibration: int
+    ) -> None:
+        least = math.ceil(1 / false_positive_rate - 1 - 1e-9)
+        if num_calibration < least:
+            raise ValueError(
+                f"{owner}.num_calibration: expected at least {least} for a false-positive rate of "
+                f"{false_positive_rate}, got {num_calibration}; raise one of them"
+            )
+        self._owner = owner
+        self._benign = benign
+        self._rate = false_positive_rate
+        self._count = num_calibration
+        self._known: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], float]] = WeakKeyDictionary()
+
+    def of(self, model: LanguageModel, scores: Scores) -> float:
+        """The threshold of these scores. Raises: ValueError where the source has fewer requests than were
+        asked for."""
+        weights = versions(model)
+        known = self._known.get(model.module)
+        if known is None or known[0] != weights:
+            texts = texts_of(self._benign, self._count)
+            if len(texts) < self._count:
+                raise ValueError(
+                    f"{self._owner}.num_calibration: expected at most the {len(texts)} requests of the "
+                    f"source, got {self._count}; lower it"
+                )
+            known = weights, conformal_threshold(scores(model, texts), self._rate)
+            self._known[model.module] = known
+        return known[1]
+
+
+def versions(model: LanguageModel) -> tuple[int, ...]:
+    """What changes whenever a weight does."""
+    return tuple(p._version for p in model.module.parameters())
+
+
+def conformal_threshold(scores: Sequence[float], false_positive_rate: float) -> float:
+    """The ceil((n + 1)(1 - f))-th smallest of n scores."""
+    rank = math.ceil((len(scores) + 1) * (1 - false_positive_rate) - 1e-9)
+    return sorted(scores)[max(rank, 1) - 1]
+
+
+def texts_of(source: ChatSource | HarmfulSource, limit: int) -> list[str]:
+    """The first so many prompts of a source. Raises: ValueError naming a row that cannot be read."""
+    found = []
+    rows: itertools.islice[ChatRow | HarmfulRow | RowProblem] = itertools.islice(source.rows(), limit)
+    for row in rows:
+        if isinstance(row, RowProblem):
+            raise ValueError(f"{row}; mend the row, or take another source")
+        found.append(row.prompt)
+    return found
