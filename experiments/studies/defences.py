@@ -1,0 +1,162 @@
+"""Every defence around one model, attacked without and with knowledge of it: the table of the README.
+
+    python -m experiments.studies.defences --out experiments/results/defences_cpu_202611
+
+runs `thundercat test` once a defence on the test split (rows that are on disk are not asked again) and writes
+the raw rows, compressed, and report.md into the folder; every cell is computed from the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from callbacks.metrics.names import Metric
+from callbacks.report.cells import MISSING, Cell, Table, estimate
+from callbacks.report.load import load
+from callbacks.report.markdown import table_text
+from callbacks.report.results import Costs, Estimate, Snapshot
+from callbacks.run_folder.provenance import write_whole
+from datamodules.results import MEASUREMENTS, ROWS, measured_stages
+from experiments.studies.processes import Running
+
+RECIPE = "configs/experiment/defences_tinychat.yaml"
+SPLIT = "configs/data/tinychat_test.yaml"
+ATTACKS = "configs/evaluation/defence_adaptive.yaml"
+SETTINGS: dict[str, Sequence[str]] = {
+    "": (),
+    "self_reminder": (),
+    "smooth_llm": ("--vars.defence_target_tokens=5",),
+    "erase_and_check": ("--vars.defence_place=before", "--vars.defence_penalty=0"),
+    "ngram_filter": (),
+    "learned_filter": (),
+}
+"""Defence -> what its adaptive attack is told beside the defence: the least that leaves its threat model (a
+copy of SmoothLLM's cannot name what it garbles; before the request is outside the suffix mode)."""
+NOTE = (
+    "Static: the search without the defence, its result sent through the defence; adaptive: the search that "
+    "sees it. Not refused: by the keyword judge. Benign prompts get what the adaptive search found on other "
+    "requests. Intervals are 95 % (Wilson's for shares); n of clean requests, of attacked ones and of benign "
+    "ones under attack: {}. One model, one seed; a search this small that finds nothing is no evidence of "
+    "robustness."
+)
+
+
+def words(defence: str, folder: Path, sizes: Sequence[str]) -> list[str]:
+    """The command of one defence; '' for none."""
+    around = [f"configs/defence/{defence}.yaml"] if defence else []
+    files = [word for file in (RECIPE, SPLIT, *around, ATTACKS) for word in ("--config", file)]
+    return ["test", *files, *SETTINGS[defence], *sizes, f"--trainer.default_root_dir={folder}"]
+
+
+def table(folder: Path) -> Table:
+    """A row a defence that the folder has measured."""
+    rows = []
+    for _, defence in [own for own in measured_stages(folder) if own[0] == "test"]:
+        own = load(folder, "test", defence).after
+        assert own is not None, "load fails where nothing was measured"
+        name = defence.rpartition("-")[0] or "none"
+        rows.append([Cell(name.replace("_", " ")), *_cells(own)])
+    columns = ("defence", "harmful refused", "harmless refused", "utility", "static: target; not refused")
+    columns += (
+        "adaptive: target; not refused",
+        "benign refused under it; utility",
+        "queries; tokens, times plain",
+    )
+    return Table("Defences around the packaged model", columns, rows)
+
+
+def _cells(own: Snapshot) -> list[Cell]:
+    def measured(metric: Metric) -> Estimate | None:
+        found = own.measures.get(metric)
+        return found.estimate if found is not None else None
+
+    benign = own.benign.get("adaptive")
+    return [
+        _joined(measured(Metric("refusal_rate", "harmful"))),
+        _joined(measured(Metric("over_refusal_rate", "harmless"))),
+        _joined(measured(Metric("exact_match", "utility"))),
+        *(
+            _joined(*(measured(Metric(q, "harmful", attack)) for q in ("success_rate", "not_refused_rate")))
+            for attack in ("static", "adaptive")
+        ),
+        _joined(*((benign.refused, benign.utility) if benign is not None else (None,))),
+        _cost([cost for cost in own.costs if cost.subject == "harmful" and not cost.attack]),
+    ]
+
+
+def _joined(*found: Estimate | None) -> Cell:
+    return Cell("; ".join(MISSING if own is None else estimate(own).text for own in found))
+
+
+def _cost(found: Sequence[Costs]) -> Cell:
+    """Of clean harmful requests; once where there is no defence."""
+    return Cell("; ".join(f"{own.queries.value:.1f}; {own.tokens.value:.1f}" for own in found) or "1; 1")
+
+
+def sizes_of(folder: Path) -> str:
+    """How many requests stand behind the cells, of the first defence."""
+    own = load(folder, "test", measured_stages(folder)[0][1]).after
+    assert own is not None
+    found = [
+        own.measures[Metric("refusal_rate", "harmful")].estimate.n,
+        own.measures[Metric("success_rate", "harmful", "adaptive")].estimate.n,
+    ]
+    benign = own.benign["adaptive"].refused
+    return ", ".join(map(str, [*found, benign.n if benign is not None else 0]))
+
+
+def report(folder: Path) -> str:
+    """The Markdown report."""
+    own = table(folder)
+    return f"# {own.title}\n\n{table_text(own)}\n\n{NOTE.format(sizes_of(folder))}\n"
+
+
+def archive(run: Path, out: Path) -> None:
+    """The raw rows, compressed, with what was to be measured and how."""
+    shutil.rmtree(out / ROWS, ignore_errors=True)
+    (out / ROWS).mkdir(parents=True)
+    for path in [
+        run / ROWS / MEASUREMENTS,
+        *run.glob("test_*config.yaml"),
+        *run.glob("test_*environment.json"),
+    ]:
+        shutil.copy(path, out / path.relative_to(run))
+    for path in (run / ROWS).glob("rows_rank*.jsonl"):
+        # Without a time in it: the same rows are the same file.
+        (out / ROWS / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the rows and the report")
+    add("--run", type=Path, default=Path("runs/defences_tinychat"), help="folder in which it runs")
+    add("--defences", nargs="+", default=[*SETTINGS][1:], choices=[*SETTINGS][1:], help="beside none")
+    add("--limit", type=int, default=24, help="attacked requests")
+    add("--clean", type=int, default=40, help="requests of each kind without an attack")
+    add("--steps", type=int, default=20, help="steps of both searches")
+    add("--width", type=int, default=12, help="candidates a step")
+    add("--draws", type=int, default=4, help="draws of a defence's randomness behind a candidate's loss")
+    own = parser.parse_args(arguments)
+    sizes = {"clean_limit": own.clean, "defence_limit": own.limit, "defence_steps": own.steps}
+    sizes |= {"defence_width": own.width, "defence_draws": own.draws}
+    for defence in ("", *own.defences):
+        asked = words(defence, own.run, [f"--vars.{name}={value}" for name, value in sizes.items()])
+        own.run.mkdir(parents=True, exist_ok=True)
+        running = Running(asked, own.run, threads=1)
+        if running.wait() != 0:
+            parser.exit(1, f"{running.failure()}\n")
+    archive(own.run, own.out)
+    write_whole(own.out / "report.md", report(own.out))
+    print(report(own.out))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
