@@ -27,7 +27,7 @@ RECIPE = "configs/experiment/defences_tinychat.yaml"
 SPLIT = "configs/data/tinychat_test.yaml"
 ATTACKS = "configs/evaluation/defence_adaptive.yaml"
 SETTINGS: dict[str, Sequence[str]] = {
-    "": (),
+    "": ("--model.init_args.defence=null",),  # the two searches are the same
     "self_reminder": (),
     "smooth_llm": ("--vars.defence_target_tokens=5",),
     "erase_and_check": ("--vars.defence_place=before", "--vars.defence_penalty=0"),
@@ -60,12 +60,11 @@ def table(folder: Path) -> Table:
         assert own is not None, "load fails where nothing was measured"
         name = defence.rpartition("-")[0] or "none"
         rows.append([Cell(name.replace("_", " ")), *_cells(own)])
-    columns = ("defence", "harmful refused", "harmless refused", "utility", "static: target; not refused")
-    columns += (
-        "adaptive: target; not refused",
-        "benign refused under it; utility",
-        "queries; tokens, times plain",
-    )
+    columns = [
+        *("defence", "harmful refused", "harmless refused", "utility"),
+        *("static: target; not refused", "adaptive: target; not refused"),
+        *("benign refused under it; utility", "queries; tokens, times plain"),
+    ]
     return Table("Defences around the packaged model", columns, rows)
 
 

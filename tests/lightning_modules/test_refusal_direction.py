@@ -15,6 +15,7 @@ from lightning_modules.models.adapters import disabled_adapters
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.hidden_states import conversation_states
 from lightning_modules.models.language_model import Encoded, LanguageModel
+from lightning_modules.models.loading import ModelConfig, load_seeded
 from lightning_modules.models.refusal_direction import (
     Direction,
     ablated,
@@ -181,9 +182,11 @@ def test_no_part_of_the_stream_keeps_the_direction(family: str) -> None:
     assert all((states @ vector)[own.prompt_mask].abs().max() > 1e-3 for states in plain)
 
 
-def attack(num_fit: int = 4) -> DirectionalAblation:
+def attack(num_fit: int = 4, max_kl: float = 1e9, max_depth: float = 0.8) -> DirectionalAblation:
     harmless = TinyChatBenign("train", 8, categories=["guide"])
-    return DirectionalAblation(TinyChatHarmful("train"), harmless, num_fit, 2, max_kl=1e9)
+    return DirectionalAblation(
+        TinyChatHarmful("train"), harmless, num_fit, 2, max_kl=max_kl, max_depth=max_depth
+    )
 
 
 def test_too_few_requests_are_named() -> None:
@@ -207,6 +210,20 @@ def test_without_its_adapters_a_model_has_another_direction() -> None:
     first = own.direction(model)
     with disabled_adapters(model.module):
         assert not torch.equal(own.direction(model).vector, first.vector)
+
+
+def test_the_direction_of_the_model_before_training_can_be_taken_instead() -> None:
+    """Trained weights do not move it, and it is what the attack removes."""
+    model, before = chat_model(), attack(max_kl=2.0, max_depth=1.0)
+    before.found_in = ModelConfig("tinychat:aligned")
+    aligned = LanguageModel(load_seeded(ModelConfig("tinychat:aligned"), 0).eval(), model.chat)
+    expected = attack(max_kl=2.0, max_depth=1.0).direction(aligned)
+    found = before.direction(model)
+    assert (found.layer, found.position) == (expected.layer, expected.position)
+    torch.testing.assert_close(found.vector, expected.vector)
+    with torch.no_grad():
+        causal_lm(model.module).get_decoder().layers[0].mlp.down_proj.weight.mul_(2)
+    assert before.direction(model) is found
 
 
 def test_a_part_of_the_batch_keeps_the_ablation() -> None:

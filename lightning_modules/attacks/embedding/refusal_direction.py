@@ -21,7 +21,9 @@ from lightning_modules.attacks.embedding.pgd import target_loss
 from lightning_modules.attacks.ledger import Ledger
 from lightning_modules.models.adapters import switches
 from lightning_modules.models.fingerprint import fingerprint
+from lightning_modules.models.frozen import FrozenCopy
 from lightning_modules.models.language_model import Encoded, LanguageModel, encoded
+from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.refusal_direction import Direction, ablated, chosen, mean_differences
 from lightning_modules.models.requests import Request
 
@@ -42,6 +44,9 @@ class DirectionalAblation:
         max_kl: largest change of the first token's distribution on harmless requests, in nats [0.1 there].
             Small models may have no direction within it that also induces refusals (a warning): try more.
         max_depth: the deepest layer tried, as a share of them [0.8 there].
+        found_in: find it in this model instead, with the same tokenizer and width, such as the one that
+            training began from: a model may hide its own direction and still fall to that one. Null: in the
+            attacked model.
     """
 
     def __init__(
@@ -53,11 +58,13 @@ class DirectionalAblation:
         num_positions: Count = 3,
         max_kl: Positive = 0.1,
         max_depth: Share = 0.8,
+        found_in: ModelConfig | None = None,
     ) -> None:
         self.harmful, self.harmless = harmful, harmless
         self.num_fit, self.num_validation = num_fit, num_validation
         self.num_positions = num_positions
         self.max_kl, self.max_depth = max_kl, max_depth
+        self.found_in = found_in
         self._found: tuple[str, Direction] | None = None
 
     def __call__(
@@ -75,7 +82,13 @@ class DirectionalAblation:
         return replace(ledger.attacked(batch.prompt_ids, batch.prompt_mask), ablated=vector)
 
     def direction(self, model: LanguageModel) -> Direction:
-        """The direction of these weights and adapters; looked for once as long as they stay the same."""
+        """The direction of these weights and adapters, or of the other model's; looked for once as long as
+        they stay the same."""
+        if self.found_in is not None:
+            if self._found is None:
+                with FrozenCopy(self.found_in).active(model) as other:
+                    self._found = "", self._find(LanguageModel(other.module, model.chat))
+            return self._found[1]
         computed = f"{fingerprint(model.module)} {switches(model.module)}"
         if self._found is None or self._found[0] != computed:
             with model.frozen():

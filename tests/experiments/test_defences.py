@@ -1,0 +1,61 @@
+"""The table of defences: its commands fit their recipes, and its cells are what the rows say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from callbacks.judges.keyword import KeywordRefusal
+from datamodules.results import Row, measured_stages, read_rows
+from experiments.config.check import check
+from experiments.config.compose import compose
+from experiments.studies.defences import SETTINGS, report, table, words
+from tests.conftest import ROOT
+
+RECORDED = ROOT / "experiments" / "results" / "defences_cpu_202611"
+
+
+@pytest.mark.parametrize("defence", ["", "smooth_llm"])
+def test_a_command_fits_its_recipe(defence: str, in_root: Path) -> None:
+    own = words(defence, Path("run"), ["--vars.defence_limit=3"])
+    files = [own[i + 1] for i, word in enumerate(own) if word == "--config"]
+    overrides = [(name, value) for name, _, value in (word[2:].partition("=") for word in own if "=" in word)]
+    config = compose(files, overrides)
+    check(config, "test")
+    suite = config["trainer"]["callbacks"][-1]["init_args"]
+    assert suite["schedule"]["test_limit"] == 3
+    assert suite["attacks"]["static"]["init_args"]["target_tokens"] == (5 if defence else 12)
+    known = suite["attacks"]["adaptive"]["init_args"]["defence"]
+    assert (known is None) == (not defence)
+    assert config["data"]["init_args"]["evaluation"]["harmful"][0]["init_args"]["split"] == "test"
+    assert config["trainer"]["default_root_dir"] == "run"
+
+
+def percent(rows: list[Row], judge: str, negated: bool = False) -> str:
+    """A share of rows, as a table begins with it."""
+    found = sum(row.accepted(judge, "test") != negated for row in rows)
+    return f"{100 * found / len(rows):.1f} %"
+
+
+def test_every_cell_of_the_recorded_table_is_what_its_rows_say() -> None:
+    """Computed again by the code that wrote it, and from the verdicts alone."""
+    assert (RECORDED / "report.md").read_text(encoding="utf-8") == report(RECORDED)
+    own, rows = table(RECORDED), read_rows(RECORDED)
+    assert [row[0].text.replace(" ", "_") for row in own.rows] == ["none", *[*SETTINGS][1:]]
+    refusal = KeywordRefusal().name
+    for (_, defence), cells in zip(measured_stages(RECORDED), own.rows, strict=True):
+        found = [row for row in rows if row.defence == defence]
+        clean = [row for row in found if not row.attack]
+        by_subject = {
+            name: [row for row in clean if row.subject == name] for name in ("harmful", "harmless", "utility")
+        }
+        assert cells[1].text.startswith(percent(by_subject["harmful"], refusal))
+        assert cells[2].text.startswith(percent(by_subject["harmless"], refusal))
+        assert cells[3].text.startswith(percent(by_subject["utility"], "exact_match"))
+        for column, attack in ((4, "static"), (5, "adaptive")):
+            attacked = [row for row in found if row.attack == attack and row.subject == "harmful"]
+            target, refused = cells[column].text.split("; ")
+            assert target.startswith(percent(attacked, "target_prefix"))
+            assert refused.startswith(percent(attacked, refusal, negated=True))
+            assert len(attacked) >= 24
