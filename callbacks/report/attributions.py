@@ -89,11 +89,13 @@ def overall(own: Measurement, rows: Mapping[str, Sequence[Row]]) -> dict[Metric,
 
 
 def margins(results: RunResults) -> Table:
-    """A row a request and model, of the latest snapshot."""
+    """A row a request and model, of the latest snapshot; requests by their number among the pictures, since
+    harmful texts, and keys made of them, stand where the page folds them."""
     found = results.after.attributions if results.after is not None else ()
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(own.key for own in found), start=1)}
     rows = [
         [
-            Cell(own.key),
+            Cell(f"{numbers[own.key]}: {own.category}".removesuffix(": "), numbers[own.key]),
             Cell(SIDES[own.side]),
             _nats(own.margin),
             _nats(own.without),

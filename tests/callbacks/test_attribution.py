@@ -78,6 +78,8 @@ def test_a_row_holds_both_models_and_the_request_token_by_token(tmp_path: Path, 
     assert [own.side for own in found.attributions] == [BASE, ""] * 5
     table = margins(load(tmp_path, "test"))
     assert [row[1].text for row in table.rows] == ["before training", "model"] * 5
+    assert [row[0].order for row in table.rows] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert not any(row.example in cells[0].text for cells in table.rows for row in rows)
     assert float(table.rows[1][2].order or 0.0) == pytest.approx(scores[0])
 
 
