@@ -98,7 +98,7 @@ class AdversarialFineTuning(FineTuning):
             leave=False,
             disable=True if silent else None,
         )
-        with self._passes:
+        with self._passes, self.language_model.gathered():
             self._reference_table.fill(batches, self.device, write=self.trainer.is_global_zero)
             if self.global_step == 0:
                 self._reference_table.check_start(
@@ -108,12 +108,12 @@ class AdversarialFineTuning(FineTuning):
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: attack the harmful prompts, those of the whole step at once, then all losses under
         that perturbation."""
-        attacked = None if batch.adversarial is None else self._perturbed(batch, batch.adversarial)
+        with self.language_model.gathered():
+            attacked = None if batch.adversarial is None else self._perturbed(batch, batch.adversarial)
         # The first step's counter holds what was scored before training began.
         passes, self._passes = self._passes, PassCounter()
         with passes:
-            terms = self._losses(batch, attacked)
-        loss = torch.stack([weight * term.loss.mean() for weight, term in terms]).sum()
+            loss, terms = self.language_model.outer_pass(lambda: self._outer_loss(batch, attacked))
         self._note_finite(loss)
         parts = {f"train/{name}": value.mean() for _, term in terms for name, value in term.parts.items()}
         parts = self._told.so_far(self.global_step, {**parts, "train/loss": loss.detach()})
@@ -134,6 +134,12 @@ class AdversarialFineTuning(FineTuning):
         own, size = self._attacked, len(self._attacked.prompt_ids)
         self._attacked = own.select(len(rows), size) if size > len(rows) else None
         return own.select(0, len(rows))
+
+    def _outer_loss(
+        self, batch: TrainingBatch, attacked: AttackedPrompt | None
+    ) -> tuple[Tensor, list[tuple[float, LossTerms]]]:
+        terms = self._losses(batch, attacked)
+        return torch.stack([weight * term.loss.mean() for weight, term in terms]).sum(), terms
 
     def _losses(self, batch: TrainingBatch, attacked: AttackedPrompt | None) -> list[tuple[float, LossTerms]]:
         """The objective on both replies and on the utility rows, then the further terms, each with its

@@ -8,7 +8,9 @@ from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.fields import Count, NonNegativeInt, checked
@@ -18,13 +20,14 @@ from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
 from lightning_modules.models.requests import Decoding
+from lightning_modules.sharded import FSDP2, check_sharding
 
 PREDICTED_TOKENS = 64
 """Longest reply of `predict`, where the module says nothing else."""
 CUT_WITHIN = 4
 """A reply that is as long as allowed, to so many tokens, counts as cut off: tokenising it again may take some
 fewer or more."""
-STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FSDP2)
 """What is known to give every process the same weights."""
 
 
@@ -92,9 +95,40 @@ class PretrainedModel(LightningModule):
     def configure_model(self) -> None:
         """Load the model once, on first use."""
         if not hasattr(self, "model"):
+            strategy = self._sharding()
             self.model = load_seeded(self.base, self.load_seed)
+            sharded = None if strategy is None else strategy.sharded(self.model)
             rounded = self.base.lora is not None and self.base.lora.merge == "rounded"
-            self.language_model = LanguageModel(self.model, chat=self._chat, merge_rounded=rounded)
+            self.language_model = LanguageModel(
+                self.model, chat=self._chat, merge_rounded=rounded, sharded=sharded
+            )
+
+    def _sharding(self) -> FSDP2 | None:
+        """The strategy, where it divides the weights: only training needs that. Raises: ValueError for what
+        it cannot divide."""
+        trainer = self._trainer
+        if (
+            trainer is None
+            or trainer.state.fn != TrainerFn.FITTING
+            or not isinstance(trainer.strategy, FSDP2)
+        ):
+            return None
+        check_sharding(self.base, str(trainer.precision))
+        return trainer.strategy
+
+    def whole(self) -> PretrainedModel:
+        """This module, or where its weights lie in pieces a copy with all of them on this process's CPU. All
+        processes call it together."""
+        pieces = {name: p for name, p in self.named_parameters() if isinstance(p, DTensor)}
+        if not pieces:
+            return self
+        # One after the other: on the device there is room for one.
+        learned = {name: p.full_tensor().cpu() for name, p in pieces.items() if p.requires_grad}
+        copy = PretrainedModel(self.base, self.seed)
+        copy.attach(self.language_model.chat)
+        copy.configure_model()
+        copy.load_state_dict(learned, strict=False)
+        return copy
 
     def before_training(self) -> Reference:
         """The model that `base` names, as it was before this run's training; nothing is loaded yet."""
@@ -149,13 +183,14 @@ def check_strategy(strategy: object) -> None:
     """Raises: ValueError for a strategy under which processes would silently train models of their own.
 
     The steps call the model's parts rather than a wrapped forward, so that a strategy which synchronises in
-    the wrapper (FSDP, tensor parallel) does not. Subclasses count as other strategies: DeepSpeed's is one of
+    the wrapper does not; `FSDP2` knows of it. Subclasses count as other strategies: DeepSpeed's is one of
     DDP's.
     """
     if type(strategy) not in STRATEGIES:
         raise ValueError(
             f"trainer.strategy: {type(strategy).__name__} is not supported (gradients would not be "
-            "synchronised between processes); set trainer.strategy: ddp, or trainer.devices: 1"
+            "synchronised between processes); set trainer.strategy: ddp, trainer.devices: 1, or --config "
+            "configs/trainer/fsdp2.yaml"
         )
 
 

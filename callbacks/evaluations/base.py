@@ -126,7 +126,7 @@ class Evaluation(Callback, ABC):
             str(trainer.precision),
             pl_module.before_training(),
         )
-        with undisturbed(pl_module):
+        with undisturbed(pl_module), pl_module.language_model.gathered():
             session = Session(place, self._data, [self])
             with nested(trainer, sum(len(job) for job in session.jobs), self.name) as bar:
                 for job in session.jobs:

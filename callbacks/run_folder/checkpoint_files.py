@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor, distributed
+from torch.distributed.checkpoint.api import CheckpointException
 
+from callbacks.run_folder.checkpoint_pieces import PIECES, damage, pieces_of, whole, write_pieces
 from callbacks.run_folder.decisive import Flat
 from callbacks.run_folder.folder import RunError
 
@@ -65,10 +69,25 @@ class RunCheckpointIO(CheckpointIO):
         except (OSError, RuntimeError) as error:
             # torch reports a failed write as a RuntimeError of its own.
             partial.unlink(missing_ok=True)
-            raise RunError(
-                f"{target}: cannot write the checkpoint ({_cause(error)}); earlier ones are kept: make room, "
-                "then resume with --ckpt_path last"
-            ) from error
+            raise _unwritten(target, error) from error
+
+    def save_pieces(self, rest: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
+        """The same of a sharded model, whose processes call it together. Raises: RunError as above."""
+        try:
+            pieces = write_pieces(tensors, path)
+        except (OSError, CheckpointException) as error:
+            raise _unwritten(path, error) from error
+        if distributed.get_rank() == 0:
+            self.save_checkpoint({**rest, PIECES: pieces}, path)
+
+    def load_pieces(self, path: Path) -> tuple[dict[str, Any], Path | None]:
+        """What the file holds, verified, and the folder of the pieces; None where it holds everything.
+
+        Raises: RunError, DamagedCheckpoint.
+        """
+        record = read_record(path)
+        pieces = record.pop(PIECES, None)
+        return record, None if pieces is None else path.parent / pieces["folder"]
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
@@ -77,14 +96,27 @@ class RunCheckpointIO(CheckpointIO):
         return read_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))
+
+
+def remove(path: Path) -> None:
+    """A checkpoint, with its pieces where it has some."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(pieces_of(path), ignore_errors=True)
+
+
+def _unwritten(target: Path, error: BaseException) -> RunError:
+    return RunError(
+        f"{target}: cannot write the checkpoint ({_cause(error)}); earlier ones are kept: make room, then "
+        "resume with --ckpt_path last"
+    )
 
 
 def _prove(partial: Path, target: Path, content: dict[str, Any]) -> None:
     """Raises: RunError naming what in a checkpoint cannot be read again; a training must not find that out
     when it resumes."""
     try:
-        read_checkpoint(partial)
+        read_record(partial)
     except DamagedCheckpoint as error:
         partial.unlink()
         found = next(unreadable("", content), None)
@@ -116,9 +148,18 @@ def unreadable(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, verified; nothing in it is executed.
+    """A checkpoint's content, verified, with pieces put together; nothing in it is executed.
 
     Raises: RunError where there is no file, DamagedCheckpoint where it is not what was written.
+    """
+    record = read_record(path)
+    return whole(record, Path(path)) if PIECES in record else record
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The same of the file alone; of pieces beside it what it says of them, which is verified too.
+
+    Raises: RunError, DamagedCheckpoint.
     """
     content = load_file(Path(path))
     stored = content.pop(DIGEST, None)
@@ -126,6 +167,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path}: no checkpoint of a run (it has no digest)")
     if stored != digest(content):
         raise DamagedCheckpoint(f"{path}: damaged (its content is not what was written)")
+    found = damage(content, Path(path)) if PIECES in content else None
+    if found is not None:
+        raise DamagedCheckpoint(f"{path}: damaged ({found})")
     return content
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ from callbacks.run_folder.checkpoint_files import (
     DamagedCheckpoint,
     RunCheckpointIO,
     load_file,
-    read_checkpoint,
+    read_record,
+    remove,
 )
 from callbacks.run_folder.decisive import LOADING, STEPS, Flat, begun_with, decisive, differences
 from callbacks.run_folder.folder import RunError, RunFolder
@@ -69,7 +71,7 @@ class RunCheckpoints(Checkpoint):
             if trainer.ckpt_path is None and any(folder.checkpoints.glob("*.ckpt")):
                 folder.refuse_used()
             for partial in folder.checkpoints.glob("*.partial"):
-                partial.unlink()
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step
@@ -114,7 +116,7 @@ class RunCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             # By number: as texts, step 1,000,000 comes before 999,999.
             for old in sorted(folder.glob("step_*.ckpt"), key=_step)[: -self.keep]:
-                old.unlink()
+                remove(old)
 
 
 def _free(path: Path) -> Path:
@@ -148,7 +150,7 @@ def find_checkpoint(
     found = (
         _newest(RunFolder.of(folder), command)
         if ckpt_path == "last"
-        else (Path(ckpt_path), read_checkpoint(ckpt_path))
+        else (Path(ckpt_path), read_record(ckpt_path))
     )
     now = decisive(config)
     if found is None:
@@ -178,7 +180,7 @@ def _newest(folder: RunFolder, command: str) -> tuple[Path, dict[str, Any]] | No
     # Lightning's own callback, where a recipe has no other, writes beneath its logger's folder.
     for path in _newest_first(folder.path):
         try:
-            content = read_checkpoint(path)
+            content = read_record(path)
         except DamagedCheckpoint as error:
             log.warning("%s; the one before it is taken", error)
             damaged = str(error)

@@ -82,8 +82,9 @@ class ExportModel(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, folder: Path, merged: bool = False) -> None:
         assert isinstance(pl_module, PretrainedModel)
+        module = pl_module.whole()
         if trainer.is_global_zero:
-            save_model(pl_module, folder, _card(pl_module, trainer, merged), merged)
+            save_model(module, folder, _card(module, trainer, merged), merged)
 
 
 def save_model(

@@ -182,7 +182,9 @@ def execute(cli: ThundercatCLI, command: str, checkpoint: Path | None) -> int:
             )
         print(printable(str(writes.written), one_line=True))
         return 0
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=path)
+    # Said before: a strategy that shards the model reads it only after callbacks have asked for it.
+    cli.trainer.ckpt_path = path
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     return 0
 
 

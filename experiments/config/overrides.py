@@ -8,6 +8,8 @@ from experiments.config.classes import beside
 from experiments.config.errors import ConfigError
 
 CLASS_KEYS = {"class_path", "init_args"}
+STRATEGY = "trainer.strategy"
+"""Takes a class, or a name of Lightning's own (`auto`, `ddp`)."""
 
 
 def set_dotted(config: dict[str, Any], key: str, value: Any) -> None:
@@ -27,7 +29,13 @@ def set_dotted(config: dict[str, Any], key: str, value: Any) -> None:
         return
     if "class_path" in node and last not in CLASS_KEYS:
         node = node.setdefault("init_args", {})
-    if isinstance(value, str) and isinstance(node.get(last), dict) and "class_path" in node[last]:
+    named = key == STRATEGY and isinstance(value, str) and value.islower() and "." not in value
+    if (
+        isinstance(value, str)
+        and not named
+        and isinstance(node.get(last), dict)
+        and "class_path" in node[last]
+    ):
         class_path = value if "." in value else beside(value, str(node[last]["class_path"]))
         value = {"class_path": class_path}
     node[last] = value

@@ -74,7 +74,8 @@ def _check_strategy(strategy: Any) -> None:
     if isinstance(strategy, str) and strategy != "auto" and not strategy.startswith("ddp"):
         raise ConfigError(
             f"trainer.strategy: {strategy!r} is not supported (gradients would not be synchronised between "
-            "processes); set trainer.strategy: ddp, or trainer.devices: 1"
+            "processes); set trainer.strategy: ddp, trainer.devices: 1, or --config "
+            "configs/trainer/fsdp2.yaml"
         )
 
 

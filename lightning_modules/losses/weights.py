@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from datamodules.fields import Positive, checked
 from lightning_modules.losses.base import LossTerms, Step
@@ -66,10 +67,15 @@ class WeightDrift:
         self.which = which
 
     def __call__(self, step: Step) -> LossTerms:
-        """Raises: ValueError where nothing of what is named learns."""
+        """Raises: ValueError where nothing of what is named learns, or where it lies in pieces."""
         network = causal_lm(step.model.module)
         part: nn.Module = network.get_input_embeddings() if self.which == "embeddings" else network
         adapters = [layer for layer in part.modules() if isinstance(layer, LoraLayer)]
+        if any(isinstance(p, DTensor) for p in part.parameters()):
+            raise ValueError(
+                "WeightDrift.which: expected weights that are whole in the outer pass, got layers that FSDP2 "
+                "has divided; set which: embeddings, or trainer.strategy: ddp"
+            )
         if adapters:
             # A fresh adapter's B is 0, so its product is how far the weights have moved.
             squares = [_product_norm(layer, name) for layer in adapters for name in layer.active_adapters]

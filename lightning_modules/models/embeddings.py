@@ -52,6 +52,8 @@ def mean_embedding_norm(model: LanguageModel) -> Float[Tensor, ""]:
     module = _module(model)
     versions = tuple(p._version for p in module.parameters())
     known = _norms.get(module)
+    # A weight that is gathered in FSDP2's buffers keeps its version when it changes.
+    known = known if model.sharded is None else None
     if known is None or known[0] != versions or known[1].device != model.device:
         wide = torch.promote_types(embedding_weight(model).dtype, torch.float32)
         norms = [module(rows).to(wide).norm(dim=-1) for rows in _all_rows(model)]

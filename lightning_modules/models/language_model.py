@@ -1,17 +1,17 @@
 """The narrow view of a causal language model that attacks, losses and evaluations share: embed, score
 replies, generate, reply.
 
-Nine public members; what only some callers need are functions of a `LanguageModel` beside this file:
+Twelve public members; what only some callers need are functions of a `LanguageModel` beside this file:
 `embeddings.py`, `logits.py`, `cached_scoring.py`, `hidden_states.py`. Architectures' quirks are handled in
 `decoder.py` and `masks.py`; a missing pad token needs no handling, since masks say what is padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,8 +26,12 @@ from lightning_modules.models.decoder import causal_lm, decode, log_probs_at, we
 from lightning_modules.models.generation import generated_ids
 from lightning_modules.models.layout import branching_layout, decode_whole
 from lightning_modules.models.masks import numbers_of
+from lightning_modules.models.modes import evaluating, seeded
 from lightning_modules.models.norms import short_norms
 from lightning_modules.models.requests import GREEDY, Decoding, Request
+from lightning_modules.models.sharding import ShardedWeights
+
+T = TypeVar("T")
 
 
 class Reply(NamedTuple):
@@ -99,6 +103,7 @@ class LanguageModel:
         merge_rounded: merge below fp32 too, where the sum is rounded.
         share_prompt: score several replies to one prompt in a single forward pass that computes the prompt
             once.
+        sharded: how its weights are gathered, where they lie in pieces.
     """
 
     def __init__(
@@ -108,12 +113,14 @@ class LanguageModel:
         merge_adapters: bool = True,
         share_prompt: bool = True,
         merge_rounded: bool = False,
+        sharded: ShardedWeights | None = None,
     ) -> None:
         self.module = module
         self._chat = chat
         self._merge_adapters = merge_adapters
         self._merge_rounded = merge_rounded
         self._share_prompt = share_prompt
+        self.sharded = sharded
 
     @property
     def device(self) -> torch.device:
@@ -134,15 +141,29 @@ class LanguageModel:
         embedded: Tensor = causal_lm(self.module).get_input_embeddings()(ids)
         return embedded
 
+    def outer_pass(self, losses: Callable[[], T]) -> T:
+        """Run what a training loss is computed by."""
+        return losses() if self.sharded is None else self.sharded.outer_pass(losses)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """All weights whole while the context lasts, so that this process may score and generate without the
+        others."""
+        return nullcontext() if self.sharded is None else self.sharded.gathered()
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Evaluation mode, no weight needs a gradient, fp32 adapters merged, norms with a shorter backward
-        pass; everything is as before on leaving."""
+        pass, all weights gathered; everything is as before on leaving."""
+        with self.gathered(), self._frozen():
+            yield
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
         # Walked once: a deep model with adapters has thousands of parts.
         parts = list(self.module.modules())
         own = {id(p): p for part in parts for p in part._parameters.values() if p is not None}
         learning = [parameter for parameter in own.values() if parameter.requires_grad]
-        with _evaluating(parts), short_norms(parts):
+        with evaluating(parts), short_norms(parts):
             for parameter in learning:
                 parameter.requires_grad_(False)
             try:
@@ -231,7 +252,7 @@ class LanguageModel:
         parts = list(self.module.modules())
         # Never rounded, as attacks may have it, nor by autocast: what is evaluated is the model itself.
         merge = self._merge_adapters and not torch.is_autocast_enabled(self.device.type)
-        with _evaluating(parts), merged_adapters(parts, merge):
+        with evaluating(parts), merged_adapters(parts, merge):
             rows = generated_ids(self.module, prompt_embeds, prompt_mask, settings)
         stops = set(stop_ids)
         return [_until(row, stops) for row in rows]
@@ -256,8 +277,8 @@ class LanguageModel:
 
     def _reply(self, prompts: Attacked, decoding: Decoding, seed: int) -> list[str]:
         with (
-            _evaluating(self.module.modules()),
-            _seeded(decoding, seed, self.device),
+            evaluating(self.module.modules()),
+            seeded(decoding, seed, self.device),
             prompts.applied(self) as embeds,
         ):
             generated = self.generate(
@@ -318,30 +339,6 @@ def _prefill(chat: ChatFormat, prompt: PromptTokens, text: str) -> list[int]:
             "token the tokenizer merges with the end of turn; end the prefill elsewhere"
         )
     return ids[: -len(end)]
-
-
-@contextmanager
-def _evaluating(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Every part in evaluation mode; each gets its own mode back."""
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-@contextmanager
-def _seeded(decoding: Decoding, seed: int, device: torch.device) -> Iterator[None]:
-    """A random state of its own for sampling; greedy decoding draws nothing."""
-    if decoding.temperature == 0:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _until(row: list[int], stops: set[int]) -> list[int]:

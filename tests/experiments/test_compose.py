@@ -153,6 +153,14 @@ def test_a_short_class_name_replaces_the_class(in_root: Path) -> None:
     assert attack_of(config) == {"class_path": "lightning_modules.attacks.base.NoAttack"}
 
 
+def test_a_strategys_name_replaces_its_class(in_root: Path) -> None:
+    for name in ("auto", "ddp"):
+        config = compose(["configs/trainer/fsdp2.yaml"], [("trainer.strategy", name)])
+        assert config["trainer"]["strategy"] == name
+    config = compose(["configs/trainer/fsdp2.yaml"], [("trainer.strategy.gathered_dtype", "bfloat16")])
+    assert config["trainer"]["strategy"]["init_args"] == {"gathered_dtype": "bfloat16"}
+
+
 def test_what_is_printed_is_a_configuration_of_its_own(in_root: Path, tmp_path: Path) -> None:
     config = compose([TINYCHAT], [("trainer.max_steps", "9")])
     (tmp_path / "printed.yaml").write_text(yaml.safe_dump(config))

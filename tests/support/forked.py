@@ -24,13 +24,14 @@ def forked(words: Sequence[str], output: Path, **environment: str) -> BaseProces
     return child
 
 
-def in_two_processes(words: Sequence[str], folder: Path) -> None:
-    """One training in two processes that are started as by a cluster's launcher."""
+def in_two_processes(words: Sequence[str], folder: Path, *strategy: str) -> None:
+    """One training in two processes that are started as by a cluster's launcher; by DDP unless said
+    otherwise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    words = [*words, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    words = [*words, "--trainer.devices=2", *(strategy or ["--trainer.strategy=ddp"])]
     outputs = [folder / f"output_{rank}.txt" for rank in range(2)]
     children = [forked(words, own, LOCAL_RANK=str(rank), **common) for rank, own in enumerate(outputs)]
     for child in children:
