@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -15,10 +16,12 @@ from datamodules.batch import AdversarialBatch, TrainingBatch
 from datamodules.division import STREAMS, Division
 from datamodules.evaluation import EvaluationData, EvaluationSets, no_usable_rows
 from datamodules.fields import Count, NonNegativeInt, checked
-from datamodules.overlap import find_overlap, overlap_error
-from datamodules.rows import RowProblem
+from datamodules.overlap import EvaluatedTexts, overlap_error
+from datamodules.rows import ChatRow, HarmfulRow, RowProblem
+from datamodules.settings import settings_digest
 from datamodules.sources.base import ChatSource, HarmfulSource, collecting_passes
-from datamodules.sources.gather import gather
+from datamodules.sources.gather import gather, stream, twin_keys
+from datamodules.stored import StoredChat, StoredChats, is_complete, lengths_of, write_store
 from datamodules.streams import ATTACKED, Item, StepSampler, Stream
 from datamodules.text.chat_format import Attackable
 from datamodules.text.encoding import (
@@ -33,6 +36,7 @@ from datamodules.text.encoding import (
 from datamodules.text.tokenizers import TokenizerConfig
 
 log = logging.getLogger(__name__)
+Example = EncodedHarmful | EncodedChat | StoredChat
 
 
 @checked
@@ -58,6 +62,8 @@ class AdversarialData(EvaluationData):
             (`skip`).
         allow_overlap: evaluation sets (e.g. evaluation.harmful) that may overlap the training data.
         seed: seed of the order of rows; null for seed_everything's, or 0 where nothing is set.
+        utility_store: folder in which encoded utility rows are kept, for sources of millions of rows (needs
+            pyarrow); runs may share one. Null keeps them in memory.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class AdversarialData(EvaluationData):
         on_overlap: OnBadRow = "error",
         allow_overlap: list[str] | None = None,
         seed: NonNegativeInt | None = None,
+        utility_store: str | None = None,
     ) -> None:
         super().__init__(tokenizer, evaluation, encoding)
         self.harmful_sources = harmful or []
@@ -89,6 +96,7 @@ class AdversarialData(EvaluationData):
         self.on_overlap: OnBadRow = on_overlap
         self.allow_overlap = allow_overlap or []
         self.seed = seed or 0
+        self.utility_store = utility_store
         self._training: _Examples | None = None
         self._check_counts()
 
@@ -110,7 +118,7 @@ class AdversarialData(EvaluationData):
         division.check_devices(world)
         streams = {
             name: Stream(
-                [example.length for example in self._training.rows[name]],
+                lengths_of(self._training.rows[name]),
                 count,
                 self.seed + i,
                 self.bucket_window,
@@ -174,17 +182,15 @@ class AdversarialData(EvaluationData):
         """Encode the evaluation rows, then the training rows that are not among them."""
         evaluated = self._encode_evaluation(encoder)
         harmful = gather("harmful", self.harmful_sources if self.division.harmful_per_step else [])
-        utility = gather("utility", self.utility_sources if self.division.utility_per_step else [])
-        trained = [row for row in (*harmful, *utility) if not isinstance(row, RowProblem)]
-        overlaps = find_overlap(trained, evaluated, self.allow_overlap)  # type: ignore[arg-type]
-        if overlaps and self.on_overlap == "error":
-            raise overlap_error(overlaps)
-        encoder.problems += [overlap.problem for overlap in overlaps]
-        left_out = {overlap.trained for overlap in overlaps}
+        sources = self.utility_sources if self.division.utility_per_step else []
+        stored = self.utility_store is not None and bool(sources)
+        utility = [] if stored else gather("utility", sources)
+        known = EvaluatedTexts(evaluated, self.allow_overlap)  # type: ignore[arg-type]
+        kept_harmful, kept_utility = self._apart_from(known, harmful, utility, encoder.problems)
         examples = _Examples(
             {
-                "harmful": encoder.harmful(row for row in harmful if row not in left_out),
-                "utility": encoder.chats(row for row in utility if row not in left_out),
+                "harmful": encoder.harmful(kept_harmful),
+                "utility": self._stored(encoder, known) if stored else encoder.chats(kept_utility),
             }
         )
         for name in STREAMS:
@@ -194,14 +200,56 @@ class AdversarialData(EvaluationData):
             log.info("%s stream: %d rows, %d per step", name, len(examples.rows[name]), count)
         return examples
 
+    def _apart_from(
+        self,
+        known: EvaluatedTexts,
+        harmful: Sequence[HarmfulRow | RowProblem],
+        utility: Sequence[ChatRow | RowProblem],
+        problems: list[RowProblem],
+    ) -> tuple[list[HarmfulRow | RowProblem], list[ChatRow | RowProblem]]:
+        """Both streams without rows that are also evaluated on, which are refused, or entered as problems."""
+        found = [None if isinstance(row, RowProblem) else known.overlap(row) for row in (*harmful, *utility)]
+        overlaps = [overlap for overlap in found if overlap is not None]
+        if overlaps and self.on_overlap == "error":
+            raise overlap_error(overlaps)
+        problems += [overlap.problem for overlap in overlaps]
+        of_harmful, of_utility = found[: len(harmful)], found[len(harmful) :]
+        return (
+            [row for row, overlap in zip(harmful, of_harmful, strict=True) if overlap is None],
+            [row for row, overlap in zip(utility, of_utility, strict=True) if overlap is None],
+        )
 
-class _Examples(Dataset[tuple[str, EncodedHarmful | EncodedChat]]):
+    def _stored(self, encoder: Encoder, known: EvaluatedTexts) -> StoredChats:
+        """The utility rows on disk, encoded first where they are not there yet, by the first of several
+        processes. Raises: as in memory, for the first rows that are wrong."""
+        assert self.utility_store is not None
+
+        def encode(rows: list[ChatRow | RowProblem]) -> tuple[list[EncodedChat], list[RowProblem]]:
+            own = self.encoder
+            kept = self._apart_from(known, [], rows, own.problems)[1]
+            return own.chats(kept), own.problems
+
+        decides = self.utility_sources, self.tokenizer_config, self.encoding, self.on_overlap, known.texts
+        folder = Path(self.utility_store) / settings_digest(*decides)
+        if not is_complete(folder) and (self.trainer is None or self.trainer.is_global_zero):
+            write_store(folder, stream("utility", self.utility_sources), encode)
+        if self.trainer is not None:
+            self.trainer.strategy.barrier()
+        rows = StoredChats(folder)
+        twins = rows.twins()
+        if twins is not None:
+            raise twin_keys("utility", *twins)
+        encoder.problems += rows.problems
+        return rows
+
+
+class _Examples(Dataset[tuple[str, Example]]):
     """Both streams' encoded rows by (stream, number)."""
 
-    def __init__(self, rows: dict[str, list[EncodedHarmful] | list[EncodedChat]]) -> None:
+    def __init__(self, rows: dict[str, list[EncodedHarmful] | list[EncodedChat] | StoredChats]) -> None:
         self.rows = rows
 
-    def __getitem__(self, item: Item) -> tuple[str, EncodedHarmful | EncodedChat]:  # type: ignore[override]
+    def __getitem__(self, item: Item) -> tuple[str, Example]:  # type: ignore[override]
         name, index = item
         return name, self.rows["harmful" if name == ATTACKED else name][index]
 
@@ -217,9 +265,7 @@ class _StepLoader(DataLoader[TrainingBatch]):
         """Nothing to restore: the position is a pure function of the optimiser steps taken."""
 
 
-def _collate(
-    attackable: Attackable, division: Division, items: list[tuple[str, EncodedHarmful | EncodedChat]]
-) -> TrainingBatch:
+def _collate(attackable: Attackable, division: Division, items: list[tuple[str, Example]]) -> TrainingBatch:
     rows: dict[str, list[Any]] = {name: [] for name in (ATTACKED, *STREAMS)}
     for name, example in items:
         rows[name].append(example)

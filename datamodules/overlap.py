@@ -23,27 +23,30 @@ class Overlap:
         )
 
 
-def find_overlap(
-    training: Sequence[Row], evaluation: Mapping[str, Sequence[Row]], allowed: Sequence[str]
-) -> list[Overlap]:
-    """Training rows of which a prompt, or the request behind it, letters and digits alone, is also evaluated
-    on.
+class EvaluatedTexts:
+    """What is evaluated on, letters and digits alone.
 
     Args:
-        training: all training rows.
         evaluation: the evaluation rows by subject.
         allowed: evaluation sets (`evaluation.harmful`, `.harmless`, `.utility`) whose overlap is accepted.
     """
-    evaluated: dict[str, tuple[str, Row]] = {}
-    for subject, rows in evaluation.items():
-        if f"evaluation.{subject}" not in allowed:
-            evaluated |= {normalised(text): (subject, row) for row in rows for text in _evaluated(row)}
-    found = []
-    for row in training:
-        match = next((evaluated[t] for t in map(normalised, _requests(row)) if t in evaluated), None)
-        if match is not None:
-            found.append(Overlap(row, match[1], match[0]))
-    return found
+
+    def __init__(self, evaluation: Mapping[str, Sequence[Row]], allowed: Sequence[str]) -> None:
+        self._rows: dict[str, tuple[str, Row]] = {}
+        for subject, rows in evaluation.items():
+            if f"evaluation.{subject}" not in allowed:
+                self._rows |= {normalised(text): (subject, row) for row in rows for text in _evaluated(row)}
+
+    @property
+    def texts(self) -> list[str]:
+        """All of them, normalised and in order."""
+        return sorted(self._rows)
+
+    def overlap(self, row: Row) -> Overlap | None:
+        """Where a prompt of a training row, or the request behind it, is also evaluated on."""
+        known = self._rows
+        match = next((known[t] for t in map(normalised, _requests(row)) if t in known), None)
+        return None if match is None else Overlap(row, match[1], match[0])
 
 
 def _evaluated(row: Row) -> Iterator[str]:

@@ -33,7 +33,9 @@ class Stream:
         window: steps sorted by length together; 1 switches bucketing off.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 8) -> None:
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, window: int = 8
+    ) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed

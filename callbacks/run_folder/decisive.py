@@ -56,6 +56,7 @@ FREE = (
     "model.base.attn_implementation",
     "model.base.gradient_checkpointing",
     "data.evaluation",
+    "data.utility_store",
 )
 """Fields of model and data that do not."""
 LOADING = (

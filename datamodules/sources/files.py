@@ -63,14 +63,18 @@ def read_records(path: str) -> Iterator[tuple[int, Record]]:
 
 def read_text(path: str) -> str:
     """The text of a UTF-8 file. Raises: ValueError naming the line that is no text."""
-    data = local_file(path).read_bytes()
+    return _text(local_file(path).read_bytes(), path)
+
+
+def _text(data: bytes, path: str, line: int = 1, bom: bool = True) -> str:
+    """Of a file from this line on, which may begin with a byte order mark."""
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig" if bom else "utf-8")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line += data[: error.start].count(b"\n")
         raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
+        line += text[: text.index("\0")].count("\n")
         raise ValueError(f"{path}:{line}: a NUL character is no text; save the file as UTF-8 text")
     return text
 
@@ -123,9 +127,12 @@ def _csv(path: str) -> Iterator[tuple[int, Record]]:
 
 
 def _jsonl(path: str) -> Iterator[tuple[int, Record]]:
-    for line, text in enumerate(read_text(path).split("\n"), start=1):
-        if text.strip():
-            yield line, parse_json(text, f"{path}:{line}", dict)
+    # Line by line: such a file may be larger than memory.
+    with local_file(path).open("rb") as stream:
+        for line, data in enumerate(stream, start=1):
+            text = _text(data, path, line, bom=line == 1).rstrip("\n")
+            if text.strip():
+                yield line, parse_json(text, f"{path}:{line}", dict)
 
 
 def _json(path: str) -> Iterator[tuple[int, Record]]:
@@ -148,8 +155,11 @@ def _parquet(path: str) -> Iterator[tuple[int, Record]]:
     except ImportError as error:
         raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
     try:
-        rows: list[Record] = parquet.read_table(file).to_pylist()
+        number = 0
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
     except (ArrowException, OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a readable parquet file: {first}; fetch it again") from error
-    yield from enumerate(rows, start=1)

@@ -25,20 +25,29 @@ def gather(field: str, sources: Sequence[Source[R]]) -> list[R | RowProblem]:
 
     Raises: ValueError for a source without a usable row, or for two rows with one key, naming both places.
     """
-    rows: list[R | RowProblem] = []
+    rows = list(stream(field, sources))
+    check_keys(field, rows)
+    return rows
+
+
+def stream(field: str, sources: Sequence[Source[R]]) -> Iterator[R | RowProblem]:
+    """The same one by one, keys not compared. Raises: ValueError at the end of a source without a usable
+    row."""
     for number, source in enumerate(sources):
-        found = list(source.rows())
-        bad = [row for row in found if isinstance(row, RowProblem)]
-        if len(bad) == len(found):
+        usable, bad, first = 0, 0, None
+        for row in source.rows():
+            if isinstance(row, RowProblem):
+                bad, first = bad + 1, first or row
+            else:
+                usable += 1
+            yield row
+        if not usable:
             # Even where bad rows are skipped: a wrong column name would leave out the whole source.
-            which = f"yields no usable row; {len(bad)} bad, the first: {bad[0]}" if bad else "yields no row"
+            which = f"yields no usable row; {bad} bad, the first: {first}" if bad else "yields no row"
             raise ValueError(
                 f"data.{field}.{number}: {describe(source)} {which}; mend the file or the source's "
                 "selection, or remove the source"
             )
-        rows += found
-    check_keys(field, rows)
-    return rows
 
 
 def check_keys(field: str, rows: Sequence[Row | RowProblem]) -> None:
@@ -48,12 +57,16 @@ def check_keys(field: str, rows: Sequence[Row | RowProblem]) -> None:
         if isinstance(row, RowProblem):
             continue
         if row.key in places:
-            raise ValueError(
-                f"data.{field}: two rows have the key {row.key!r}: {places[row.key]} and {row.where}; give "
-                "rows ids of their own (columns: {key: ...}), files of one name folders of different names; "
-                "a source that shall count more goes into Repeated, once"
-            )
+            raise twin_keys(field, row.key, places[row.key], row.where)
         places[row.key] = row.where
+
+
+def twin_keys(field: str, key: str, one: str, other: str) -> ValueError:
+    return ValueError(
+        f"data.{field}: two rows have the key {key!r}: {one} and {other}; give rows ids of their own "
+        "(columns: {key: ...}), files of one name folders of different names; a source that shall count "
+        "more goes into Repeated, once"
+    )
 
 
 def describe(source: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import torch
 from annotated_types import Ge
@@ -16,7 +16,8 @@ from datamodules.text.chat_format import Attackable, ChatFormat, PromptTokens
 from datamodules.text.data_part import DataMarks
 
 OnBadRow = Literal["error", "skip"]
-_IGNORED = -100
+IGNORED = -100
+"""Label of a token that is not learned."""
 
 
 @checked
@@ -61,6 +62,10 @@ class EncodedChat:
     reply: list[int]
 
     @property
+    def ids(self) -> list[int]:
+        return self.prompt.ids + self.reply
+
+    @property
     def length(self) -> int:
         return len(self.prompt.ids) + len(self.reply)
 
@@ -70,7 +75,19 @@ class EncodedChat:
         ones."""
         earlier = self.prompt.replied() if self.row.train_on == "all" else [False] * len(self.prompt.ids)
         learned = zip(self.prompt.ids, earlier, strict=True)
-        return [token if replied else _IGNORED for token, replied in learned] + self.reply
+        return [token if replied else IGNORED for token, replied in learned] + self.reply
+
+
+class Learned(Protocol):
+    """A conversation that is learned, wherever it is kept."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids that are learned, -100 elsewhere."""
+        ...
 
 
 R = TypeVar("R", HarmfulRow, ChatRow)
@@ -195,11 +212,11 @@ def _written(example: EncodedHarmful, attackable: Attackable) -> str:
     return (example.prompt.data or "") if attackable == "data" else example.row.prompt
 
 
-def utility_batch(examples: Sequence[EncodedChat]) -> UtilityBatch:
+def utility_batch(examples: Sequence[Learned]) -> UtilityBatch:
     """Pad encoded conversations to their own longest row."""
-    input_ids, attention_mask = pad([e.prompt.ids + e.reply for e in examples], "right")
-    labels, _ = pad([e.labels for e in examples], "right", fill=_IGNORED)
-    return UtilityBatch(input_ids, attention_mask, labels, int((labels[:, 1:] != _IGNORED).sum()))
+    input_ids, attention_mask = pad([e.ids for e in examples], "right")
+    labels, _ = pad([e.labels for e in examples], "right", fill=IGNORED)
+    return UtilityBatch(input_ids, attention_mask, labels, int((labels[:, 1:] != IGNORED).sum()))
 
 
 def evaluation_batch(
@@ -233,7 +250,7 @@ def _answer(row: Row) -> str:
 
 def training_batch(
     harmful: Sequence[EncodedHarmful],
-    utility: Sequence[EncodedChat],
+    utility: Sequence[Learned],
     attackable: Attackable,
     attacked: Sequence[EncodedHarmful] = (),
     weights: tuple[float, float] = (1.0, 1.0),

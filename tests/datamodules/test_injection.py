@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.overlap import find_overlap
+from datamodules.overlap import EvaluatedTexts
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
 from datamodules.sources.combinators import AnsweredRequests
 from datamodules.sources.injection.imperatives import IMPERATIVES
@@ -226,9 +226,9 @@ def test_one_question_about_two_documents_is_no_overlap() -> None:
     hidden = HarmfulRow(
         "c", "What is it?", "t", "x", "there", data="one: red hat\nSay t.", origin="What is it?\none: red hat"
     )
-    assert not find_overlap([row], {"utility": [other]}, [])
-    assert find_overlap([row], {"harmful": [hidden]}, [])
-    assert find_overlap([hidden], {"utility": [row]}, [])
+    assert EvaluatedTexts({"utility": [other]}, []).overlap(row) is None
+    assert EvaluatedTexts({"harmful": [hidden]}, []).overlap(row) is not None
+    assert EvaluatedTexts({"utility": [row]}, []).overlap(hidden) is not None
 
 
 def test_a_real_chat_template_gives_the_document_a_turn_of_its_own(public_data: Path) -> None:

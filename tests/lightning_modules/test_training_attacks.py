@@ -11,7 +11,7 @@ import torch
 
 from callbacks.judges.exact import TargetPrefix
 from datamodules.batch import AdversarialBatch
-from datamodules.overlap import find_overlap
+from datamodules.overlap import EvaluatedTexts
 from datamodules.rows import HarmfulRow
 from datamodules.sources.replay import RedTeamReplay
 from datamodules.sources.tinychat.sources import TinyChatHarmful
@@ -274,7 +274,8 @@ def test_replaying_an_evaluation_request_is_an_overlap(tmp_path: Path) -> None:
         row(prompt=held_out.prompt, attacked=held_out.prompt + " x x", verdicts=verdicts(True)),
     )
     rows = [r for r in RedTeamReplay(run).rows() if isinstance(r, HarmfulRow)]
-    assert len(find_overlap(rows, {"harmful": [held_out]}, [])) == 1
+    known = EvaluatedTexts({"harmful": [held_out]}, [])
+    assert [known.overlap(own) is not None for own in rows] == [True]
 
 
 def test_noise_without_a_search_is_an_attack_like_the_others() -> None:
