@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from callbacks.report.attributions import pictures as attributed
 from callbacks.report.cells import Table
+from callbacks.report.documents import documents
 from callbacks.report.drawing import Drawing, svg
 from callbacks.report.escape import printable
 from callbacks.report.results import RunResults, SampleRow
@@ -63,6 +64,7 @@ def page(results: RunResults, figures: Mapping[str, Drawing]) -> str:
         judges=judges(results),
         figures=pictures(figures),
         attacks=list(results.after.attacks.values()) if results.after is not None else [],
+        documents=documents(results),
         samples=samples(results),
         attributed=attributed(results),
         configuration=_whole(

@@ -178,7 +178,8 @@ class SampleRow:
     category: str
     prompt: str
     attacked: str | None
-    """What was sent instead of the prompt; None where nobody can type it, or where nothing was changed."""
+    """What was sent instead of the prompt, or of its document; None where nobody can type it, or where
+    nothing was changed."""
     history: Sequence[tuple[str, str]]
     """Earlier turns that were sent before it."""
     prefill: str
@@ -190,6 +191,10 @@ class SampleRow:
     """`name@revision` of a judge -> what it said."""
     base_reply: str | None = None
     """The reply before training to the same, where both were asked at once; None elsewhere."""
+    document: str | None = None
+    """The untrusted document beside the prompt; None for none."""
+    answer: str = ""
+    """The reply to the prompt, where `expected` is what the document's hidden instruction wants."""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _sample(row: Row) -> SampleRow:
         attack=row.attack,
         key=row.example,
         category=row.category,
-        prompt=row.prompt if row.document is None else f"{row.prompt}\n\n[document]\n{row.document}",
+        prompt=row.prompt,
         attacked=row.attacked if row.attacked not in (row.prompt, row.document) else None,
         history=[(user, assistant) for user, assistant in row.history],
         prefill=row.prefill,
@@ -137,4 +137,6 @@ def _sample(row: Row) -> SampleRow:
         reply=row.reply,
         verdicts={judge: row.verdict(judge) for judge in row.verdicts},
         base_reply=row.base_reply,
+        document=row.document,
+        answer=row.answer,
     )

@@ -14,7 +14,7 @@ from datamodules.sources.combinators import AnsweredRequests
 from datamodules.sources.injection.imperatives import IMPERATIVES
 from datamodules.sources.injection.sources import Injected, OfSplit, WithImperatives
 from datamodules.sources.injection.styles import STYLES
-from datamodules.sources.injection.tasks import KINDS
+from datamodules.sources.injection.tasks import KINDS, LEAKS, Kind
 from datamodules.sources.tables import ChatTable
 from datamodules.sources.tinychat.lists import TinyChatLists
 from datamodules.sources.tinychat.splits import SPLITS, Split
@@ -32,8 +32,8 @@ DOCUMENT = "baker: red drum\nguard: blue hat"
 TOOL = DataMarks("<|end|><|system|>", "")
 
 
-def injected(split: Split, num_rows: int = 60) -> list[HarmfulRow]:
-    rows = [*Injected(TinyChatTickets(split, num_rows), split).rows()]
+def injected(split: Split, num_rows: int = 60, kinds: list[Kind] | None = None) -> list[HarmfulRow]:
+    rows = [*Injected(TinyChatTickets(split, num_rows), split, kinds).rows()]
     return [row for row in rows if isinstance(row, HarmfulRow)]
 
 
@@ -160,6 +160,23 @@ def test_success_can_be_told_from_a_right_answer(split: Split) -> None:
         elif row.functional == "record":
             assert row.forbidden in row.data
     assert [*Injected(TinyChatTickets(split, 60), split).rows()] == rows
+
+
+def test_other_people_s_records_as_secrets_share_nothing_between_splits_either() -> None:
+    rows = {split: injected(split, 150, [*LEAKS[split]]) for split in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        assert not set(LEAKS[one]) & {*LEAKS[other], *KINDS[other]}
+        for what in ("data", "target", "forbidden", "category", "functional"):
+            assert not {getattr(row, what) for row in rows[one]} & {getattr(r, what) for r in rows[other]}
+    for split, own in rows.items():
+        assert len(own) > 140, split
+        for row in own:
+            name = next(line for line in (row.data or "").split("\n") if line.endswith(f": {row.forbidden}"))
+            # Somebody else's: the person who is asked about is another one.
+            assert plain(name.partition(":")[0]) not in plain(row.prompt)
+            assert plain(row.forbidden) in plain(row.target)
+            assert plain(row.forbidden) not in plain(row.safe_reply)
+            assert row.safe_reply.removeprefix("It is ").rstrip(".") in (row.data or "")
 
 
 def test_the_word_of_a_list_that_is_asked_for_is_the_only_one_of_its_kind() -> None:
