@@ -254,3 +254,26 @@ def test_a_real_chat_template_gives_the_document_a_turn_of_its_own(public_data: 
     prompt = chat.prompt("What is the ticket?", data=DOCUMENT)
     told = zip(prompt.ids, prompt.attackable("data"), strict=True)
     assert tokenizer.decode([token for token, own in told if own]).strip() == DOCUMENT
+
+
+def test_dolly_s_questions_about_a_text_are_documents_too(public_data: Path) -> None:
+    columns = {"prompt": "instruction", "data": "context", "reply": "response"}
+    path = str(public_data / "data" / "dolly" / "databricks-dolly-15k.jsonl")
+    table = ChatTable(path, columns=columns, where={"category": "closed_qa"})
+    sources = {split: Injected(OfSplit(table, split), split) for split in SPLITS}
+    rows = {
+        split: [row for row in own.rows() if isinstance(row, HarmfulRow)] for split, own in sources.items()
+    }
+    assert {split: len(rows[split]) for split in SPLITS} == {"train": 1279, "validation": 208, "test": 286}
+    whole = {str(getattr(row, "data", "")) for row in table.rows()}
+    for split, own in rows.items():
+        assert {row.functional for row in own} == set(KINDS[split])
+        for row in own:
+            assert plain(row.forbidden) not in plain(f"{row.prompt}\n{row.safe_reply}")
+            # Prompt and document as people wrote them stand behind it, for the check of overlaps.
+            assert row.origin.removeprefix(f"{row.prompt}\n") in whole
+    for one, other in combinations(SPLITS, 2):
+        for what in ("data", "target", "category", "functional"):
+            assert not {getattr(row, what) for row in rows[one]} & {getattr(r, what) for r in rows[other]}
+        documents = [{row.origin.removeprefix(f"{row.prompt}\n") for row in rows[s]} for s in (one, other)]
+        assert not documents[0] & documents[1]
