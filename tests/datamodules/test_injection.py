@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -14,7 +15,7 @@ from datamodules.sources.combinators import AnsweredRequests
 from datamodules.sources.injection.imperatives import IMPERATIVES
 from datamodules.sources.injection.sources import Injected, OfSplit, WithImperatives
 from datamodules.sources.injection.styles import STYLES
-from datamodules.sources.injection.tasks import KINDS, LEAKS, Kind
+from datamodules.sources.injection.tasks import KINDS, LEAKS
 from datamodules.sources.tables import ChatTable
 from datamodules.sources.tinychat.lists import TinyChatLists
 from datamodules.sources.tinychat.splits import SPLITS, Split
@@ -32,7 +33,7 @@ DOCUMENT = "baker: red drum\nguard: blue hat"
 TOOL = DataMarks("<|end|><|system|>", "")
 
 
-def injected(split: Split, num_rows: int = 60, kinds: list[Kind] | None = None) -> list[HarmfulRow]:
+def injected(split: Split, num_rows: int = 60, kinds: Literal["leaks"] | None = None) -> list[HarmfulRow]:
     rows = [*Injected(TinyChatTickets(split, num_rows), split, kinds).rows()]
     return [row for row in rows if isinstance(row, HarmfulRow)]
 
@@ -163,7 +164,7 @@ def test_success_can_be_told_from_a_right_answer(split: Split) -> None:
 
 
 def test_other_people_s_records_as_secrets_share_nothing_between_splits_either() -> None:
-    rows = {split: injected(split, 150, [*LEAKS[split]]) for split in SPLITS}
+    rows = {split: injected(split, 150, "leaks") for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         assert not set(LEAKS[one]) & {*LEAKS[other], *KINDS[other]}
         for what in ("data", "target", "forbidden", "category", "functional"):

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from callbacks.judges.base import judge_all
+from callbacks.judges.injection import InjectedText, TaskKept
 from callbacks.judges.success import Success
 from callbacks.report.load import export, load
 from callbacks.report.markdown import document, table_text
@@ -28,6 +29,7 @@ QUICKSTART = ROOT / "experiments" / "results" / "quickstart_cpu_202611"
 ORGANISM = ROOT / "experiments" / "results" / "organism_cpu_202611"
 METHODS = ROOT / "experiments" / "results" / "methods_cpu_202611"
 SMOLLM2 = ROOT / "experiments" / "results" / "smollm2_cpu_202611"
+INJECTION = ROOT / "experiments" / "results" / "injection_cpu_202611"
 
 
 def prefix_of(stage: Stage) -> str:
@@ -153,3 +155,23 @@ def test_every_cell_of_the_real_model_s_table_can_be_computed_again(in_root: Pat
     assert numbers(json.dumps(exported(rows, {}))) == recorded
     report = (SMOLLM2 / "report.md").read_text(encoding="utf-8")
     assert table_text(cells(study, rows)) in report
+
+
+def test_every_cell_of_the_hidden_instructions_table_can_be_computed_again(in_root: Path) -> None:
+    recorded = numbers((INJECTION / "results.json").read_text(encoding="utf-8"))["runs"]
+    study = load_study("configs/study/injection_tinychat.yaml")
+    assert list(recorded) == list(study.runs)
+    folders = archived(INJECTION, recorded)
+    assert {name: [*own] for name, own in folders.items()} == {n: study.seeds_of(n) for n in study.runs}
+    rows = read(folders, study.columns)
+    assert numbers(json.dumps(exported(rows, {}))) == recorded
+    report = (INJECTION / "report.md").read_text(encoding="utf-8")
+    for table in (cells(study, rows), replies(study, answers(rows, study.claims, study.columns), rows)):
+        assert len(table.rows) >= len(study.runs)
+        assert table_text(table) in report
+    told = [row for own in folders.values() for folder in own.values() for row in read_rows(folder)]
+    attacked = [row for row in told if row.subject == "harmful" and row.document is not None]
+    assert {row.attack for row in attacked} == {"direct", "embedding", "gcg_10", "gcg_20"}
+    for row in attacked:
+        assert row.verdict("injected_text@1") == InjectedText()("", row.reply, row.forbidden)
+        assert row.verdict("task_kept@1") == TaskKept()("", row.reply, row.answer)

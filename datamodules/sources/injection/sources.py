@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 from datamodules.fields import NonNegativeInt, checked
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
@@ -12,7 +13,7 @@ from datamodules.sources.base import ChatSource
 from datamodules.sources.files import read_records
 from datamodules.sources.injection.imperatives import IMPERATIVES
 from datamodules.sources.injection.styles import STYLES, hidden, put
-from datamodules.sources.injection.tasks import KINDS, Kind, hidden_task
+from datamodules.sources.injection.tasks import KINDS, LEAKS, Kind, hidden_task
 from datamodules.sources.tinychat.splits import Split, split_of
 
 NO_DOCUMENT = "has no document; name its column: columns: {prompt: ..., reply: ..., data: ...}"
@@ -50,7 +51,8 @@ class Injected:
     Args:
         source: conversations with a document and the right reply.
         split: whose styles and tasks are used; no style, kind or content is in two splits.
-        kinds: only these kinds of tasks; null for the split's.
+        kinds: only these kinds of tasks; `leaks` for the split's own that want another record of the
+            document, null for the split's kinds.
         templates: a text file with a style of your own a line, `{task}` where the hidden instruction stands;
             null for the split's styles.
         seed: seed of the choice.
@@ -60,7 +62,7 @@ class Injected:
         self,
         source: ChatSource,
         split: Split,
-        kinds: list[Kind] | None = None,
+        kinds: list[Kind] | Literal["leaks"] | None = None,
         templates: str | None = None,
         seed: NonNegativeInt = 0,
     ) -> None:
@@ -68,7 +70,7 @@ class Injected:
             raise ValueError("Injected.kinds: expected at least one kind of task or null, got none")
         self.source = source
         self.split: Split = split
-        self.kinds: tuple[Kind, ...] = tuple(kinds or KINDS[split])
+        self.kinds: tuple[Kind, ...] = LEAKS[split] if kinds == "leaks" else tuple(kinds or KINDS[split])
         self.templates = templates
         self.seed = seed
 
