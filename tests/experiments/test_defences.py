@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from callbacks.judges.keyword import KeywordRefusal
-from datamodules.results import Row, measured_stages, read_rows
+from datamodules.results import ResultsStore, Row, measured_stages, read_rows
 from experiments.config.check import check
 from experiments.config.compose import compose
-from experiments.studies.defences import SETTINGS, report, table, words
+from experiments.studies.defences import SETTINGS, archive, report, table, words
 from tests.conftest import ROOT
+from tests.support.rows import measurement, row
 
 RECORDED = ROOT / "experiments" / "results" / "defences_cpu_202611"
 
@@ -30,6 +31,32 @@ def test_a_command_fits_its_recipe(defence: str, in_root: Path) -> None:
     assert (known is None) == (not defence)
     assert config["data"]["init_args"]["evaluation"]["harmful"][0]["init_args"]["split"] == "test"
     assert config["trainer"]["default_root_dir"] == "run"
+
+
+def test_a_run_is_archived_with_its_table_and_an_unfinished_one_has_holes(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    store = ResultsStore(run)
+    for defence in ("", "smooth_llm-1f"):
+        for quantity, attack in (
+            ("refusal_rate", ""),
+            ("success_rate", "static"),
+            ("success_rate", "adaptive"),
+        ):
+            settings = f"{defence}{attack}"
+            of = measurement(quantity, stage="test", attack=attack, defence=defence, settings=settings, n=2)
+            store.announce([of])
+            store.add([row(f"e{i}", of=of, verdict=i > 0, defence=defence) for i in range(2)])
+    first = table(run)
+    assert [own.text for own in first.rows[1]][:4] == ["smooth llm", "50.0 % [9.5, 90.5]", "-", "-"]
+    assert first.rows[1][5].text == "50.0 % [9.5, 90.5]; -"
+    assert [cells[-1].text for cells in first.rows] == ["1; 1", "1; 1"]
+    archive(run, out)
+    archive(run, out)
+    assert [path.name for path in sorted((out / "rows").iterdir())] == [
+        "measurements.jsonl",
+        "rows_rank0.jsonl.gz",
+    ]
+    assert table(out) == first
 
 
 def percent(rows: list[Row], judge: str, negated: bool = False) -> str:
