@@ -36,6 +36,15 @@ SETTINGS: dict[str, Sequence[str]] = {
 }
 """Defence -> what its adaptive attack is told beside the defence: the least that leaves its threat model (a
 copy of SmoothLLM's cannot name what it garbles; before the request is outside the suffix mode)."""
+SHOWN = {
+    "": "none",
+    "reminder": "self-reminder",
+    "smooth_llm": "SmoothLLM, 10 copies, a tenth swapped",
+    "erase_and_check": "erase-and-check, suffix, 20",
+    "perplexity_filter": "bigram filter, window 10",
+    "learned_filter": "learned filter, probe of layer 3",
+}
+"""Name of a defence in its results -> in the table, in its order."""
 NOTE = (
     "Static: the search without the defence, its result sent through the defence; adaptive: the search that "
     "sees it. Not refused: by the keyword judge. Benign prompts get what the adaptive search found on other "
@@ -55,11 +64,10 @@ def words(defence: str, folder: Path, sizes: Sequence[str]) -> list[str]:
 def table(folder: Path) -> Table:
     """A row a defence that the folder has measured."""
     rows = []
-    for _, defence in [own for own in measured_stages(folder) if own[0] == "test"]:
+    for defence in measured(folder):
         own = load(folder, "test", defence).after
         assert own is not None, "load fails where nothing was measured"
-        name = defence.rpartition("-")[0] or "none"
-        rows.append([Cell(name.replace("_", " ")), *_cells(own)])
+        rows.append([Cell(SHOWN[_name(defence)]), *_cells(own)])
     columns = [
         *("defence", "harmful refused", "harmless refused", "utility"),
         *("static: target; not refused", "adaptive: target; not refused"),
@@ -68,18 +76,28 @@ def table(folder: Path) -> Table:
     return Table("Defences around the packaged model", columns, rows)
 
 
+def measured(folder: Path) -> list[str]:
+    """The defences' names in the results, in the table's order."""
+    found = [defence for stage, defence in measured_stages(folder) if stage == "test"]
+    return sorted(found, key=lambda own: [*SHOWN].index(_name(own)))
+
+
+def _name(defence: str) -> str:
+    return defence.rpartition("-")[0]
+
+
 def _cells(own: Snapshot) -> list[Cell]:
-    def measured(metric: Metric) -> Estimate | None:
+    def told(metric: Metric) -> Estimate | None:
         found = own.measures.get(metric)
         return found.estimate if found is not None else None
 
     benign = own.benign.get("adaptive")
     return [
-        _joined(measured(Metric("refusal_rate", "harmful"))),
-        _joined(measured(Metric("over_refusal_rate", "harmless"))),
-        _joined(measured(Metric("exact_match", "utility"))),
+        _joined(told(Metric("refusal_rate", "harmful"))),
+        _joined(told(Metric("over_refusal_rate", "harmless"))),
+        _joined(told(Metric("exact_match", "utility"))),
         *(
-            _joined(*(measured(Metric(q, "harmful", attack)) for q in ("success_rate", "not_refused_rate")))
+            _joined(*(told(Metric(q, "harmful", attack)) for q in ("success_rate", "not_refused_rate")))
             for attack in ("static", "adaptive")
         ),
         _joined(*((benign.refused, benign.utility) if benign is not None else (None,))),
@@ -98,7 +116,7 @@ def _cost(found: Sequence[Costs]) -> Cell:
 
 def sizes_of(folder: Path) -> str:
     """How many requests stand behind the cells, of the first defence."""
-    own = load(folder, "test", measured_stages(folder)[0][1]).after
+    own = load(folder, "test", measured(folder)[0]).after
     assert own is not None
     found = [
         own.measures[Metric("refusal_rate", "harmful")].estimate.n,

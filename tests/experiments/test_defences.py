@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from callbacks.judges.keyword import KeywordRefusal
-from datamodules.results import ResultsStore, Row, measured_stages, read_rows
+from datamodules.results import ResultsStore, Row, read_rows
 from experiments.config.check import check
 from experiments.config.compose import compose
-from experiments.studies.defences import SETTINGS, archive, report, table, words
+from experiments.studies.defences import SHOWN, archive, measured, report, table, words
 from tests.conftest import ROOT
 from tests.support.rows import measurement, row
 
@@ -47,7 +47,7 @@ def test_a_run_is_archived_with_its_table_and_an_unfinished_one_has_holes(tmp_pa
             store.announce([of])
             store.add([row(f"e{i}", of=of, verdict=i > 0, defence=defence) for i in range(2)])
     first = table(run)
-    assert [own.text for own in first.rows[1]][:4] == ["smooth llm", "50.0 % [9.5, 90.5]", "-", "-"]
+    assert [own.text for own in first.rows[1]][:4] == [SHOWN["smooth_llm"], "50.0 % [9.5, 90.5]", "-", "-"]
     assert first.rows[1][5].text == "50.0 % [9.5, 90.5]; -"
     assert [cells[-1].text for cells in first.rows] == ["1; 1", "1; 1"]
     archive(run, out)
@@ -69,9 +69,9 @@ def test_every_cell_of_the_recorded_table_is_what_its_rows_say() -> None:
     """Computed again by the code that wrote it, and from the verdicts alone."""
     assert (RECORDED / "report.md").read_text(encoding="utf-8") == report(RECORDED)
     own, rows = table(RECORDED), read_rows(RECORDED)
-    assert [row[0].text.replace(" ", "_") for row in own.rows] == ["none", *[*SETTINGS][1:]]
+    assert [row[0].text for row in own.rows] == [*SHOWN.values()]
     refusal = KeywordRefusal().name
-    for (_, defence), cells in zip(measured_stages(RECORDED), own.rows, strict=True):
+    for defence, cells in zip(measured(RECORDED), own.rows, strict=True):
         found = [row for row in rows if row.defence == defence]
         clean = [row for row in found if not row.attack]
         by_subject = {
