@@ -100,7 +100,11 @@ class PretrainedModel(LightningModule):
             sharded = None if strategy is None else strategy.sharded(self.model)
             rounded = self.base.lora is not None and self.base.lora.merge == "rounded"
             self.language_model = LanguageModel(
-                self.model, chat=self._chat, merge_rounded=rounded, sharded=sharded
+                self.model,
+                chat=self._chat,
+                merge_rounded=rounded,
+                sharded=sharded,
+                compiled=self.base.compile_attacks,
             )
 
     def _sharding(self) -> FSDP2 | None:

@@ -97,6 +97,11 @@ def check_sharding(base: ModelConfig, precision: str) -> None:
             f"base.quantization: {base.quantization} weights cannot be sharded by FSDP2; set "
             "trainer.strategy: ddp (each device then holds the 4-bit base), or base.quantization: null"
         )
+    if base.compile_attacks:
+        raise ValueError(
+            "base.compile_attacks: a graph cannot be compiled through FSDP2's hooks; set it to false, or "
+            "trainer.strategy: ddp"
+        )
     if precision not in PRECISIONS:
         raise ValueError(
             f"trainer.precision: expected {' or '.join(PRECISIONS)} with FSDP2, got {precision}; set it, or "

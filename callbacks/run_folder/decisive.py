@@ -55,6 +55,7 @@ FREE = (
     "model.defence",
     "model.base.attn_implementation",
     "model.base.gradient_checkpointing",
+    "model.base.compile_attacks",
     "data.evaluation",
     "data.utility_store",
 )

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from lightning_modules.models.passes import count_backward, count_forward
+from lightning_modules.models.passes import count_passes
 from lightning_modules.models.token_log_probs import LogitTransform, token_log_probs, token_scores
 
 
@@ -55,6 +55,19 @@ def decode(
         cache: keys and values of what stands before.
         replies: how many scored replies each row holds.
     """
+    hidden = hidden_states(module, embeds, attention_mask, positions, cache)
+    count_passes(hidden, len(hidden) * replies)
+    return hidden
+
+
+def hidden_states(
+    module: nn.Module,
+    embeds: Float[Tensor, "batch token dim"],
+    attention_mask: Any,
+    positions: Int[Tensor, "batch token"],
+    cache: Cache | None = None,
+) -> Float[Tensor, "batch token dim"]:
+    """The same, which nobody hears of."""
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         attention_mask = attention_mask.long()
     out = causal_lm(module).get_decoder()(
@@ -65,8 +78,6 @@ def decode(
         use_cache=cache is not None,
     )
     hidden: Tensor = out.last_hidden_state
-    count_forward(len(hidden) * replies)
-    count_backward(hidden, len(hidden) * replies)
     return hidden
 
 

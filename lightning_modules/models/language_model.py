@@ -104,6 +104,7 @@ class LanguageModel:
         share_prompt: score several replies to one prompt in a single forward pass that computes the prompt
             once.
         sharded: how its weights are gathered, where they lie in pieces.
+        compiled: score an embedding attack's rows by a graph of torch.compile's.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class LanguageModel:
         share_prompt: bool = True,
         merge_rounded: bool = False,
         sharded: ShardedWeights | None = None,
+        compiled: bool = False,
     ) -> None:
         self.module = module
         self._chat = chat
@@ -121,6 +123,7 @@ class LanguageModel:
         self._merge_rounded = merge_rounded
         self._share_prompt = share_prompt
         self.sharded = sharded
+        self.compiled = compiled
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +166,8 @@ class LanguageModel:
         parts = list(self.module.modules())
         own = {id(p): p for part in parts for p in part._parameters.values() if p is not None}
         learning = [parameter for parameter in own.values() if parameter.requires_grad]
-        with evaluating(parts), short_norms(parts):
+        # A compiled graph has short passes of its own, and would be made again for norms that were replaced.
+        with evaluating(parts), short_norms(() if self.compiled else parts):
             for parameter in learning:
                 parameter.requires_grad_(False)
             try:

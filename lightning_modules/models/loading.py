@@ -68,6 +68,10 @@ class ModelConfig:
     """Recompute activations in the backward pass of the training step; attacks run without."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """Attention kernel; null lets transformers choose."""
+    compile_attacks: bool = False
+    """What EmbeddingPGD computes of the model in an iteration is one graph of torch.compile's: made within a
+    minute, once more for a second width of rows, and then kept. On a CPU it needs a C++ compiler. Results
+    differ by rounding."""
     trust_remote_code: bool = False
     """Whether to run Python code that a hub repository ships."""
     from_scratch: bool = False

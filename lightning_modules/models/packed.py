@@ -8,15 +8,23 @@ waits for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from transformers import Cache
 
-from lightning_modules.models.decoder import decode, target_log_probs, weight_dtype
+from lightning_modules.models.decoder import decode, hidden_states, target_log_probs, weight_dtype
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.layout import causal_attention
+from lightning_modules.models.passes import count_passes
+
+log = logging.getLogger(__name__)
 
 
 class PackedRows:
@@ -39,6 +47,7 @@ class PackedRows:
         reply: Reply,
         prompt_lengths: Sequence[int] = (),
     ) -> None:
+        self._compiled = model.compiled
         self.module, self.reply = model.module, reply
         own, device = prompt_mask.sum(1, keepdim=True), prompt_mask.device
         if prompt_lengths and reply.lengths:
@@ -82,15 +91,59 @@ class PackedRows:
         Args:
             embeds: perturbed embeddings, in any float dtype.
             rows: which of the batch's rows they are; None is all in their order, and waits for nothing.
+
+        Raises: ValueError where a graph is asked for and cannot be made.
         """
         own = embeds.to(weight_dtype(self.module))
-        hidden = decode(self.module, own, self._attention, self._positions, self._cache).flatten(0, 1)
         scored, predicting, ids = self._scored, self._predicting, self.reply.ids
         if rows is not None:
             scored, ids = Reply(ids[rows], self.reply.mask[rows]).scored, ids[rows]
             moved = torch.arange(len(rows), device=rows.device) - rows
             predicting = predicting[rows] + moved[:, None] * self.width
-        states = hidden.index_select(0, predicting.flatten()[scored])
-        scores = target_log_probs(self.module, states, ids.flatten()[scored])
+        given = self._attention, self._positions, self._cache
+        where, targets = predicting.flatten()[scored], ids.flatten()[scored]
+        # Without a gradient an attack scores once, at its end: not worth a graph of its own.
+        if self._compiled and rows is None and own.requires_grad:
+            scores = _scored_by_graph(self.module, own, *given, where, targets)
+            count_passes(scores, len(own))
+        else:
+            hidden = decode(self.module, own, *given).flatten(0, 1)
+            scores = target_log_probs(self.module, hidden.index_select(0, where), targets)
         whole = torch.zeros(ids.numel(), dtype=scores.dtype, device=scores.device)
         return whole.index_copy(0, scored, scores).view(ids.shape)
+
+
+def _scores(
+    module: nn.Module,
+    embeds: Float[Tensor, "row place dim"],
+    attention: Any,
+    positions: Int[Tensor, "1 place"],
+    cache: Cache,
+    where: Int[Tensor, " scored"],
+    targets: Int[Tensor, " scored"],
+) -> Float[Tensor, " scored"]:
+    """What is compiled: nothing that counts, and nothing whose shape depends on values."""
+    hidden = hidden_states(module, embeds, attention, positions, cache).flatten(0, 1)
+    return target_log_probs(module, hidden.index_select(0, where), targets)
+
+
+def _scored_by_graph(*arguments: Any) -> Float[Tensor, " scored"]:
+    try:
+        return _graph()(*arguments)
+    except FailOnRecompileLimitHit:
+        # Hours into a training, slower is better than over; torch says it at every call, too.
+        log.warning("base.compile_attacks: rows of too many kinds for one graph; these are scored without")
+        return _scores(*arguments)
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(
+            f"base.compile_attacks: no graph could be made ({reason}); set it to false"
+        ) from error
+
+
+@functools.cache
+def _graph() -> Callable[..., Tensor]:
+    """One for all attacks: another width is compiled once more, with the width left open, and no further."""
+    # Whole or not at all: a break would be a silent return to launching operations one by one.
+    graph: Callable[..., Tensor] = torch.compile(_scores, fullgraph=True)
+    return graph

@@ -47,6 +47,13 @@ class PassCounter:
         del _open[index]
 
 
+def count_passes(states: Tensor, examples: int) -> None:
+    """Tell all open counters of a forward pass of so many examples, and of its backward pass once there is
+    one."""
+    count_forward(examples)
+    count_backward(states, examples)
+
+
 def count_forward(examples: int) -> None:
     """Tell all open counters of a forward pass of so many examples."""
     for counter in _open:
