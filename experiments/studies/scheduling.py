@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from experiments.studies.definition import REFERENCE, Column, Study, StudyRun
 
 DONE = "done.json"
 DIGITS = 10
+NAME = re.compile(rf".*_seed\d+-[0-9a-f]{{{DIGITS}}}")
+"""Of a run's folder."""
 ENDS = ("max_time", "min_steps", "min_epochs")
 """Fields of the trainer by which a training ends, beside its steps."""
 STOPPING = ("EarlyStopping", "Timer")
@@ -201,20 +204,26 @@ def of_all(config: dict[str, Any], runs: Path) -> str:
 
 
 def _settled(fields: Mapping[str, Any], runs: Path) -> dict[str, Any]:
-    """What a digest is of, wherever the files lie: their content, not their path. Of what another run of the
-    study will write neither is known yet when this run is named: its folder's name says what it will be."""
+    """What a digest is of. Of what another run of the study will write, neither the content nor where the
+    folder of runs lies is known when this run is named: its folder's name says what it will be. Other files
+    count by content *and* path: of large weights a sample is read, and rows are keyed by a file's name."""
     found: dict[str, Any] = {}
     for key, value in fields.items():
-        named = key.removesuffix(f".{CONTENT}")
-        if _below(str(fields.get(named)), runs):
-            found[named] = Path(str(fields[named])).resolve().relative_to(runs.resolve()).as_posix()
-        elif f"{key}.{CONTENT}" not in fields:
+        own = _within_a_run(fields.get(key.removesuffix(f".{CONTENT}")), runs)
+        if own is None:
             found[key] = value
+        elif not key.endswith(f".{CONTENT}"):
+            found[key] = own
     return found
 
 
-def _below(path: str, folder: Path) -> bool:
-    return Path(path).resolve().is_relative_to(folder.resolve())
+def _within_a_run(value: Any, runs: Path) -> str | None:
+    """The path of a run's folder, or of what is in it, from the folder of runs; None for anything else."""
+    path = Path(value).resolve() if isinstance(value, str) and "\n" not in value else None
+    if path is None or not path.is_relative_to(runs.resolve()):
+        return None
+    inner = path.relative_to(runs.resolve())
+    return inner.as_posix() if inner.parts and NAME.fullmatch(inner.parts[0]) else None
 
 
 def digest(value: Any) -> str:

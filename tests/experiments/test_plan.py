@@ -264,7 +264,7 @@ def test_a_plan_of_the_packaged_model(thundercat: Run) -> None:
     status, out, err = thundercat(
         *("plan", "--config", "configs/quickstart.yaml", "--json", "--device-memory", "1MiB"),
         *("--data.harmful_per_step=4", "--data.utility_per_step=4", "--data.micro_batches=2"),
-        *("--trainer.max_steps=10", "--trainer.precision=32-true"),
+        *("--trainer.max_steps=10", "--trainer.precision=32-true", "--model.terms=[]"),
         *(f"--model.attack.attacks.{i}.num_steps=2" for i in (0, 1)),
     )
     assert status == 0, err
@@ -301,7 +301,7 @@ def test_the_rows_that_are_said_to_fit_do(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_planned_is_said(words: list[str], message: str, thundercat: Run) -> None:
-    status, _, err = thundercat("plan", "--config", "configs/quickstart.yaml", *words)
+    status, _, err = thundercat("plan", "--config", "configs/experiment/cat_tinychat.yaml", *words)
     assert status == 2
     assert message in err
 

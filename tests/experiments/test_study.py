@@ -161,30 +161,33 @@ def test_another_evaluation_is_asked_for_again(in_root: Path, tmp_path: Path) ->
     assert wanted().state() == "to be judged"
 
 
-def test_a_run_is_the_same_wherever_its_files_lie(in_root: Path, tmp_path: Path) -> None:
-    """Moved data, and a folder of runs that is named in another way, train nothing again; what a file holds
-    decides, and which run another one starts from."""
+def test_a_run_is_the_same_wherever_the_folder_of_runs_lies(in_root: Path, tmp_path: Path) -> None:
+    """Named absolutely or from here, it trains nothing again; which run another one starts from decides, and
+    so does what a file holds, and its name, by which rows are keyed."""
 
-    def names(place: Path, runs_folder: Path, text: str = "a\n", base: str = "base") -> dict[str, str]:
-        place.mkdir(exist_ok=True)
-        (place / "prompts.txt").write_text(text)
+    def names(runs_folder: Path, base: str = "base", text: str = "a\n", place: str = "a") -> dict[str, str]:
+        data = tmp_path / place / "data.yaml"
+        data.parent.mkdir(exist_ok=True)
+        rows = data.with_name("prompts.txt")
+        rows.write_text(text)
         source = {
             "class_path": "datamodules.sources.tables.ChatTable",
-            "init_args": {"path": str(place / "prompts.txt"), "format": "lines"},
+            "init_args": {"path": str(rows), "format": "lines"},
         }
-        (place / "data.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"utility": [source]}}}))
+        data.write_text(yaml.safe_dump({"data": {"init_args": {"utility": [source]}}}))
         runs = {
-            "base": {"config": [*CAT, str(place / "data.yaml")]},
+            "base": {"config": [*CAT, str(data)]},
             "other": {"config": CAT},
             "next": {"config": CAT, "set": {"model.base.name_or_path": f"${{run.{base}}}/model"}},
         }
-        return {job.name: job.folder.name for job in jobs_of(read(place, runs), runs_folder)}
+        return {job.name: job.folder.name for job in jobs_of(read(tmp_path, runs), runs_folder)}
 
-    first = names(tmp_path / "a", tmp_path / "runs")
-    assert names(tmp_path / "b", Path(os.path.relpath(tmp_path / "runs"))) == first
-    changed = names(tmp_path / "a", tmp_path / "runs", text="b\n")
-    assert [name for name in first if changed[name] == first[name]] == ["other"]
-    assert names(tmp_path / "a", tmp_path / "runs", base="other")["next"] != first["next"]
+    first = names(tmp_path / "runs")
+    assert names(Path(os.path.relpath(tmp_path / "runs"))) == first
+    assert names(tmp_path / "elsewhere") == first
+    for changed in (names(tmp_path / "runs", text="b\n"), names(tmp_path / "runs", place="b")):
+        assert [name for name in first if changed[name] == first[name]] == ["other"]
+    assert names(tmp_path / "runs", base="other")["next"] != first["next"]
 
 
 def test_a_training_that_ends_earlier_is_another(in_root: Path, tmp_path: Path) -> None:
