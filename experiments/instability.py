@@ -23,10 +23,11 @@ from callbacks.judges.exact import TargetPrefix
 from callbacks.metrics.estimates import Estimate, rate
 from callbacks.run_folder.folder import RunFolder
 from datamodules.fields import Count
-from datamodules.results import Row, Stage, last_step, read_rows
+from datamodules.results import Row, Stage, read_measurements, read_rows
 from experiments.commands.loaded import build, loaded, node_of, run_configuration
 from experiments.config.errors import ConfigError
 from lightning_modules.defences.certificates.k_instability import copy_fails, defence_success, instability
+from lightning_modules.models.fingerprint import fingerprint
 from lightning_modules.models.requests import Decoding, Request
 from lightning_modules.pretrained import PretrainedModel
 
@@ -66,21 +67,17 @@ def measure(
     """
     folder = RunFolder.of(run)
     config = {**run_configuration(run, "instability"), "ckpt_path": ckpt_path}
-    step = 0 if ckpt_path is None else last_step(folder.path, stage) or 0
-    rows = [
-        row for row in read_rows(folder.path) if (row.attack, row.stage, row.step) == (attack, stage, step)
-    ]
-    worked = [row for row in rows if _works(row)][:limit]
-    if not worked:
-        raise ConfigError(
-            f"--attack: expected a suffix attack that worked in {run!r} ({stage}, step {step}), found "
-            f"{len(rows)} rows of {attack!r} and none; name another attack, or run `thundercat {stage}` first"
-        )
     config["model"] = node_of(config, PretrainedModel, ("base", "seed"))
     module, data = build(config, PretrainedModel)
-    lengths = [len(_suffix(row)) for row in worked]
-    texts = [str(row.attacked) for row in worked]
-    with loaded(config, "predict", module, data, folder):
+    with loaded(config, "predict", module, data, folder) as (step, _):
+        worked = _worked(folder.path, attack, stage, step, fingerprint(module.model))[:limit]
+        if not worked:
+            raise ConfigError(
+                f"--attack: expected a suffix attack that worked on the model of step {step} in {run!r} "
+                f"({stage}), found none of {attack!r}; name another attack, or run `thundercat {stage}` first"
+            )
+        lengths = [len(_suffix(row)) for row in worked]
+        texts = [str(row.attacked) for row in worked]
         found = instability(
             module.language_model,
             [Request(text, system=row.system) for text, row in zip(texts, worked, strict=True)],
@@ -108,8 +105,26 @@ def measure(
     return measured
 
 
+def _worked(folder: Path, attack: str, stage: Stage, step: int, model: str) -> list[Row]:
+    """Harmful requests on which the attack's latest measurement of this very model succeeded, without a
+    defence around it."""
+    asked = {
+        own.settings
+        for own in read_measurements(folder)
+        if (own.attack, own.stage, own.step, own.subject) == (attack, stage, step, "harmful")
+    }
+    return [
+        row
+        for row in read_rows(folder)
+        if (row.attack, row.stage, row.step, row.subject) == (attack, stage, step, "harmful")
+        and (row.model, row.defence) == (model, "")
+        and row.settings in asked
+        and _works(row)
+    ]
+
+
 def _works(row: Row) -> bool:
-    return bool(_suffix(row)) and JUDGE in row.verdicts and row.verdict(JUDGE)
+    return bool(_suffix(row)) and not row.history and JUDGE in row.verdicts and row.verdict(JUDGE)
 
 
 def _suffix(row: Row) -> str:

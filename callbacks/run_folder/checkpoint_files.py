@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from callbacks.run_folder.checkpoint_pieces import PIECES, damage, pieces_of, whole, write_pieces
+from callbacks.run_folder.checkpoint_pieces import PIECES, damage, pieces_beside, whole, write_pieces
 from callbacks.run_folder.decisive import Flat
 from callbacks.run_folder.folder import RunError
 
@@ -79,6 +79,7 @@ class RunCheckpointIO(CheckpointIO):
             raise _unwritten(path, error) from error
         if distributed.get_rank() == 0:
             self.save_checkpoint({**rest, PIECES: pieces}, path)
+            remove_unnamed(path)
 
     def load_pieces(self, path: Path) -> tuple[dict[str, Any], Path | None]:
         """What the file holds, verified, and the folder of the pieces; None where it holds everything.
@@ -100,9 +101,27 @@ class RunCheckpointIO(CheckpointIO):
 
 
 def remove(path: Path) -> None:
-    """A checkpoint, with its pieces where it has some."""
+    """A checkpoint, with its pieces where it has some that nothing else names."""
     path.unlink(missing_ok=True)
-    shutil.rmtree(pieces_of(path), ignore_errors=True)
+    remove_unnamed(path)
+
+
+def remove_unnamed(path: Path) -> None:
+    """Pieces of a checkpoint of this name that no record names, its own or one that is set aside: of a record
+    that was replaced, or of a kill before it was written."""
+    folders = list(pieces_beside(path))
+    if not folders:
+        return
+    named = set()
+    for record in path.parent.glob(f"{path.stem}.*"):
+        if record.is_file() and not record.name.endswith(".partial"):
+            try:
+                named.add(load_file(record).get(PIECES, {}).get("folder"))
+            except DamagedCheckpoint:
+                return  # it might name any of them
+    for folder in folders:
+        if folder.name not in named:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unwritten(target: Path, error: BaseException) -> RunError:

@@ -1,7 +1,7 @@
 """A checkpoint of a sharded model: the file as ever, and beside it a folder with the large tensors' pieces.
 
-    step_000010.ckpt      the record: steps, schedules, digest, the pieces' names and digests
-    step_000010.pieces/   safetensors, one file per process
+    step_000010.ckpt               the record: steps, schedules, digest, the pieces' names and digests
+    step_000010.1a2b3c4d.pieces/   safetensors, one file per process; named by what they hold
 
 The record is written last: it names whole pieces only, and where there is none there is no checkpoint.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,43 @@ from lightning_modules.models.shard_files import put_together, read_whole, write
 
 PIECES = "pieces"
 """In a checkpoint: the folder's name and its files' digests."""
+SUFFIX = ".pieces"
 
 
-def pieces_of(path: Path) -> Path:
-    """The folder beside a checkpoint."""
-    return path.with_suffix(".pieces")
+def pieces_beside(path: Path) -> Iterator[Path]:
+    """The folders that were written for a checkpoint of this name, whether a record names them or not."""
+    yield from path.parent.glob(f"{path.stem}.*{SUFFIX}")
 
 
 def write_pieces(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """Write a checkpoint's pieces, each process its own; all call it together. Returns what the record says
-    of them.
+    of them. The folder is named by what it holds: an earlier one of the same step stays whole, for the record
+    that names it.
 
     Raises: OSError where the disk is full or the folder cannot be written.
     """
-    folder, first = pieces_of(path), distributed.get_rank() == 0
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial, first = path.with_suffix(f"{SUFFIX}.partial"), distributed.get_rank() == 0
     if first:
-        # A record that is there already names pieces that are about to go.
-        path.unlink(missing_ok=True)
-        for old in (folder, partial):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     distributed.barrier()
     write_shards(tensors, partial)
     distributed.barrier()
     own = sorted(partial.iterdir())[distributed.get_rank() :: distributed.get_world_size()]
     found: list[dict[str, str]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(found, {file.name: digest_of(file) for file in own})
+    files = dict(sorted(item for some in found for item in some.items()))
+    name = hashlib.blake2b(repr(files).encode(), digest_size=4).hexdigest()
+    folder = path.with_suffix(f".{name}{SUFFIX}")
+    said = {"folder": folder.name, "files": files}
     if first:
-        partial.rename(folder)
-    return {"folder": folder.name, "files": dict(sorted(item for files in found for item in files.items()))}
+        if (
+            folder.exists() and damage({PIECES: said}, path) is None
+        ):  # the same pieces, which a record may name
+            shutil.rmtree(partial)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    return said
 
 
 def damage(record: Mapping[str, Any], path: Path) -> str | None:

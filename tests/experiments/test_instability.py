@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from callbacks.judges.exact import TargetPrefix
+from datamodules.results import ResultsStore, Stage, read_rows
 from experiments.config.errors import ConfigError
-from experiments.instability import main, measure
+from experiments.instability import _worked, main, measure
 from lightning_modules.defences.certificates.k_instability import Instability, instability
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Request
@@ -60,7 +62,32 @@ def test_recorded_suffixes_on_the_packaged_model(run: Path, capsys: pytest.Captu
     assert cells[0]["promised"] > 0.99 > 0.01 > cells[1]["promised"]
 
 
-@pytest.mark.parametrize(("attack", "rows"), [("embedding", 120), ("gcgg", 0), ("prefilling", 120)])
-def test_what_has_no_suffix_that_worked_is_refused(run: Path, attack: str, rows: int) -> None:
-    with pytest.raises(ConfigError, match=f"found {rows} rows of '{attack}' and none"):
-        measure(str(run), attack, "fit", None)
+@pytest.mark.parametrize(
+    ("attack", "stage", "step"),
+    [
+        ("embedding", "fit", 0),  # nothing typed
+        ("prefilling", "fit", 0),  # no suffix
+        ("gcgg", "fit", 0),
+        ("gcg", "validate", 0),  # nothing measured
+    ],
+)
+def test_what_has_no_suffix_that_worked_is_refused(run: Path, attack: str, stage: Stage, step: int) -> None:
+    with pytest.raises(ConfigError, match=f"model of step {step} .*found none of '{attack}'"):
+        measure(str(run), attack, stage, None)
+
+
+def test_suffixes_of_other_models_and_behind_defences_are_left_out(run: Path, tmp_path: Path) -> None:
+    """Rows of the trained model stand in the same folder; a defence's could."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    rows = [
+        row for row in read_rows(run) if (row.attack, row.stage, row.subject) == ("gcg", "fit", "harmful")
+    ]
+    assert {row.step for row in rows} == {0, 100}
+    guarded = [replace(row, defence="smooth-1", settings="x") for row in rows if row.step == 0]
+    ResultsStore(folder).add(guarded)
+    (model,) = {row.model for row in rows if row.step == 0}
+    found = _worked(folder, "gcg", "fit", 0, model)
+    assert 10 <= len(found) <= 16
+    assert {(row.step, row.model, row.defence) for row in found} == {(0, model, "")}
+    assert not _worked(folder, "gcg", "fit", 0, "another")

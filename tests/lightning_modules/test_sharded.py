@@ -13,8 +13,14 @@ import yaml
 from safetensors.torch import load_file
 
 from callbacks.report.training_log import read_training_log
-from callbacks.run_folder.checkpoint_files import DamagedCheckpoint, read_checkpoint, remove
-from callbacks.run_folder.checkpoint_pieces import pieces_of
+from callbacks.run_folder.checkpoint_files import (
+    DamagedCheckpoint,
+    RunCheckpointIO,
+    read_checkpoint,
+    remove,
+    remove_unnamed,
+)
+from callbacks.run_folder.checkpoint_pieces import PIECES, pieces_beside
 from datamodules.results import Row, read_rows
 from lightning_modules.models.loading import LoraSettings, ModelConfig
 from lightning_modules.pretrained import check_strategy
@@ -77,7 +83,8 @@ def test_adapters_train_evaluate_export_and_resume_as_in_one_process(thundercat:
     in_two_processes([*words, f"--trainer.default_root_dir={two}"], tmp_path, *FSDP)
 
     assert_close(one, two, 2)
-    pieces = sorted(pieces_of(checkpoint(two, 2)).iterdir())
+    (folder,) = pieces_beside(checkpoint(two, 2))
+    pieces = sorted(folder.iterdir())
     assert [file.suffix for file in pieces] == [".safetensors"] * 2
     assert min(file.stat().st_size for file in pieces) > max(file.stat().st_size for file in pieces) / 2
     alone, together = ([said(row) for row in read_rows(folder)] for folder in (one, two))
@@ -95,7 +102,7 @@ def test_adapters_train_evaluate_export_and_resume_as_in_one_process(thundercat:
     # Fewer processes go on from the pieces, bit for bit what they hold.
     shutil.copytree(two, again)
     remove(checkpoint(again, 2))
-    assert not pieces_of(checkpoint(again, 2)).exists()
+    assert not [*pieces_beside(checkpoint(again, 2))]
     words = [*words, f"--trainer.default_root_dir={again}", "--ckpt_path=last"]
     assert thundercat(*words)[0] == 0
     assert_close(again, two, 2)
@@ -124,6 +131,36 @@ def test_all_weights_accumulated_and_recomputed_resume_on_more_processes(
     remove(checkpoint(two, 2))
     in_two_processes([*words, f"--trainer.default_root_dir={two}", "--ckpt_path=last"], tmp_path, *FSDP)
     assert_close(one, two, 2)
+
+
+# what a record names
+
+
+def test_pieces_stay_as_long_as_a_record_names_them(tmp_path: Path) -> None:
+    """One that was replaced, set aside or kept, and what a kill left over."""
+    path, writer = tmp_path / "step_000020.ckpt", RunCheckpointIO()
+    first, second, orphan = (tmp_path / f"step_000020.{name}.pieces" for name in ("1a", "2b", "3c"))
+    other = tmp_path / "step_000010.4d.pieces"
+    for folder in (first, second, orphan, other):
+        folder.mkdir()
+    (first / "x").touch()
+
+    def save(folder: Path) -> None:
+        writer.save_checkpoint({PIECES: {"folder": folder.name, "files": {}}}, path)
+        remove_unnamed(path)
+
+    save(first)
+    assert first.exists() and other.exists() and not second.exists() and not orphan.exists()
+    path.rename(path.with_suffix(".aside"))
+    second.mkdir()
+    save(second)
+    assert first.exists() and second.exists()
+    third = tmp_path / "step_000020.5e.pieces"
+    third.mkdir()
+    save(third)
+    assert first.exists() and third.exists() and not second.exists()
+    remove(path)
+    assert first.exists() and not third.exists()
 
 
 # refusals
