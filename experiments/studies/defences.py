@@ -47,8 +47,8 @@ SHOWN = {
 """Name of a defence in its results -> in the table, in its order."""
 NOTE = (
     "Static: the search without the defence, its result sent through the defence (SmoothLLM's is for the "
-    "target's first five tokens, as its adaptive one, the others' for twelve); adaptive: the search that sees "
-    "it. Not refused: by the keyword judge. Benign prompts get what the adaptive search found on other "
+    "target's first five tokens, as its adaptive one, the others' for twelve); adaptive: the search that "
+    "sees it. Not refused: by the keyword judge. Benign prompts get what the adaptive search found on other "
     "requests. Intervals are 95 % (Wilson's for shares); n of clean requests, of attacked ones and of benign "
     "ones under attack: {}. One model, one seed; a search this small that finds nothing is no evidence of "
     "robustness."

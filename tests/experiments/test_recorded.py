@@ -32,6 +32,11 @@ SMOLLM2 = ROOT / "experiments" / "results" / "smollm2_cpu_202611"
 INJECTION = ROOT / "experiments" / "results" / "injection_cpu_202611"
 
 
+FURTHER = sorted(
+    path.parent for path in ROOT.glob("experiments/results/*_further_cpu_202611/**/test_report.md")
+)
+
+
 def prefix_of(stage: Stage) -> str:
     return "" if stage == "fit" else f"{stage}_"
 
@@ -80,6 +85,16 @@ MISSED = {
     "harmless/typing/served_rate", "harmless/mixed/served_rate", "harmless/salad/served_rate",
 }  # fmt: skip
 """What it does not (LOG.md, results/README.md)."""
+
+
+@pytest.mark.parametrize("folder", FURTHER, ids=lambda own: own.name)
+def test_what_was_tried_further_can_be_printed_again_from_its_rows(folder: Path, tmp_path: Path) -> None:
+    alone = tmp_path / folder.name
+    shutil.copytree(folder, alone, ignore=shutil.ignore_patterns("*report.md"))
+    tables = [line for line in document(load(alone, "test"), {}).splitlines() if line.startswith("| ")]
+    written = (folder / "test_report.md").read_text(encoding="utf-8").splitlines()
+    assert tables == [line for line in written if line.startswith("| ")]
+    assert len(tables) > 10
 
 
 def test_what_the_packaged_model_is_before_any_defence() -> None:
