@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from datamodules.rows import ChatRow, HarmfulRow, RowProblem
 from datamodules.settings import settings_digest
 from datamodules.sources.base import ChatSource, HarmfulSource, collecting_passes
 from datamodules.sources.gather import gather, stream, twin_keys
-from datamodules.stored import StoredChat, StoredChats, is_complete, lengths_of, write_store
+from datamodules.stored import FORMAT, StoredChat, StoredChats, is_complete, lengths_of, write_store
 from datamodules.streams import ATTACKED, Item, StepSampler, Stream
 from datamodules.text.chat_format import Attackable
 from datamodules.text.encoding import (
@@ -230,7 +231,7 @@ class AdversarialData(EvaluationData):
             return own.chats(kept), own.problems
 
         decides = self.utility_sources, self.tokenizer_config, self.encoding, self.on_overlap, known.texts
-        folder = Path(self.utility_store) / settings_digest(*decides)
+        folder = Path(self.utility_store) / settings_digest(FORMAT, version("thundercat"), *decides)
         if not is_complete(folder) and (self.trainer is None or self.trainer.is_global_zero):
             write_store(folder, stream("utility", self.utility_sources), encode)
         if self.trainer is not None:

@@ -148,11 +148,14 @@ def test_rows_on_disk_are_those_in_memory_also_after_a_kill(
     assert asked == list(range(7))
     assert len(list(Path(other).iterdir())) == 2
 
-    # A part that was cut is named.
+    # A part that was cut, or of which a single byte has changed, is named.
     part = folder / "part_000002.arrow"
-    part.write_bytes(part.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=rf"data.utility_store: {part} is damaged .*; remove {folder} "):
-        data(tmp_path, other).setup("fit")
+    content = part.read_bytes()
+    middle = len(content) // 2
+    for damaged in (content[:-9], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+        part.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"data.utility_store: {part} is damaged .*; remove {folder} "):
+            data(tmp_path, other).setup("fit")
 
 
 def test_what_is_refused_in_memory_is_refused_on_its_way_to_disk(
