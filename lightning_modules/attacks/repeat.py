@@ -117,7 +117,14 @@ def merged(
         new: some of them, attacked again.
         rows: places of the new examples among the old ones.
         wins: which of the new ones replace their old ones.
+
+    Raises: ValueError where directions are removed from the model meanwhile.
     """
+    if old.removal is not None or new.removal is not None:
+        raise ValueError(
+            "Repeat.attack: expected one whose runs can be compared, got one that removes directions from "
+            "the model, of whose runs none is the best; use it by itself"
+        )
     first, second = _alike(old, new), _alike(new, old)
     index = torch.tensor(rows, device=old.prompt_ids.device)
     source = wins.nonzero().squeeze(1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
 from lightning_modules.attacks.base import AttackedPrompt, NoAttack
+from lightning_modules.attacks.repeat import merged
 from lightning_modules.attacks.training.begun_reply import BegunReply
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.hidden_states import conversation_states
@@ -94,6 +95,14 @@ def test_replies_lose_it_at_their_places_in_the_conversation() -> None:
             logits = causal_lm(model.module).get_output_embeddings()(decoder.norm(states))[0]
             expected = logits.log_softmax(1)[len(prompt) - 1 : -1].gather(1, reply[:, None]).squeeze(1)
             torch.testing.assert_close(found[row][mask[row]], expected, atol=1e-5, rtol=0)
+
+
+def test_its_runs_are_not_compared() -> None:
+    """Merged results would train without what each of them removes, unsaid."""
+    model, batch = LanguageModel(tiny_model()), ragged_batch()
+    attacked = under(model, batch, drawn(batch))
+    with pytest.raises(ValueError, match=r"Repeat\.attack: .* removes directions from the model"):
+        merged(attacked, attacked, [*range(len(batch))], torch.zeros(len(batch), dtype=torch.bool))
 
 
 def gradients(model: LanguageModel, batch: AdversarialBatch, removal: Removal) -> dict[str, Tensor]:
