@@ -7,6 +7,7 @@ waits for, and what goes on in a run's folder later finds it free.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 from experiments.process import ENDS_WITH
@@ -97,6 +98,7 @@ class Resumable:
         self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str], cwd: Path
     ) -> int:
         """From its beginning to its end. Returns its exit status."""
+        _listen()
         begun: Future[Running] = Future()
         # Where the job is asked to end, this thread is interrupted: between the command's start and the name
         # for it nobody could end it. Another thread is not interrupted.
@@ -121,6 +123,13 @@ class Resumable:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)
+
+
+def _listen() -> None:
+    """Ray ends a task by an interrupt. A script's background command (`nohup thundercat sweep ... &`) and all
+    that it starts ignore interrupts, until this says otherwise."""
+    if current_thread() is main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _start(begun: Future[Running], *command: Any) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,15 @@ def test_jobs_of_submitit_run_the_trials(sweeping: Sweeping) -> None:
         Slurm(sweeping.place, {"cluster": "local", "gpus_per_nod": 1})
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As a process has them from a terminal, and as a script's background command has them: ignored."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_command_that_has_just_been_started_ends_with_its_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
