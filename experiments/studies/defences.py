@@ -68,7 +68,7 @@ def table(folder: Path) -> Table:
     for defence in measured(folder):
         own = load(folder, "test", defence).after
         assert own is not None, "load fails where nothing was measured"
-        rows.append([Cell(SHOWN[_name(defence)]), *_cells(own)])
+        rows.append([Cell(SHOWN[_name(defence)]), *_cells(own, bool(defence))])
     columns = [
         *("defence", "harmful refused", "harmless refused", "utility"),
         *("static: target; not refused", "adaptive: target; not refused"),
@@ -78,8 +78,15 @@ def table(folder: Path) -> Table:
 
 
 def measured(folder: Path) -> list[str]:
-    """The defences' names in the results, in the table's order."""
+    """The defences' names in the results, in the table's order.
+
+    Raises: ValueError where one was measured with two settings, which would be two rows of one name.
+    """
     found = [defence for stage, defence in measured_stages(folder) if stage == "test"]
+    names = [*map(_name, found)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{folder}: found {twice!r} measured with two settings; set --run to another folder")
     return sorted(found, key=lambda own: [*SHOWN].index(_name(own)))
 
 
@@ -87,7 +94,7 @@ def _name(defence: str) -> str:
     return defence.rpartition("-")[0]
 
 
-def _cells(own: Snapshot) -> list[Cell]:
+def _cells(own: Snapshot, defended: bool) -> list[Cell]:
     def told(metric: Metric) -> Estimate | None:
         found = own.measures.get(metric)
         return found.estimate if found is not None else None
@@ -102,7 +109,7 @@ def _cells(own: Snapshot) -> list[Cell]:
             for attack in ("static", "adaptive")
         ),
         _joined(*((benign.refused, benign.utility) if benign is not None else (None,))),
-        _cost([cost for cost in own.costs if cost.subject == "harmful" and not cost.attack]),
+        _cost([cost for cost in own.costs if cost.subject == "harmful" and not cost.attack], defended),
     ]
 
 
@@ -110,21 +117,35 @@ def _joined(*found: Estimate | None) -> Cell:
     return Cell("; ".join(MISSING if own is None else estimate(own).text for own in found))
 
 
-def _cost(found: Sequence[Costs]) -> Cell:
+def _cost(found: Sequence[Costs], defended: bool) -> Cell:
     """Of clean harmful requests; once where there is no defence."""
-    return Cell("; ".join(f"{own.queries.value:.1f}; {own.tokens.value:.1f}" for own in found) or "1; 1")
+    told = "; ".join(f"{own.queries.value:.1f}; {own.tokens.value:.1f}" for own in found)
+    return Cell(told or (MISSING if defended else "1; 1"))
 
 
 def sizes_of(folder: Path) -> str:
-    """How many requests stand behind the cells, of the first defence."""
-    own = load(folder, "test", measured(folder)[0]).after
-    assert own is not None
-    found = [
+    """How many requests stand behind the cells of every row.
+
+    Raises: ValueError where the rows differ in it.
+    """
+    sizes = {_sizes(folder, defence) for defence in measured(folder)}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{folder}: expected defences measured on equally many requests, got {sorted(sizes)} (clean, "
+            "attacked, benign); set --run to another folder"
+        )
+    return ", ".join(map(str, sizes.pop()))
+
+
+def _sizes(folder: Path, defence: str) -> tuple[int, ...]:
+    own = load(folder, "test", defence).after
+    assert own is not None, "load fails where nothing was measured"
+    benign = own.benign["adaptive"].refused
+    return (
         own.measures[Metric("refusal_rate", "harmful")].estimate.n,
         own.measures[Metric("success_rate", "harmful", "adaptive")].estimate.n,
-    ]
-    benign = own.benign["adaptive"].refused
-    return ", ".join(map(str, [*found, benign.n if benign is not None else 0]))
+        benign.n if benign is not None else 0,
+    )
 
 
 def report(folder: Path) -> str:
@@ -137,6 +158,8 @@ def archive(run: Path, out: Path) -> None:
     """The raw rows, compressed, with what was to be measured and how."""
     shutil.rmtree(out / ROWS, ignore_errors=True)
     (out / ROWS).mkdir(parents=True)
+    for stale in out.glob("test_*"):
+        stale.unlink()
     for path in [
         run / ROWS / MEASUREMENTS,
         *run.glob("test_*config.yaml"),
@@ -170,6 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         running = Running(asked, own.run, threads=1)
         if running.wait() != 0:
             parser.exit(1, f"{running.failure()}\n")
+    try:
+        report(own.run)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
     archive(own.run, own.out)
     write_whole(own.out / "report.md", report(own.out))
     print(report(own.out))

@@ -58,6 +58,7 @@ class Reference:
         # Adapters that were loaded with trained weights belong to the starting point: only fresh ones may be
         # switched off.
         self._copy = None if base.lora is not None else FrozenCopy(base, seed)
+        self._cast: LanguageModel | None = None
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:
@@ -75,8 +76,13 @@ class Reference:
         changed the policy's. The copy itself stays as it was loaded: training may compare with it too."""
         with self.active() as model:
             dtype = weight_dtype(self._policy.module)
-            same = weight_dtype(model.module) == dtype
-            yield model if same else LanguageModel(deepcopy(model.module).to(dtype=dtype))
+            if weight_dtype(model.module) == dtype:
+                yield model
+                return
+            # Once for all batches of an evaluation; `release` frees it with the copy.
+            if self._cast is None or weight_dtype(self._cast.module) != dtype:
+                self._cast = LanguageModel(deepcopy(model.module).to(dtype=dtype))
+            yield self._cast
 
     @property
     def key(self) -> str:
@@ -87,5 +93,6 @@ class Reference:
 
     def release(self) -> None:
         """Free the copy, if there is one."""
+        self._cast = None
         if self._copy is not None:
             self._copy.release()

@@ -82,6 +82,9 @@ def test_the_reference_stays_as_it_was_loaded() -> None:
         weights = {name: value.clone() for name, value in before.module.state_dict().items()}
     model.module.to(torch.bfloat16)
     assert torch.allclose(divergences(model, base, a_batch(), 3), torch.zeros(()), atol=1e-6)
+    with base.alike() as one, base.alike() as other:
+        assert one is other  # no copy a batch
+        assert one.module.dtype == torch.bfloat16
     with base.active() as after:
         assert all(torch.equal(weights[name], value) for name, value in after.module.state_dict().items())
 

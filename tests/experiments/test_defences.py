@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,8 @@ def test_a_run_is_archived_with_its_table_and_an_unfinished_one_has_holes(tmp_pa
     first = table(run)
     assert [own.text for own in first.rows[1]][:4] == [SHOWN["smooth_llm"], "50.0 % [9.5, 90.5]", "-", "-"]
     assert first.rows[1][5].text == "50.0 % [9.5, 90.5]; -"
-    assert [cells[-1].text for cells in first.rows] == ["1; 1", "1; 1"]
+    # What was not measured of a defence is a hole, not the cost of none.
+    assert [cells[-1].text for cells in first.rows] == ["1; 1", "-"]
     archive(run, out)
     archive(run, out)
     assert [path.name for path in sorted((out / "rows").iterdir())] == [
@@ -57,6 +59,42 @@ def test_a_run_is_archived_with_its_table_and_an_unfinished_one_has_holes(tmp_pa
         "rows_rank0.jsonl.gz",
     ]
     assert table(out) == first
+
+
+@pytest.mark.parametrize(
+    ("defences", "sizes", "message"),
+    [
+        (["smooth_llm-1", "smooth_llm-2"], [2, 2], "'smooth_llm' measured with two settings"),
+        (
+            ["smooth_llm-1", "erase_and_check-1"],
+            [2, 3],
+            "expected defences measured on equally many requests",
+        ),
+    ],
+)
+def test_rows_of_another_call_do_not_stand_in_one_table(
+    defences: list[str], sizes: list[int], message: str, tmp_path: Path
+) -> None:
+    store = ResultsStore(tmp_path)
+    for defence, n in zip(defences, sizes, strict=True):
+        for subject, quantity, attack in (
+            ("harmful", "refusal_rate", ""),
+            ("harmful", "success_rate", "adaptive"),
+            ("harmless", "over_refusal_rate", "adaptive"),
+        ):
+            settings = f"{defence}{attack}{subject}"
+            fields: Any = {
+                "attack": attack,
+                "defence": defence,
+                "settings": settings,
+                "subject": subject,
+                "n": n,
+            }
+            of = measurement(quantity, stage="test", **fields)
+            store.announce([of])
+            store.add([row(f"e{i}", of=of, defence=defence) for i in range(n)])
+    with pytest.raises(ValueError, match=message):
+        report(tmp_path)
 
 
 def percent(rows: list[Row], judge: str, negated: bool = False) -> str:
