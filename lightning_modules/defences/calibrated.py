@@ -15,6 +15,7 @@ from torch import nn
 
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
 from datamodules.sources.base import ChatSource, HarmfulSource
+from lightning_modules.models.adapters import switches
 from lightning_modules.models.language_model import LanguageModel
 
 Scores = Callable[[LanguageModel, Sequence[str]], list[float]]
@@ -45,7 +46,7 @@ class Threshold:
         self._benign = benign
         self._rate = false_positive_rate
         self._count = num_calibration
-        self._known: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], float]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, tuple[Versions, float]] = WeakKeyDictionary()
 
     def of(self, model: LanguageModel, scores: Scores) -> float:
         """The threshold of these scores. Raises: ValueError where the source has fewer requests than were
@@ -64,9 +65,14 @@ class Threshold:
         return known[1]
 
 
-def versions(model: LanguageModel) -> tuple[int, ...]:
-    """What changes whenever a weight does."""
-    return tuple(p._version for p in model.module.parameters())
+Versions = tuple[object, ...]
+
+
+def versions(model: LanguageModel) -> Versions:
+    """What tells cheaply that the model computes something else: how often each weight was written in place
+    and its dtype, and which adapters are on. A fused optimiser counts no writes: calibrate after training."""
+    weights = [(p._version, p.dtype) for p in model.module.parameters()]
+    return (*weights, *switches(model.module))
 
 
 def conformal_threshold(scores: Sequence[float], false_positive_rate: float) -> float:

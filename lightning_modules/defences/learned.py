@@ -23,7 +23,7 @@ from datamodules.batch import pad
 from datamodules.fields import Count, NonNegativeInt, Positive, Share, checked
 from datamodules.sources.base import ChatSource, HarmfulSource
 from lightning_modules.defences.base import ROWS_AT_ONCE
-from lightning_modules.defences.calibrated import Threshold, texts_of, versions
+from lightning_modules.defences.calibrated import Threshold, Versions, texts_of, versions
 from lightning_modules.defences.filtered import Check
 from lightning_modules.models.hidden_states import conversation_states, num_layers
 from lightning_modules.models.language_model import LanguageModel
@@ -111,7 +111,7 @@ class LinearProbe:
         self.layer = layer
         self.num_fit = num_fit
         self.l2 = l2
-        self._fitted: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Line]] = WeakKeyDictionary()
+        self._fitted: WeakKeyDictionary[nn.Module, tuple[Versions, Line]] = WeakKeyDictionary()
 
     def log_odds(self, model: LanguageModel, texts: Sequence[str]) -> list[float]:
         """One forward pass each. Raises: ValueError where a source has no request, or for a layer that the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,13 +13,14 @@ from datamodules.sources.base import ChatSource
 from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from lightning_modules.attacks.suffix.through_defence import ThroughDefence
 from lightning_modules.defences.base import Defended, label
-from lightning_modules.defences.calibrated import texts_of
+from lightning_modules.defences.calibrated import Threshold, texts_of
 from lightning_modules.defences.filtered import Filtered
 from lightning_modules.defences.hub_classifier import HubClassifier
 from lightning_modules.defences.learned import LearnedFilter, LinearProbe, fitted
+from lightning_modules.models.adapters import disabled_adapters
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.language_model import LanguageModel
-from lightning_modules.models.loading import ModelConfig, load_seeded
+from lightning_modules.models.loading import LoraSettings, ModelConfig, load_seeded
 from lightning_modules.models.requests import Decoding, Request
 from tests.conftest import chat_model, text_batch, tinychat_format
 
@@ -44,6 +47,31 @@ def test_the_regression_by_hand() -> None:
     often = fitted(torch.tensor([[5.0, 7.0]]), torch.tensor([[1.0, 7.0]] * 9), l2)
     # Mean 1.4 and deviation 1.2 now; equal shares nevertheless: the middle between the two is no evidence.
     assert float(often(torch.tensor([[3.0, 7.0]]))) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_threshold_is_of_what_the_model_computes_now() -> None:
+    """Adapters that are switched off, as for a run's base, and another precision make another model."""
+    lora = LoraSettings(r=2)
+    module = load_seeded(ModelConfig("tinychat:aligned", lora=lora), 0)
+    model, limit = (
+        LanguageModel(module, tinychat_format()),
+        Threshold("F", TinyChatBenign("validation"), 0.5, 4),
+    )
+    asked: list[int] = []
+
+    def scores(_: LanguageModel, texts: Sequence[str]) -> list[float]:
+        asked.append(len(texts))
+        return [float(len(asked))] * len(texts)
+
+    assert [limit.of(model, scores) for _ in range(2)] == [1.0, 1.0]
+    with disabled_adapters(module):
+        assert limit.of(model, scores) == 2.0
+    assert limit.of(model, scores) == 3.0
+    module.to(torch.bfloat16)
+    assert limit.of(model, scores) == 4.0
+    with torch.no_grad():
+        next(module.parameters()).add_(1.0)
+    assert limit.of(model, scores) == 5.0
 
 
 def test_the_probe_tells_harm_apart_and_keeps_its_false_positive_rate() -> None:
