@@ -318,7 +318,7 @@ def test_the_cache_is_shared_and_a_run_says_where_it_is(tmp_path: Path) -> None:
     assert len(list((tmp_path / "own" / "reference").glob("*.json"))) == 1
 
 
-# --- how to add an objective: the README's example, whole
+# --- how to add an objective: lightning_modules/README.md's example, whole
 
 
 class Contrast:
