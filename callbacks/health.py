@@ -4,6 +4,7 @@ et al. 2019)."""
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -38,11 +39,6 @@ def example_flags(attacked: AttackedPrompt) -> dict[str, Bool[Tensor, " batch"]]
     return flags
 
 
-def health_flags(attacked: AttackedPrompt) -> dict[str, int]:
-    """How many examples show each sign."""
-    return {name: int(raised.sum()) for name, raised in example_flags(attacked).items()}
-
-
 @checked
 class AttackHealth(Callback):
     """Logs the training attack's losses, distance and warning signs, at the first step and at those that the
@@ -64,23 +60,18 @@ class AttackHealth(Callback):
         if self._looked and not trainer._logger_connector.should_update_logs:
             return
         attacked = outputs.get("attacked") if isinstance(outputs, dict) else None
-        if attacked is None or len(attacked.loss_curve) == 0:
+        if attacked is None:
             return
         self._looked = True
-        size = attacked.loss_curve.shape[1]
-        values = {
-            "train/attack/loss_start": attacked.start_loss.mean(),
-            "train/attack/loss_best": attacked.best_loss.mean(),
-            "train/attack/distance": attacked.distance.mean(),
-        }
+        found = _over_processes(_sums(attacked))
+        # Every process has the same numbers, of all examples.
         pl_module.log_dict(
-            {k: v for k, v in values.items() if not torch.isnan(v)},
+            {f"train/attack/{name}": total / size for name, (total, size) in found.items()},
             on_step=True,
             batch_size=1,
-            sync_dist=True,
         )
-        for flag, count in health_flags(attacked).items():
-            pl_module.log(f"train/attack/{flag}", count / size, on_step=True, batch_size=1, sync_dist=True)
+        for flag, remedy in REMEDIES.items():
+            count, size = found.get(flag, (0.0, 1))
             if count / size > self.warn_above and flag not in self._warned:
                 self._warned.add(flag)
                 log.warning(
@@ -88,5 +79,41 @@ class AttackHealth(Callback):
                     trainer.global_step,
                     count,
                     size,
-                    REMEDIES[flag],
+                    remedy,
                 )
+
+
+def _sums(attacked: AttackedPrompt) -> dict[str, tuple[float, int]]:
+    """Sums over the examples of which something is known, and how many those are; nothing of an attack that
+    took no step."""
+    curve, flags = attacked.loss_curve, example_flags(attacked)
+    if len(curve) == 0:
+        return {}
+    values: dict[str, Tensor] = {
+        "loss_start": attacked.start_loss,
+        "loss_best": attacked.best_loss,
+        "distance": attacked.distance,
+        **flags,
+    }
+    # An example that left at once had nothing to reduce, whatever its batch-mates, or another process, did.
+    if "loss_not_reduced" in flags:
+        values["loss_not_reduced"] = flags["loss_not_reduced"][~curve[1].isnan()]
+    if "zero_gradient" in flags:
+        differentiated = (attacked.backward_passes > 0) | attacked.zero_gradient
+        values["zero_gradient"] = flags["zero_gradient"][differentiated]
+    sums = {name: (float(value.sum()), len(value)) for name, value in values.items()}
+    return {name: own for name, own in sums.items() if own[1] and not math.isnan(own[0])}
+
+
+def _over_processes(own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """The sums of all processes. They exchange whole tables: which numbers there are depends on what each
+    one's attack did, and logging them one by one would pair one process's with another's."""
+    tables = [own]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        tables = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(tables, own)
+    added: dict[str, tuple[float, int]] = {}
+    for name, (total, size) in (item for table in tables for item in table.items()):
+        before = added.get(name, (0.0, 0))
+        added[name] = before[0] + total, before[1] + size
+    return added

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from datamodules.batch import AdversarialBatch, TrainingBatch
 from datamodules.fields import NonNegativeInt, checked
-from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
+from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, share, state_of
 from lightning_modules.base import FineTuning, OptimizerConfig
 from lightning_modules.defences.base import Defence
 from lightning_modules.losses.base import LossTerms, Objective, Step, Term
+from lightning_modules.models.agreement import Agreement
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.passes import PassCounter
@@ -47,6 +48,7 @@ class AdversarialFineTuning(FineTuning):
     """
 
     reference: Reference
+    _agree: Agreement
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class AdversarialFineTuning(FineTuning):
         """Compute or look up the reference log-probabilities. Raises: ValueError where a cached one is not
         this model's."""
         self._attacked, self._told, self._finite = None, _Told(), None
+        self._agree = Agreement()
         if self.objective is None or not self.objective.needs_reference:
             return
         assert self._harmful_batches is not None, "attach() has not been called"
@@ -117,7 +120,8 @@ class AdversarialFineTuning(FineTuning):
         self._note_finite(loss)
         parts = {f"train/{name}": value.mean() for _, term in terms for name, value in term.parts.items()}
         parts = self._told.so_far(self.global_step, {**parts, "train/loss": loss.detach()})
-        # Of all processes: one process's mean is another number (every process has the same parts).
+        # Of all processes: one process's mean is another number. Each name is a sum over all of them.
+        self._agree(f"losses {', '.join(parts)}")
         self.log(
             "train/loss", parts.pop("train/loss"), on_step=True, prog_bar=True, batch_size=1, sync_dist=True
         )
@@ -127,13 +131,18 @@ class AdversarialFineTuning(FineTuning):
     def _perturbed(self, batch: TrainingBatch, rows: AdversarialBatch) -> AttackedPrompt:
         """The micro-batch's rows under attack: attacked now, or with an earlier micro-batch of the step."""
         if batch.attack is not None:
-            self._attacked = self.attack(self.language_model, batch.attack, self._rng())
+            self._attacked = self._attack(batch.attack)
         elif self._attacked is None:
-            return self.attack(self.language_model, rows, self._rng())
+            return self._attack(rows)
         assert self._attacked is not None
         own, size = self._attacked, len(self._attacked.prompt_ids)
         self._attacked = own.select(len(rows), size) if size > len(rows) else None
         return own.select(0, len(rows))
+
+    def _attack(self, rows: AdversarialBatch) -> AttackedPrompt:
+        attacked = self.attack(self.language_model, rows, self._rng())
+        share(self.attack, self.language_model)
+        return attacked
 
     def _outer_loss(
         self, batch: TrainingBatch, attacked: AttackedPrompt | None
@@ -203,8 +212,9 @@ class AdversarialFineTuning(FineTuning):
         load_attack_state(self.attack, checkpoint.get("attack"))
 
     def _rng(self) -> torch.Generator:
-        """Of the optimiser step, however it is divided: an example's noise depends on nothing else."""
-        return torch.Generator().manual_seed(step_seed(self.seed, self.global_step, self.global_rank))
+        """Of the optimiser step, however it is divided, on all processes alike: an example's noise depends on
+        nothing else, and what is drawn once for a batch (Mixture's attack) is the same for all of it."""
+        return torch.Generator().manual_seed(step_seed(self.seed, self.global_step, 0))
 
 
 class _Told:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn.parallel import DistributedDataParallel
 
 from datamodules.fields import Fraction, NonNegative, NonNegativeInt, Positive, Probability, checked
 from lightning_modules.defences.base import Defence
@@ -65,6 +66,20 @@ class FineTuning(PretrainedModel):
         """Seed dropout from (seed, micro-batch, rank): resuming is bit-exact and callbacks cannot disturb
         training."""
         torch.manual_seed(self.step_seed())
+
+    def on_after_backward(self) -> None:
+        """Raises: ValueError where weights had no gradient under DDP, which then waits for them and sums
+        nobody's; it would say so a step, and perhaps a checkpoint, later."""
+        wrapped = self.trainer.strategy.model
+        if not isinstance(wrapped, DistributedDataParallel) or wrapped.find_unused_parameters:
+            return
+        without = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
+        if without:
+            raise ValueError(
+                f"trainer.strategy: expected a gradient of every learning weight under ddp, got none of "
+                f"{len(without)}, e.g. {without[0]}; set base.lora.layers to those that the loss reaches, or "
+                "trainer.strategy: ddp_find_unused_parameters_true"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.optimizer_config

@@ -160,6 +160,22 @@ def load_attack_state(attack: Attack, state: dict[str, Any] | None) -> None:
         attack.load_state_dict(state)
 
 
+@runtime_checkable
+class Sharing(Protocol):
+    """An attack that learns or collects from the examples of all processes, as it would from those of one."""
+
+    def share(self, model: LanguageModel) -> None:
+        """Exchange what the last batch brought; all processes call it together, with it or without."""
+        ...
+
+
+def share(attack: Attack, model: LanguageModel) -> None:
+    """Let an attack that has something to exchange do so. An attack itself sends nothing: how often it is
+    called may differ."""
+    if isinstance(attack, Sharing):
+        attack.share(model)
+
+
 class NoAttack:
     """delta = 0: the no-attack ablation and the clean baseline of every evaluation."""
 

@@ -15,7 +15,7 @@ from callbacks.cost import CostMonitor, peak_memory_mib, reset_peak_memory
 from callbacks.evaluations.refusal import RefusalEvaluation
 from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.undisturbed import undisturbed
-from callbacks.health import health_flags
+from callbacks.health import example_flags
 from callbacks.judges.exact import ExactMatch, TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from callbacks.report.training_log import read_training_log
@@ -123,10 +123,11 @@ def attacked(curve: list[list[float]], distance: list[float], zero: list[bool]) 
 
 
 def test_health_flags_count_the_signs() -> None:
-    flags = health_flags(attacked([[2.0, 2.0, 2.0], [2.5, 1.0, 2.0]], [1.0, 0.5, 1.0], [False, False, True]))
-    assert flags == {"zero_gradient": 1, "loss_not_reduced": 2, "budget_unused": 1}
-    assert health_flags(attacked([], [0.0], [False])) == {}
-    assert "budget_unused" not in health_flags(attacked([[1.0], [0.5]], [math.nan], [False]))
+    flags = example_flags(attacked([[2.0, 2.0, 2.0], [2.5, 1.0, 2.0]], [1.0, 0.5, 1.0], [False, False, True]))
+    counts = {name: int(raised.sum()) for name, raised in flags.items()}
+    assert counts == {"zero_gradient": 1, "loss_not_reduced": 2, "budget_unused": 1}
+    assert example_flags(attacked([], [0.0], [False])) == {}
+    assert "budget_unused" not in example_flags(attacked([[1.0], [0.5]], [math.nan], [False]))
 
 
 # --- evaluations leave no trace

@@ -159,9 +159,14 @@ def test_a10_every_process_resumes_with_its_own_suffixes_and_the_shared_referenc
     in_two_processes([*words, f"--trainer.default_root_dir={whole}"], tmp_path)
     (table,) = (whole / "reference").glob("*.json")
     assert len(json.loads(table.read_text())) == 4
-    saved = torch.load(whole / "checkpoints" / "step_000001.ckpt", weights_only=True)["attack"]["ranks"]
-    # A step of two examples, of which each process saw one.
-    assert [len(rank["pool"]) for rank in saved] == [1, 1]
+    first, second = (
+        torch.load(whole / "checkpoints" / f"step_00000{step}.ckpt", weights_only=True)["attack"]["ranks"]
+        for step in (1, 2)
+    )
+    # Of the second step's two examples each process attacked one, and heard of the other's.
+    assert [len(rank["pool"]) for rank in first] == [1, 1]
+    assert [len(rank["pool"]) for rank in second] == [3, 3]
+    assert second[0]["pool"] == second[1]["pool"]
     # As a kill leaves it whose last checkpoint was the third.
     shutil.copytree(whole, parts)
     for number in (4, 5, 6):

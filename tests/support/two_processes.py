@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from lightning_modules.attacks.base import load_attack_state, state_of
+from lightning_modules.attacks.base import load_attack_state, share, state_of
 from tests.conftest import chat_model, text_batch
 from tests.support.attacks import persistent, suffix_generator
 
@@ -26,6 +26,9 @@ def go_on(rank: int, folder: str) -> None:
     for name, build in ATTACKS.items():
         whole = build()
         whole(model, batch, torch.Generator().manual_seed(10 + rank))
+        if name == "suffix_generator":
+            # It learns from what all have found; pools would become alike, and here they are to differ.
+            share(whole, model)
         state = state_of(whole)
         if rank == 0:
             torch.save(state, f"{folder}/{name}.pt")

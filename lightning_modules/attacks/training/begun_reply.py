@@ -20,6 +20,7 @@ from lightning_modules.attacks.base import (
     AttackedPrompt,
     example_rngs,
     load_attack_state,
+    share,
     state_of,
 )
 from lightning_modules.models.language_model import LanguageModel
@@ -81,6 +82,10 @@ class BegunReply:
             drawn = torch.rand((), generator=own).item() < self.probability and most > 0
             counts.append(int(torch.randint(1, most + 1, (), generator=own)) if drawn else 0)
         return counts
+
+    def share(self, model: LanguageModel) -> None:
+        """What the attack has to exchange."""
+        share(self.attack, model)
 
     def state_dict(self) -> dict[str, Any]:
         """What the attack keeps between batches."""

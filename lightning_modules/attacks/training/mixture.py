@@ -8,7 +8,7 @@ import torch
 
 from datamodules.batch import AdversarialBatch
 from datamodules.fields import NonNegative, checked
-from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, state_of
+from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, share, state_of
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -39,6 +39,11 @@ class Mixture:
             return self.attacks[0](model, batch)
         drawn = int(torch.multinomial(torch.tensor(self.weights), 1, generator=rng))
         return self.attacks[drawn](model, batch, rng)
+
+    def share(self, model: LanguageModel) -> None:
+        """What the attacks have to exchange."""
+        for attack in self.attacks:
+            share(attack, model)
 
     def state_dict(self) -> dict[str, Any]:
         """What the attacks keep between batches."""

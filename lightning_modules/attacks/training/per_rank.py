@@ -1,14 +1,29 @@
-"""State that differs between processes in one checkpoint: gathered when it is written, each process takes its
-own back."""
+"""What processes tell each other of an attack's state: what each has found, and in one checkpoint what each
+has, of which it takes its own back."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, distributed
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def exchanged(own: list[T]) -> list[T]:
+    """What all processes have found, in the order in which one process would have found it: a step's rows are
+    dealt out in turn. Every process must call this at the same time."""
+    world = process()[1]
+    if world == 1:
+        return own
+    found: list[list[T]] = [[] for _ in range(world)]
+    distributed.all_gather_object(found, own)
+    absent = object()
+    turns = itertools.zip_longest(*found, fillvalue=absent)
+    return [cast(T, item) for turn in turns for item in turn if item is not absent]
 
 
 def gathered(state: dict[str, Any]) -> dict[str, Any]:

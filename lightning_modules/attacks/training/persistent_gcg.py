@@ -11,7 +11,7 @@ from datamodules.batch import AdversarialBatch
 from datamodules.fields import Count, Probability, checked
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.suffix.gcg import GCG
-from lightning_modules.attacks.training.per_rank import gathered, own_states
+from lightning_modules.attacks.training.per_rank import exchanged, gathered, own_states
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -19,8 +19,9 @@ from lightning_modules.models.language_model import LanguageModel
 class PersistentGCG:
     """A pool of (example, suffix) that lives as long as training and is saved with it.
 
-    Every process has a pool of the examples that it has seen, and resumes with it. Where the number of
-    processes has changed, all resume with all pools: of two visits to an example the later one counts.
+    Processes tell each other what they have found, so that each goes on from whatever any of them had. Where
+    the number of processes has changed, all resume with all pools: of two visits to an example the later one
+    counts.
 
     The pool's size is the number of training rows; a smaller pool is a smaller data set (e.g. `limit` of a
     source).
@@ -36,6 +37,7 @@ class PersistentGCG:
         self.reset_fraction = reset_fraction
         self.reset_every = reset_every
         self._pool: dict[int, tuple[int, list[int]]] = {}
+        self._found: dict[int, tuple[int, list[int]]] = {}
         self._visits = 0
 
     def __call__(
@@ -47,11 +49,17 @@ class PersistentGCG:
             self._reset(rng)
         suffixes = [self._pool[example][1] if example in self._pool else None for example in examples]
         attacked, found = self.gcg.go_on(model, batch, suffixes, rng)
-        self._pool |= {
+        self._found = {
             example: (self._visits, list(suffix)) for example, suffix in zip(examples, found, strict=True)
         }
+        self._pool |= self._found
         self._visits += 1
         return attacked
+
+    def share(self, model: LanguageModel) -> None:
+        """Put what other processes have found into the pool."""
+        self._pool |= dict(exchanged([*self._found.items()]))
+        self._found = {}
 
     def _reset(self, rng: torch.Generator | None) -> None:
         """Forget each suffix with the given chance, drawn for each example alone."""

@@ -18,6 +18,7 @@ from lightning_modules.attacks.base import (
     example_rngs,
     load_attack_state,
     require_texts,
+    share,
     state_of,
 )
 from lightning_modules.models.language_model import LanguageModel
@@ -97,6 +98,11 @@ class RewriteThenPerturb:
             prompts=tuple(texts),
             lengths=(),
         )
+
+    def share(self, model: LanguageModel) -> None:
+        """What the two attacks have to exchange."""
+        share(self.rewrite, model)
+        share(self.perturb, model)
 
     def state_dict(self) -> dict[str, Any]:
         """What the two attacks keep between batches."""

@@ -20,7 +20,7 @@ from datamodules.fields import Count, NonNegative, NonNegativeInt, Positive, che
 from lightning_modules.attacks.base import AttackedPrompt, draw_seed, example_rngs
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
-from lightning_modules.attacks.training.per_rank import gathered, own_states, process
+from lightning_modules.attacks.training.per_rank import exchanged, gathered, own_states, process
 from lightning_modules.models.embeddings import embedding_weight
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
@@ -41,9 +41,9 @@ class SuffixGenerator:
     suffixes.
 
     A candidate q is scored by weight_target * CE(harmful target | x, q) + mean NLL of q under the generator.
-    Passes are counted of the model, not of the generator. Every process trains a generator of its own; a
-    checkpoint holds them all. Where the number of processes has changed, process r resumes with the generator
-    of process r modulo the old number.
+    Passes are counted of the model, not of the generator. Every process trains a generator on what all of
+    them have found (`share`), so that they stay alike; a checkpoint holds them all. Where the number of
+    processes has changed, process r resumes with the generator of process r modulo the old number.
 
     Args:
         generator: the language model that writes; it needs the model's tokenizer.
@@ -95,13 +95,15 @@ class SuffixGenerator:
         self._writer: LanguageModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._buffer: list[tuple[list[int], list[int]]] = []
+        self._found: list[tuple[list[int], list[int], int]] = []
+        """Prompts and suffixes that it has not learned from yet, with the seed of doing so."""
         self._pending: dict[str, Any] | None = None
 
     def __call__(
         self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
-        """Attack the batch, then train the generator. Raises: ValueError without texts or with another
-        vocabulary."""
+        """Attack the batch, then train the generator, which several processes do in `share`. Raises:
+        ValueError without texts or with another vocabulary."""
         writer = self._loaded(model)
         with model.frozen(), writer.frozen():
             # The writing starts from nothing: " x" only finds the place after the request.
@@ -116,16 +118,23 @@ class SuffixGenerator:
                     break
                 beams = self._grow(search, proposals, beams, allowed, rngs)
             attacked = search.result()
+            seed = draw_seed(rng or torch.Generator().manual_seed(self.seed))
             # The writer reads what it proposed after: everything before the suffix, template included.
-            self._buffer += [
-                (slot.before, suffix) for slot, suffix in zip(search.slots, search.ledger.best, strict=True)
+            self._found = [
+                (slot.before, suffix, seed)
+                for slot, suffix in zip(search.slots, search.ledger.best, strict=True)
             ]
-            del self._buffer[: -self.buffer_size]
-        self._learn(
-            writer,
-            torch.Generator().manual_seed(draw_seed(rng or torch.Generator().manual_seed(self.seed))),
-        )
+        if process()[1] == 1:
+            self.share(model)
         return attacked
+
+    def share(self, model: LanguageModel) -> None:
+        """Train the generator on what all processes have found since."""
+        found, self._found = exchanged(self._found), []
+        if found:
+            self._buffer += [(before, suffix) for before, suffix, _ in found]
+            del self._buffer[: -self.buffer_size]
+            self._learn(self._loaded(model), torch.Generator().manual_seed(found[0][2]))
 
     def _grow(
         self,
