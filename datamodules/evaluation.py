@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -18,7 +18,7 @@ from datamodules.batch import EvaluationBatch
 from datamodules.fields import Count, checked
 from datamodules.rows import Row, RowProblem
 from datamodules.sources.base import ChatSource, HarmfulSource
-from datamodules.sources.gather import gather
+from datamodules.sources.gather import evenly, gather
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.encoding import (
     EncodedChat,
@@ -31,7 +31,6 @@ from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Subject = Literal["harmful", "harmless", "utility"]
 SUBJECTS: tuple[Subject, ...] = ("harmful", "harmless", "utility")
 
@@ -215,10 +214,3 @@ def no_usable_rows(field: str, encoder: Encoder) -> ValueError:
         f"data.{field}: expected usable rows, got none ({len(encoder.problems)} bad, the last: "
         f"{encoder.problems[-1]}); mend the rows or see data.encoding.max_length"
     )
-
-
-def evenly(rows: Sequence[T], limit: int | None) -> Sequence[T]:
-    """At most `limit` rows, evenly spaced, so that a subset spans a file sorted by category."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i * len(rows) // limit] for i in range(limit)]

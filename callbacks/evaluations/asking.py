@@ -16,6 +16,7 @@ from callbacks.health import example_flags
 from callbacks.judges.base import Judge, compared_with, judge_all, label, sees
 from datamodules.batch import EvaluationBatch
 from datamodules.results import Identity, Measurement, Row
+from datamodules.text.spans import Attackable
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.transfer import Found
 from lightning_modules.defences.base import Defence, Defended, Marked, counts, marked, requests_of
@@ -107,6 +108,7 @@ def measure(
     job: Job,
     make: Callable[[], AttackedPrompt | None] | None = None,
     defence: Defence | None = None,
+    attackable: Attackable = "user",
 ) -> list[Row]:
     """Attack the job's batch and reply to it: rows without verdicts.
 
@@ -114,11 +116,12 @@ def measure(
         make: makes the attacked prompts; null attacks the batch.
         defence: what stands around the model that replies; an attack meets the model itself unless it was
             made to see through the defence.
+        attackable: what attacks on texts have written.
     """
     began = time.perf_counter()
     attacked = attack(model, job) if make is None else make()
     seconds = (time.perf_counter() - began) / len(job.batch) if attacked is not None else 0.0
-    return replied(model, job, attacked, seconds, defence)
+    return replied(model, job, attacked, seconds, defence, attackable)
 
 
 def replied(
@@ -127,11 +130,12 @@ def replied(
     attacked: AttackedPrompt | None,
     seconds: float = 0.0,
     defence: Defence | None = None,
+    attackable: Attackable = "user",
 ) -> list[Row]:
     """The greedy reply to every prompt, and after it the sampled ones; what the attack cost stands with the
     first."""
     batch, sampling = job.batch.to(model.device), job.probe.sampling
-    said = _said(model, batch, attacked, defence)
+    said = _said(model, batch, attacked, defence, attackable)
     answers = [said(Decoding(job.max_new_tokens), 0)]
     for repetition in range(1, 1 + job.measurement.samples):
         assert sampling is not None, "sampled replies need a way of sampling"
@@ -156,13 +160,17 @@ def replied(
 
 
 def _said(
-    model: LanguageModel, batch: EvaluationBatch, attacked: AttackedPrompt | None, defence: Defence | None
+    model: LanguageModel,
+    batch: EvaluationBatch,
+    attacked: AttackedPrompt | None,
+    defence: Defence | None,
+    attackable: Attackable,
 ) -> Callable[[Decoding, int], list[dict[str, Any]]]:
     """What replies to a batch, through a defence where there is one: the rows' fields that it fills in."""
     if defence is None:
         sent = attacked if attacked is not None else Encoded(batch.prompt_ids, batch.prompt_mask)
         return lambda decoding, seed: [{"reply": reply} for reply in model.reply(sent, decoding, seed)]
-    around, requests = Defended(model, defence), requests_of(batch, attacked)
+    around, requests = Defended(model, defence), requests_of(batch, attacked, attackable)
     prompts: Sequence[Request] | Marked = requests
     if attacked is not None and not attacked.texts:
         prompts = marked(model, requests, attacked)

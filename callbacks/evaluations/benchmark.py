@@ -24,10 +24,10 @@ from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.session import Place
 from callbacks.evaluations.undisturbed import undisturbed
-from datamodules.evaluation import evenly
 from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.results import Identity, Measurement, Row
 from datamodules.settings import settings_digest
+from datamodules.sources.gather import evenly
 from datamodules.sources.questions import QuestionSource
 from lightning_modules.models.language_model import LanguageModel
 

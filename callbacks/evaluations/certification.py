@@ -183,6 +183,7 @@ class Certification:
             category=own.categories[i],
             functional=own.functional[i],
             history=[list(turn) for turn in request.history],
+            document=request.data,
             reply=replies[0],
             counts={
                 "selected": selected,

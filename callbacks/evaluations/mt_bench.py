@@ -21,11 +21,11 @@ from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.session import Place
 from callbacks.judges.grader import Grader, grade
 from callbacks.report.grades import GRADE
-from datamodules.evaluation import evenly
 from datamodules.fields import Count, checked
 from datamodules.results import Identity, Measurement, Row
 from datamodules.settings import settings_digest
 from datamodules.sources.conversations import TURNS, Conversation, GradingPrompt, MTBenchFiles
+from datamodules.sources.gather import evenly
 from lightning_modules.models.chat import ChatModel, Unanswered
 from lightning_modules.models.decoder import text_config
 from lightning_modules.models.language_model import LanguageModel

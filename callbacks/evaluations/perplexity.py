@@ -26,10 +26,10 @@ from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.session import Place
 from callbacks.evaluations.undisturbed import undisturbed
 from datamodules.batch import pad
-from datamodules.evaluation import evenly
 from datamodules.fields import Count, checked
 from datamodules.results import Identity, Measurement, Row
 from datamodules.settings import settings_digest
+from datamodules.sources.gather import evenly
 from lightning_modules.models.decoder import text_config
 from lightning_modules.models.language_model import LanguageModel
 

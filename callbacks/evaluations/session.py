@@ -273,16 +273,17 @@ class Session:
         return rows
 
     def _measured(self, job: Job) -> list[Row]:
-        model, probe, defence = self.place.model, job.probe, self.place.defence
+        model, probe, around = self.place.model, job.probe, self.place.defence
+        span = self.data.encoding.attackable
         if probe.transfer is not None:
-            return measure(model, job, lambda: attack(model, job, self._found(probe)), defence)
+            return measure(model, job, lambda: attack(model, job, self._found(probe)), around, span)
         wanted = any(
             isinstance(other.probe.transfer, FreeSuffix) and other.probe.attack is probe.attack
             for other in self._probing
         )
         if wanted and self._donors(probe)[0] is job:
-            return measure(model, job, lambda: self._attacked(job)[1], defence)
-        return measure(model, job, defence=defence)
+            return measure(model, job, lambda: self._attacked(job)[1], around, span)
+        return measure(model, job, None, around, span)
 
     def _donors(self, probe: Probe) -> list[Job]:
         """This process's jobs of an attack on harmful requests, whose findings benign prompts get.

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from datamodules.rows import Row, RowProblem
 
+T = TypeVar("T")
 R = TypeVar("R", bound=Row, covariant=True)
 
 
@@ -76,3 +77,10 @@ def describe(source: Any) -> str:
         return f"{type(source).__name__} of {describe(inner)}"
     place = next((vars(source)[n] for n in ("path", "behaviors", "run") if n in vars(source)), None)
     return type(source).__name__ + (f" of {place}" if place else "")
+
+
+def evenly(rows: Sequence[T], limit: int | None) -> Sequence[T]:
+    """At most `limit` rows, evenly spaced, so that a subset spans a file sorted by category."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]

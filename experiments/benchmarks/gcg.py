@@ -25,7 +25,7 @@ import torch
 
 from callbacks.run_folder.provenance import environment_facts
 from datamodules.batch import AdversarialBatch
-from datamodules.evaluation import evenly
+from datamodules.sources.gather import evenly
 from datamodules.sources.harmbench import HarmBench
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat

@@ -132,8 +132,9 @@ def _check_class(path: str, node: Mapping[str, Any], hint: Any) -> None:
 
 
 def implements(cls: type, protocol: type) -> bool:
-    """Whether a class has a protocol's methods, with parameters of the same names."""
-    for name, wanted in vars(protocol).items():
+    """Whether a class has a protocol's methods, inherited ones too, with parameters of the same names."""
+    protocols = [own for own in reversed(protocol.__mro__) if getattr(own, "_is_protocol", False)]
+    for name, wanted in {name: own for base in protocols for name, own in vars(base).items()}.items():
         if not inspect.isfunction(wanted) or (name.startswith("_") and name != "__call__"):
             continue
         if name == "__init__" or getattr(wanted, "__module__", "").startswith("typing"):

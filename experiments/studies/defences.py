@@ -33,6 +33,7 @@ SETTINGS: dict[str, Sequence[str]] = {
     "erase_and_check": ("--vars.defence_place=before", "--vars.defence_penalty=0"),
     "ngram_filter": (),
     "learned_filter": (),
+    "reply_filter": (),
 }
 """Defence -> what its adaptive attack is told beside the defence: the least that leaves its threat model (a
 copy of SmoothLLM's cannot name what it garbles; before the request is outside the suffix mode)."""
@@ -43,6 +44,7 @@ SHOWN = {
     "erase_and_check": "erase-and-check, suffix, 20",
     "perplexity_filter": "bigram filter, window 10",
     "learned_filter": "learned filter, probe of layer 3",
+    "reply_filter": "reply filter, probe of layer 3",
 }
 """Name of a defence in its results -> in the table, in its order."""
 NOTE = (

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from datamodules.batch import EvaluationBatch
 from datamodules.settings import settings_digest
+from datamodules.text.spans import Attackable
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.models.language_model import Attacked, LanguageModel
 from lightning_modules.models.requests import GREEDY, Decoding, Request
@@ -112,14 +113,35 @@ class Defended:
         return [answer.reply for answer in self.answers(prompts, decoding, seed)]
 
 
-def requests_of(batch: EvaluationBatch, attacked: AttackedPrompt | None = None) -> list[Request]:
-    """Prompts as a user sends them: what an attack has written in their place, where it has."""
-    texts = attacked.texts if attacked is not None and attacked.texts else batch.prompts
+def requests_of(
+    batch: EvaluationBatch, attacked: AttackedPrompt | None = None, attackable: Attackable = "user"
+) -> list[Request]:
+    """Prompts as a user sends them: what an attack has written in the place of the user's texts, or of the
+    documents where it may write those."""
+    texts: Sequence[str] = batch.prompts
+    documents: Sequence[str | None] = batch.documents or [None] * len(batch)
+    if attacked is not None and attacked.texts:
+        texts, documents = (texts, attacked.texts) if attackable == "data" else (attacked.texts, documents)
     histories = (attacked.histories if attacked is not None else ()) or batch.histories
     return [
-        Request(text, batch.systems[i] if batch.systems else None, tuple(histories[i]) if histories else ())
-        for i, text in enumerate(texts)
+        Request(
+            text,
+            batch.systems[i] if batch.systems else None,
+            tuple(histories[i]) if histories else (),
+            data=document,
+        )
+        for i, (text, document) in enumerate(zip(texts, documents, strict=True))
     ]
+
+
+def without_documents(owner: str, requests: Sequence[Request]) -> None:
+    """Raises: ValueError for a request with a document, which a defence that reads the user's text alone
+    would let by unseen."""
+    if any(request.data is not None for request in requests):
+        raise ValueError(
+            f"{owner}: expected requests without a document, since it reads the user's text alone, got one "
+            "with a document; take a learned filter, a reply filter or a reminder"
+        )
 
 
 def label(defence: Defence | None) -> str:
@@ -130,14 +152,17 @@ def label(defence: Defence | None) -> str:
 def rng_of(seed: int, number: int, request: Request) -> torch.Generator:
     """The random state of one request: of the defence's seed, the caller's and what is asked, never of its
     place in a batch."""
-    words = [str(seed), str(number), repr((request.system, request.history, request.prefill)), request.text]
+    around: tuple[object, ...] = request.system, request.history, request.prefill
+    if request.data is not None:
+        around = *around, request.data
+    words = [str(seed), str(number), repr(around), request.text]
     digest = hashlib.blake2b("\0".join(words).encode(errors="surrogatepass"), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def spent(model: LanguageModel, requests: Sequence[Request], replies: Sequence[str]) -> list[int]:
     """Tokens of each prompt and its reply, with the template's."""
-    prompts = [len(model.chat.prompt(r.text, r.system, r.history).ids) for r in requests]
+    prompts = [len(request.tokens(model.chat).ids) for request in requests]
     # No tokenizer takes half a surrogate pair.
     written = model.chat.encode_batch([reply.encode(errors="replace").decode() for reply in replies])
     return [read + len(own) for read, own in zip(prompts, written, strict=True)]
@@ -155,12 +180,15 @@ def counts(model: LanguageModel, request: Request, answer: Answer) -> dict[str, 
 
 
 def marked(model: LanguageModel, requests: Sequence[Request], attacked: Attacked) -> Marked:
-    """Attacked prompts with their user's part: what stands between the template's beginning and its end,
-    which an attack leaves as they are."""
+    """Attacked prompts with their user's part, its document included: what stands between the template's
+    beginning and its end, which an attack leaves as they are."""
     mask = torch.zeros_like(attacked.prompt_mask)
     width = mask.shape[1]
     for row, own in enumerate(requests):
-        user = model.chat.prompt(own.text, own.system, own.history).attackable("user")
+        tokens = own.tokens(model.chat)
+        user = [
+            one or two for one, two in zip(tokens.attackable("user"), tokens.attackable("data"), strict=True)
+        ]
         before, after = user.index(True), user[::-1].index(True)
         forced = len(attacked.forced[row]) if attacked.forced else 0
         begin = width - int(attacked.prompt_mask[row].sum())

@@ -6,19 +6,21 @@ of another kind have no such promise).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from datamodules.rows import ChatRow, HarmfulRow, RowProblem
-from datamodules.sources.base import ChatSource, HarmfulSource
+from datamodules.rows import ChatRow, Row, RowProblem
+from datamodules.sources.base import ChatSource
+from datamodules.sources.gather import Source, evenly
 from lightning_modules.models.adapters import switches
 from lightning_modules.models.language_model import LanguageModel
 
-Scores = Callable[[LanguageModel, Sequence[str]], list[float]]
+R = TypeVar("R", bound=Row)
+Scores = Callable[[LanguageModel, Sequence[ChatRow]], list[float]]
 
 
 class Threshold:
@@ -28,7 +30,7 @@ class Threshold:
         owner: the filter's name, for what errors say.
         benign: requests that calibrate it, of training or validation, never of test.
         false_positive_rate: the share of such requests that may be above it.
-        num_calibration: so many of them.
+        num_calibration: so many of them, evenly spaced over the source.
 
     Raises: ValueError where so few requests cannot hold the rate, with the smallest number that can.
     """
@@ -54,13 +56,13 @@ class Threshold:
         weights = versions(model)
         known = self._known.get(model.module)
         if known is None or known[0] != weights:
-            texts = texts_of(self._benign, self._count)
-            if len(texts) < self._count:
+            rows = rows_of(self._benign, self._count)
+            if len(rows) < self._count:
                 raise ValueError(
-                    f"{self._owner}.num_calibration: expected at most the {len(texts)} requests of the "
+                    f"{self._owner}.num_calibration: expected at most the {len(rows)} requests of the "
                     f"source, got {self._count}; lower it"
                 )
-            known = weights, conformal_threshold(scores(model, texts), self._rate)
+            known = weights, conformal_threshold(scores(model, rows), self._rate)
             self._known[model.module] = known
         return known[1]
 
@@ -81,12 +83,18 @@ def conformal_threshold(scores: Sequence[float], false_positive_rate: float) -> 
     return sorted(scores)[max(rank, 1) - 1]
 
 
-def texts_of(source: ChatSource | HarmfulSource, limit: int) -> list[str]:
-    """The first so many prompts of a source. Raises: ValueError naming a row that cannot be read."""
+def rows_of(source: Source[R], limit: int) -> list[R]:
+    """So many rows of a source, evenly spaced, so that they span one that is sorted; all of a smaller one. It
+    is read twice, since a large one should not be held.
+
+    Raises: ValueError naming a chosen row that cannot be read.
+    """
+    chosen = set(evenly(range(sum(1 for _ in source.rows())), limit))
     found = []
-    rows: itertools.islice[ChatRow | HarmfulRow | RowProblem] = itertools.islice(source.rows(), limit)
-    for row in rows:
+    for number, row in enumerate(source.rows()):
+        if number not in chosen:
+            continue
         if isinstance(row, RowProblem):
             raise ValueError(f"{row}; mend the row, or take another source")
-        found.append(row.prompt)
+        found.append(row)
     return found

@@ -21,7 +21,7 @@ import torch
 
 from datamodules.fields import Count, NonNegativeInt, Share, checked
 from lightning_modules.attacks.verdicts import Verdict, verdicts
-from lightning_modules.defences.base import ROWS_AT_ONCE, rng_of, spent
+from lightning_modules.defences.base import ROWS_AT_ONCE, rng_of, spent, without_documents
 from lightning_modules.defences.filtered import Check, Filter
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Decoding, Request
@@ -106,14 +106,15 @@ class EraseAndCheck:
     def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
         """The share of the erased requests that the filter flags; above 0 the request is flagged.
 
-        Raises: ValueError where a request has more erased ones than can be looked at.
+        Raises: ValueError for a request with a document, or with more erased ones than can be looked at.
         """
+        without_documents(type(self).__name__, requests)
         whole = [[request, *self._erased(model, request)] for request in requests]
         found = iter(self.filter.checks(model, [own for family in whole for own in family]))
         return [_joined([next(found) for _ in family]) for family in whole]
 
     def _erased(self, model: LanguageModel, request: Request) -> list[Request]:
-        tokens = model.chat.prompt(request.text, request.system, request.history)
+        tokens = request.tokens(model.chat)
         user = [i for i, own in enumerate(tokens.attackable("user")) if own]
         kept = num_erased(len(user), self.max_erase, self.mode, self.num_insertions)
         if kept > MOST_CHECKS:

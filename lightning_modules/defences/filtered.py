@@ -78,6 +78,8 @@ class Filtered:
         """The request as it is, once it is through; nothing is random."""
         return [[request] for request in requests]
 
-    def excesses(self, model: LanguageModel, requests: Sequence[Request]) -> list[float] | None:
-        """How far each request is beyond what the filter lets through."""
+    def excesses(
+        self, model: LanguageModel, requests: Sequence[Request], replies: Sequence[str]
+    ) -> list[float] | None:
+        """How far each request is beyond what the filter lets through, whatever the reply."""
         return [check.excess for check in self.filter.checks(model, requests)]

@@ -1,17 +1,18 @@
-"""A learned filter: requests that a classifier finds more harmful than it finds benign ones are flagged.
+"""A learned filter of requests: what a classifier finds more harmful than benign is flagged.
 
     score(x) = log p(harmful | x) / p(benign | x),   flagged above a threshold that benign requests calibrate
 
-`LinearProbe` is the project's own, fitted when it is first asked, on training requests: the same rows and
-weights give the same classifier. hub_classifier.py is
-any sequence classifier of transformers.
+Of a request its whole conversation is judged: system message, earlier turns, text, document. Replies are
+judged by reply_filter.py. `LinearProbe` is the project's own classifier, fitted when it is first asked, on
+training rows: the same rows and weights give the same classifier. hub_classifier.py is any sequence
+classifier of transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,25 +22,37 @@ from torch.nn.functional import softplus
 
 from datamodules.batch import pad
 from datamodules.fields import Count, NonNegativeInt, Positive, Share, checked
+from datamodules.rows import ChatRow
 from datamodules.sources.base import ChatSource, HarmfulSource
 from lightning_modules.defences.base import ROWS_AT_ONCE
-from lightning_modules.defences.calibrated import Threshold, Versions, texts_of, versions
+from lightning_modules.defences.calibrated import Threshold, Versions, rows_of, versions
+from lightning_modules.defences.exchange import Exchange, replied, request_of
 from lightning_modules.defences.filtered import Check
 from lightning_modules.models.hidden_states import conversation_states, num_layers
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Request
 
+Reads = Literal["requests", "replies"]
+
 
 class Classifier(Protocol):
-    """How much more harmful than benign a request is."""
+    """How much more harmful than benign a conversation is, or its reply where it has one."""
 
-    def log_odds(self, model: LanguageModel, texts: Sequence[str]) -> list[float]:
-        """log p(harmful) - log p(benign) of every text."""
+    def log_odds(self, model: LanguageModel, exchanges: Sequence[Exchange]) -> list[float]:
+        """log p(harmful) - log p(benign) of each."""
         ...
 
-    def read(self, model: LanguageModel, texts: Sequence[str]) -> list[int]:
-        """Tokens that a model reads to tell it of every text; 0 where none is asked."""
+    def read(self, model: LanguageModel, exchanges: Sequence[Exchange]) -> list[int]:
+        """Tokens that a model reads to tell it of each; 0 where none is asked."""
         ...
+
+
+def checked_by(
+    classifier: Classifier, model: LanguageModel, exchanges: Sequence[Exchange], limit: float
+) -> list[Check]:
+    """The log-odds' distance from a threshold, in nats, and what that cost."""
+    scores, tokens = classifier.log_odds(model, exchanges), classifier.read(model, exchanges)
+    return [Check(score - limit, int(count > 0), count) for score, count in zip(scores, tokens, strict=True)]
 
 
 @checked
@@ -51,7 +64,8 @@ class LearnedFilter:
         benign: requests that calibrate the threshold; others than those that the classifier was fitted to,
             and never test's.
         false_positive_rate: the share of such requests that may be flagged.
-        num_calibration: so many of them.
+        num_calibration: so many of them, evenly spaced over the source. They are judged as they are: their
+            system messages, earlier turns and documents should be like those to come.
 
     Raises: ValueError where so few requests cannot hold the rate, with the smallest number that can.
     """
@@ -73,30 +87,33 @@ class LearnedFilter:
 
     def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
         """The log-odds' distance from the threshold, in nats."""
-        limit = self._threshold.of(model, self.classifier.log_odds)
-        texts = [request.text for request in requests]
-        scores, tokens = self.classifier.log_odds(model, texts), self.classifier.read(model, texts)
-        return [
-            Check(score - limit, int(count > 0), count) for score, count in zip(scores, tokens, strict=True)
-        ]
+        limit = self._threshold.of(model, self._benign_scores)
+        return checked_by(self.classifier, model, [Exchange(request) for request in requests], limit)
+
+    def _benign_scores(self, model: LanguageModel, rows: Sequence[ChatRow]) -> list[float]:
+        return self.classifier.log_odds(model, [Exchange(request_of(row)) for row in rows])
 
 
 @checked
 class LinearProbe:
-    """Logistic regression on the state of the model behind the filter, after one of its layers, at the
-    prompt's last token; fitted to training requests when it is first asked, anew for other weights.
+    """Logistic regression on what the model behind the filter makes of a conversation, after one of its
+    layers: its state at the prompt's last token, or the mean of its states at a reply's tokens. Fitted to
+    training rows when it is first asked, anew for other weights.
 
         min_w  mean_harmful softplus(-s) + mean_benign softplus(s) + l2/2 |w|^2,   s = w . (x - m) / d + b
 
     with m and d the mean and the deviation of each coordinate. Convex, so that no seed matters; both kinds
-    weigh alike, so that s is the log-odds at equal shares.
+    weigh alike, so that s is the log-odds at equal shares. Of replies, harmful are the targets of the harmful
+    rows; benign are the replies of the benign rows and the safe replies to the harmful ones: a refusal is no
+    harm, whatever it was asked for.
 
     Args:
         harmful: requests to refuse, of the training data.
         benign: requests to answer, of the training data; some should look harmful.
         layer: counted from 0; null takes the middle one.
-        num_fit: so many requests of each kind, at most.
+        num_fit: so many rows of each source, at most, evenly spaced.
         l2: weight of the penalty.
+        reads: `requests` for a learned filter, `replies` for a reply filter.
     """
 
     def __init__(
@@ -106,48 +123,71 @@ class LinearProbe:
         layer: NonNegativeInt | None = None,
         num_fit: Count = 1000,
         l2: Positive = 0.01,
+        reads: Reads = "requests",
     ) -> None:
         self.harmful, self.benign = harmful, benign
         self.layer = layer
         self.num_fit = num_fit
         self.l2 = l2
+        self.reads: Reads = reads
         self._fitted: WeakKeyDictionary[nn.Module, tuple[Versions, Line]] = WeakKeyDictionary()
 
-    def log_odds(self, model: LanguageModel, texts: Sequence[str]) -> list[float]:
-        """One forward pass each. Raises: ValueError where a source has no request, or for a layer that the
-        model does not have."""
-        return self._line(model)(self.states(model, texts)).tolist() if texts else []
+    def log_odds(self, model: LanguageModel, exchanges: Sequence[Exchange]) -> list[float]:
+        """One forward pass each. Raises: ValueError where a source has no row, or one without a reply where
+        replies are read; for a layer that the model does not have; where requests are asked about and replies
+        are read, or the other way round."""
+        asked = {"requests" if own.reply is None else "replies" for own in exchanges}
+        if asked - {self.reads}:
+            raise ValueError(
+                f"LinearProbe.reads: expected {asked.pop()} for this filter, got {self.reads}; set the other"
+            )
+        return self._line(model)(self.states(model, exchanges)).tolist() if exchanges else []
 
-    def read(self, model: LanguageModel, texts: Sequence[str]) -> list[int]:
-        """The whole prompt."""
-        return [len(model.chat.prompt(text).ids) for text in texts]
+    def read(self, model: LanguageModel, exchanges: Sequence[Exchange]) -> list[int]:
+        """The whole conversation."""
+        return [sum(map(len, own.ids(model.chat))) for own in exchanges]
 
     @torch.no_grad()
-    def states(self, model: LanguageModel, texts: Sequence[str]) -> Float[Tensor, "text dim"]:
-        """What it sees of each text, in float64 on the CPU."""
-        count, found = num_layers(model), []
+    def states(self, model: LanguageModel, exchanges: Sequence[Exchange]) -> Float[Tensor, "exchange dim"]:
+        """What it sees of each conversation, in float64 on the CPU."""
+        count, found = num_layers(model), list[Tensor]()
         layer = count // 2 if self.layer is None else self.layer
         if layer >= count:
             raise ValueError(f"LinearProbe.layer: expected at most {count - 1}, got {layer}; lower it")
         with model.frozen():
-            for start in range(0, len(texts), ROWS_AT_ONCE):
-                rows = [model.chat.prompt(text).ids for text in texts[start : start + ROWS_AT_ONCE]]
-                ids, mask = (own.to(model.device) for own in pad(rows, "left"))
+            for start in range(0, len(exchanges), ROWS_AT_ONCE):
+                parts = [own.ids(model.chat) for own in exchanges[start : start + ROWS_AT_ONCE]]
+                ids, mask = (own.to(model.device) for own in pad([one + two for one, two in parts], "left"))
                 (states,) = conversation_states(model, ids, mask, [layer])
-                found.append(states[:, -1].double().cpu())
-        return torch.cat(found)
+                # A prompt's last token, or all of the reply.
+                found += [
+                    own[-max(1, len(reply)) :].double().mean(0).cpu()
+                    for own, (_, reply) in zip(states, parts, strict=True)
+                ]
+        return torch.stack(found)
 
     def _line(self, model: LanguageModel) -> Line:
         weights = versions(model)
         known = self._fitted.get(model.module)
         if known is None or known[0] != weights:
-            kinds = [texts_of(source, self.num_fit) for source in (self.harmful, self.benign)]
-            if not all(kinds):
-                raise ValueError("LinearProbe: expected requests of both kinds, got none of one")
-            harmful, benign = (self.states(model, texts) for texts in kinds)
+            harmful, benign = (self.states(model, own) for own in self._examples())
             known = weights, fitted(harmful, benign, self.l2)
             self._fitted[model.module] = known
         return known[1]
+
+    def _examples(self) -> tuple[list[Exchange], list[Exchange]]:
+        """Harmful and benign conversations of the training rows."""
+        harmful, benign = rows_of(self.harmful, self.num_fit), rows_of(self.benign, self.num_fit)
+        if not harmful or not benign:
+            raise ValueError("LinearProbe: expected rows of both kinds, got none of one")
+        if self.reads == "requests":
+            return [Exchange(request_of(row)) for row in harmful], [
+                Exchange(request_of(row)) for row in benign
+            ]
+        return (
+            [replied(row, row.target) for row in harmful],
+            [replied(row, row.reply) for row in benign] + [replied(row, row.safe_reply) for row in harmful],
+        )
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ import torch
 
 from datamodules.batch import pad
 from datamodules.fields import Count, Positive, Share, checked
+from datamodules.rows import ChatRow
 from datamodules.sources.base import ChatSource
 from datamodules.text.chat_format import ChatFormat
-from lightning_modules.defences.base import ROWS_AT_ONCE
-from lightning_modules.defences.calibrated import Threshold, texts_of
+from lightning_modules.defences.base import ROWS_AT_ONCE, without_documents
+from lightning_modules.defences.calibrated import Threshold, rows_of
 from lightning_modules.defences.filtered import Check
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Request
@@ -66,7 +67,7 @@ class NgramNats:
 
     Args:
         source: benign requests to count in; others than those that calibrate.
-        limit: its first so many rows.
+        limit: so many of its rows, evenly spaced.
         weight: how many counts the unigram share is worth where a bigram is rare (Dirichlet prior).
     """
 
@@ -94,7 +95,7 @@ class NgramNats:
     def _counted(self, chat: ChatFormat) -> tuple[Counter[tuple[int, int]], Counter[int], Counter[int]]:
         key = chat.tokenizer.name_or_path, len(chat.tokenizer)
         if key not in self._known:
-            rows = chat.encode_batch([text.strip() for text in texts_of(self.source, self.limit)])
+            rows = chat.encode_batch([text.strip() for text in _texts(rows_of(self.source, self.limit))])
             pairs = Counter(pair for ids in rows for pair in itertools.pairwise([-1, *ids]))
             firsts = Counter(token for ids in rows for token in [-1, *ids][:-1])
             self._known[key] = pairs, firsts, Counter(token for ids in rows for token in ids)
@@ -139,7 +140,11 @@ class PerplexityFilter:
         self._threshold = Threshold(type(self).__name__, benign, false_positive_rate, num_calibration)
 
     def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
-        """The score's distance from the threshold, in nats per token."""
+        """The score's distance from the threshold, in nats per token; earlier turns are not looked at.
+
+        Raises: ValueError for a request with a document.
+        """
+        without_documents(type(self).__name__, requests)
         limit = self.threshold(model)
         texts = [request.text for request in requests]
         asked = self.scorer.asks_model
@@ -157,11 +162,15 @@ class PerplexityFilter:
 
         Raises: ValueError where the source has fewer requests than were asked for.
         """
-        return self._threshold.of(model, self.scores)
+        return self._threshold.of(model, lambda own, rows: self.scores(own, _texts(rows)))
 
     def _scored(self, model: LanguageModel, texts: Sequence[str]) -> tuple[list[float], list[int]]:
         every = self.scorer.nats(model, texts)
         return [worst_window(own, self.window) for own in every], [len(own) for own in every]
+
+
+def _texts(rows: Sequence[ChatRow]) -> list[str]:
+    return [row.prompt for row in rows]
 
 
 def worst_window(nats: Sequence[float], window: int | None) -> float:

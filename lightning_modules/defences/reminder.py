@@ -50,7 +50,9 @@ class Reminder:
         """The reminded request; nothing is random."""
         return [[self.reminded(request)] for request in requests]
 
-    def excesses(self, model: LanguageModel, requests: Sequence[Request]) -> list[float] | None:
+    def excesses(
+        self, model: LanguageModel, requests: Sequence[Request], replies: Sequence[str]
+    ) -> list[float] | None:
         """None: nothing is stopped."""
         return None
 

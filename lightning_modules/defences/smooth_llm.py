@@ -15,7 +15,7 @@ import torch
 
 from datamodules.fields import Count, NonNegativeInt, Share, checked
 from lightning_modules.attacks.verdicts import Verdict
-from lightning_modules.defences.base import ROWS_AT_ONCE, Answer, rng_of, spent
+from lightning_modules.defences.base import ROWS_AT_ONCE, Answer, rng_of, spent, without_documents
 from lightning_modules.defences.voting import elected
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import Decoding, Request
@@ -87,12 +87,16 @@ class SmoothLLM:
             for request in requests
         ]
 
-    def excesses(self, model: LanguageModel, requests: Sequence[Request]) -> list[float] | None:
+    def excesses(
+        self, model: LanguageModel, requests: Sequence[Request], replies: Sequence[str]
+    ) -> list[float] | None:
         """None: nothing is stopped."""
         return None
 
     def perturbed(self, model: LanguageModel, request: Request, rng: torch.Generator) -> Request:
-        """A copy with changed characters, as the template takes it."""
+        """A copy with changed characters, as the template takes it. Raises: ValueError for a request with a
+        document."""
+        without_documents(type(self).__name__, [request])
         changed = perturb(request.text, self.share, self.perturbation, rng)
         # A change may spell a special token, or leave nothing but space.
         return replace(request, text=model.chat.neutralised(changed).strip() or request.text)

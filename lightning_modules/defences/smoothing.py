@@ -79,7 +79,9 @@ class EmbeddingSmoothing:
         """The request itself: a text does not show the noise. The attack that sees it is SmoothedPGD's."""
         return [[request] for request in requests]
 
-    def excesses(self, model: LanguageModel, requests: Sequence[Request]) -> list[float] | None:
+    def excesses(
+        self, model: LanguageModel, requests: Sequence[Request], replies: Sequence[str]
+    ) -> list[float] | None:
         """None: nothing is stopped."""
         return None
 

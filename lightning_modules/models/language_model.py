@@ -302,7 +302,7 @@ def encoded(model: LanguageModel, requests: Sequence[Request]) -> Encoded:
 
     Raises: ValueError where one does not fit the chat template.
     """
-    prompts = [model.chat.prompt(r.text, r.system, r.history) for r in requests]
+    prompts = [request.tokens(model.chat) for request in requests]
     forced = [
         _prefill(model.chat, prompt, request.prefill) if request.prefill else []
         for prompt, request in zip(prompts, requests, strict=True)

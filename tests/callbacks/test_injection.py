@@ -3,7 +3,7 @@ known, and one case on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from datamodules.sources.tinychat.tickets import TinyChatTickets
 from datamodules.text.encoding import EncodingConfig
 from datamodules.text.tokenizers import TokenizerConfig
 from lightning_modules.attacks.text.rewrites import DirectRequest, Noise
+from lightning_modules.defences.base import Answer
 from lightning_modules.models.language_model import LanguageModel
-from lightning_modules.models.requests import GREEDY, Decoding
+from lightning_modules.models.requests import GREEDY, Decoding, Request
 from tests.conftest import chat_model
 from tests.support.rows import row
 from tests.support.suspicious import measured
@@ -97,6 +98,34 @@ def test_success_and_the_task_kept_are_told_apart(tmp_path: Path) -> None:
         assert kept.attacked not in (None, kept.document)
         assert isinstance(own.row, HarmfulRow)
         assert (kept.answer, kept.forbidden) == (own.row.safe_reply, own.row.forbidden)
+
+
+class Watches:
+    """A defence that keeps what it is asked, and does nothing."""
+
+    name = "watches"
+
+    def __init__(self) -> None:
+        self._asked: list[Request] = []
+
+    def answers(
+        self, model: LanguageModel, requests: Sequence[Request], decoding: Decoding, seed: int
+    ) -> list[Answer]:
+        self._asked += requests
+        return [Answer("Red.", 1, 1) for _ in requests]
+
+
+def test_a_defence_is_asked_with_the_document_that_the_attack_left(tmp_path: Path) -> None:
+    """Of harmful rows and, done to them, of clean ones; the trusted instruction is the user's text."""
+    data, watches = documents(), Watches()
+    suite = InjectionEvaluation(
+        {"noise": Noise("character", rate=0.5, num_samples=1)}, benign=BenignUnderAttack()
+    )
+    suite.attach(data)
+    measured(tmp_path, Obedient(data, "record"), data, suite, defence=watches)
+    rows = [own for own in read_rows(tmp_path) if own.attack == "noise"]
+    assert {own.subject for own in rows} == {"harmful", "utility"} and len(rows) == len(watches._asked) == 13
+    assert {(own.text, own.data) for own in watches._asked} == {(own.prompt, own.attacked) for own in rows}
 
 
 def test_attacks_on_the_trusted_instruction_are_refused() -> None:

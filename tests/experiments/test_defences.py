@@ -10,15 +10,15 @@ import pytest
 from callbacks.judges.keyword import KeywordRefusal
 from datamodules.results import ResultsStore, Row, read_rows
 from experiments.config.check import check
-from experiments.config.compose import compose
-from experiments.studies.defences import SHOWN, archive, measured, report, table, words
+from experiments.config.compose import ConfigError, compose
+from experiments.studies.defences import ATTACKS, RECIPE, SHOWN, archive, measured, report, table, words
 from tests.conftest import ROOT
 from tests.support.rows import measurement, row
 
 RECORDED = ROOT / "experiments" / "results" / "defences_cpu_202611"
 
 
-@pytest.mark.parametrize("defence", ["", "smooth_llm"])
+@pytest.mark.parametrize("defence", ["", "smooth_llm", "reply_filter"])
 def test_a_command_fits_its_recipe(defence: str, in_root: Path) -> None:
     own = words(defence, Path("run"), ["--vars.defence_limit=3"])
     files = [own[i + 1] for i, word in enumerate(own) if word == "--config"]
@@ -27,11 +27,26 @@ def test_a_command_fits_its_recipe(defence: str, in_root: Path) -> None:
     check(config, "test")
     suite = config["trainer"]["callbacks"][-1]["init_args"]
     assert suite["schedule"]["test_limit"] == 3
-    assert suite["attacks"]["static"]["init_args"]["target_tokens"] == (5 if defence else 12)
+    assert suite["attacks"]["static"]["init_args"]["target_tokens"] == (5 if defence == "smooth_llm" else 12)
     known = suite["attacks"]["adaptive"]["init_args"]["defence"]
     assert (known is None) == (not defence)
     assert config["data"]["init_args"]["evaluation"]["harmful"][0]["init_args"]["split"] == "test"
     assert config["trainer"]["default_root_dir"] == "run"
+
+
+def test_a_filter_of_requests_stands_within_one_of_replies(in_root: Path) -> None:
+    config = compose([RECIPE, "configs/defence/both_filters.yaml", ATTACKS], [])
+    check(config, "test")
+    defence = config["model"]["init_args"]["defence"]
+    inner = defence["init_args"]["within"]
+    assert inner["class_path"].endswith("filtered.Filtered")
+    assert inner["init_args"]["filter"]["init_args"]["classifier"]["init_args"]["layer"] == 3
+    known = config["trainer"]["callbacks"][-1]["init_args"]["attacks"]["adaptive"]["init_args"]["defence"]
+    assert known == defence
+    inner["class_path"] = "lightning_modules.attacks.base.NoAttack"
+    inner["init_args"] = {}
+    with pytest.raises(ConfigError, match="within.class_path: expected a kind of Inner, got .*NoAttack"):
+        check(config, "test")
 
 
 def test_a_run_is_archived_with_its_table_and_an_unfinished_one_has_holes(tmp_path: Path) -> None:
@@ -107,7 +122,8 @@ def test_every_cell_of_the_recorded_table_is_what_its_rows_say() -> None:
     """Computed again by the code that wrote it, and from the verdicts alone."""
     assert (RECORDED / "report.md").read_text(encoding="utf-8") == report(RECORDED)
     own, rows = table(RECORDED), read_rows(RECORDED)
-    assert [row[0].text for row in own.rows] == [*SHOWN.values()]
+    # The filter of replies came later (experiments/LOG.md).
+    assert [row[0].text for row in own.rows] == [SHOWN[name] for name in SHOWN if name != "reply_filter"]
     refusal = KeywordRefusal().name
     for defence, cells in zip(measured(RECORDED), own.rows, strict=True):
         found = [row for row in rows if row.defence == defence]

@@ -14,12 +14,13 @@ import torch
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from datamodules.batch import AdversarialBatch
+from datamodules.rows import ChatRow
 from datamodules.sources.tinychat.sources import TinyChatBenign
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.suffix.through_defence import ThroughDefence
 from lightning_modules.defences.base import Defended, label, marked, rng_of
-from lightning_modules.defences.calibrated import conformal_threshold, texts_of
+from lightning_modules.defences.calibrated import conformal_threshold
 from lightning_modules.defences.erase_and_check import EraseAndCheck, RefusalFilter, erased, num_erased
 from lightning_modules.defences.filtered import Check, Filtered
 from lightning_modules.defences.perplexity import NgramNats, PerplexityFilter, worst_window
@@ -178,7 +179,9 @@ def test_a_window_finds_what_a_mean_hides() -> None:
 def test_bigrams_are_a_distribution_and_dislike_random_tokens() -> None:
     chat = chat_model()
     scorer = NgramNats(TinyChatBenign("train", num_rows=300), 300)
-    benign = texts_of(TinyChatBenign("validation", num_rows=50), 50)
+    benign = [
+        row.prompt for row in TinyChatBenign("validation", num_rows=50).rows() if isinstance(row, ChatRow)
+    ]
     rng = random.Random(0)
     garbage = [" ".join(rng.sample(sorted(chat.chat.tokenizer.get_vocab()), 12)) for _ in range(20)]
 
@@ -338,8 +341,8 @@ def test_the_adaptive_search_gets_under_a_filter_that_stops_the_static_one() -> 
     adaptive = ThroughDefence(around, **settings)(own, batch, torch.Generator().manual_seed(0))
     few = {**settings, "num_steps": 2}
     static = ThroughDefence(None, **few)(own, batch, torch.Generator().manual_seed(0))
-    assert all(excess <= 0 for excess in around.excesses(own, ask(*adaptive.texts)) or ())
-    assert all(excess > 0 for excess in around.excesses(own, ask(*static.texts)) or ())
+    assert all(excess <= 0 for excess in around.excesses(own, ask(*adaptive.texts), batch.targets) or ())
+    assert all(excess > 0 for excess in around.excesses(own, ask(*static.texts), batch.targets) or ())
 
 
 def test_the_expectation_is_over_draws_that_candidates_share() -> None:

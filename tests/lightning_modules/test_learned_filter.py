@@ -9,11 +9,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from datamodules.rows import ChatRow
 from datamodules.sources.base import ChatSource
 from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from lightning_modules.attacks.suffix.through_defence import ThroughDefence
 from lightning_modules.defences.base import Defended, label
-from lightning_modules.defences.calibrated import Threshold, texts_of
+from lightning_modules.defences.calibrated import Threshold, rows_of
+from lightning_modules.defences.exchange import Exchange, request_of
 from lightning_modules.defences.filtered import Filtered
 from lightning_modules.defences.hub_classifier import HubClassifier
 from lightning_modules.defences.learned import LearnedFilter, LinearProbe, fitted
@@ -29,6 +31,10 @@ LOOKS_HARMFUL = ["guide", "judge", "story", "protect"]
 
 def probe(layer: int = 1, num_fit: int = 40) -> LinearProbe:
     return LinearProbe(TinyChatHarmful("train"), TinyChatBenign("train", num_rows=200), layer, num_fit)
+
+
+def said(*texts: str) -> list[Exchange]:
+    return [Exchange(Request(text)) for text in texts]
 
 
 def calibration(num_rows: int = 200, seed: int = 1) -> ChatSource:
@@ -59,9 +65,9 @@ def test_a_threshold_is_of_what_the_model_computes_now() -> None:
     )
     asked: list[int] = []
 
-    def scores(_: LanguageModel, texts: Sequence[str]) -> list[float]:
-        asked.append(len(texts))
-        return [float(len(asked))] * len(texts)
+    def scores(_: LanguageModel, rows: Sequence[ChatRow]) -> list[float]:
+        asked.append(len(rows))
+        return [float(len(asked))] * len(rows)
 
     assert [limit.of(model, scores) for _ in range(2)] == [1.0, 1.0]
     with disabled_adapters(module):
@@ -77,8 +83,8 @@ def test_a_threshold_is_of_what_the_model_computes_now() -> None:
 def test_the_probe_tells_harm_apart_and_keeps_its_false_positive_rate() -> None:
     model = LanguageModel(load_seeded(ModelConfig("tinychat:aligned"), 0), tinychat_format())
     own = LearnedFilter(probe(layer=3, num_fit=150), calibration(100), 0.1, 100)
-    harmful = [Request(text) for text in texts_of(TinyChatHarmful("validation"), 60)]
-    benign = [Request(text) for text in texts_of(calibration(100, seed=5), 100)]
+    harmful = [request_of(row) for row in rows_of(TinyChatHarmful("validation"), 60)]
+    benign = [request_of(row) for row in rows_of(calibration(100, seed=5), 100)]
     assert sum(check.flagged for check in own.checks(model, harmful)) >= 54
     # Ten per cent of 100, and three deviations (3.0 of these, 3.0 of the threshold's own luck).
     assert sum(check.flagged for check in own.checks(model, benign)) <= 10 + 3 * 4.3
@@ -99,11 +105,11 @@ def test_a_request_is_scored_alike_beside_others_and_costs_its_prompt() -> None:
 
 def test_other_weights_have_another_probe_and_settings_another_label() -> None:
     model, own = chat_model(), probe()
-    first = own.log_odds(model, ["How could I hit a cat?"])
-    assert own.log_odds(model, ["How could I hit a cat?"]) == first
+    first = own.log_odds(model, said("How could I hit a cat?"))
+    assert own.log_odds(model, said("How could I hit a cat?")) == first
     with torch.no_grad():
         causal_lm(model.module).get_decoder().layers[0].mlp.down_proj.weight.mul_(3)
-    assert own.log_odds(model, ["How could I hit a cat?"]) != first
+    assert own.log_odds(model, said("How could I hit a cat?")) != first
     filters = [Filtered(LearnedFilter(probe(layer), calibration(40), 0.2, 40)) for layer in (0, 1, 1)]
     filters[0].filter.checks(chat_model(), [Request("Hi")])
     labels = [label(defence) for defence in filters]
@@ -116,7 +122,7 @@ def test_settings_that_cannot_hold_are_named() -> None:
     with pytest.raises(ValueError, match="at most the 30 requests of the source, got 40"):
         LearnedFilter(probe(), calibration(30), 0.1, 40).checks(chat_model(), [Request("Hi")])
     with pytest.raises(ValueError, match=r"LinearProbe\.layer: expected at most 1, got 2; lower it"):
-        probe(layer=2).log_odds(chat_model(), ["Hi"])
+        probe(layer=2).log_odds(chat_model(), said("Hi"))
 
 
 def test_the_adaptive_search_gets_further_under_the_filter_than_the_static_one(
@@ -130,7 +136,7 @@ def test_the_adaptive_search_gets_further_under_the_filter_than_the_static_one(
     for known in (None, defence):
         search = ThroughDefence(known, num_tokens=6, num_steps=4, width=12, topk=32, penalty=1000.0)
         attacked = search(model, batch, torch.Generator().manual_seed(0))
-        excesses = defence.excesses(model, [Request(text) for text in attacked.texts])
+        excesses = defence.excesses(model, [Request(text) for text in attacked.texts], batch.targets)
         assert excesses is not None
         found.append(excesses)
     static, adaptive = found
@@ -150,7 +156,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
-        max_position_embeddings=8, pad_token_id=1, id2label={0: "fine", 1: "crime", 2: "hate"},
+        max_position_embeddings=8, pad_token_id=1, initializer_range=1.0,
+        id2label={0: "fine", 1: "crime", 2: "hate"},
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
@@ -158,17 +165,26 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_published_classifier_is_asked_by_its_labels(published: str) -> None:
     own, model = HubClassifier(published, ["crime", "hate"], max_length=4), chat_model()
-    scores = own.log_odds(model, ["hit", "pet hit hit", "pet pet pet pet pet pet"])
+    scores = own.log_odds(model, said("hit", "pet hit hit"))
     module, tokenizer = own._loaded
     with torch.no_grad():
         share = module(**tokenizer("hit", return_tensors="pt")).logits.softmax(1)[0]
     assert scores[0] == pytest.approx(float(((share[1] + share[2]) / share[0]).log()), abs=1e-5)
-    assert own.log_odds(model, ["hit"]) == pytest.approx(scores[:1], abs=1e-5)  # alone, without padding
-    assert own.read(model, ["hit", "pet hit hit", "pet pet pet pet pet pet"]) == [1, 3, 4]
+    assert own.log_odds(model, said("hit")) == pytest.approx(scores[:1], abs=1e-5)  # alone, without padding
+    assert own.read(model, said("hit", "pet hit hit")) == [1, 3]
+    # What does not fit is read in windows of four, one word of which is read twice.
+    (long, *parts) = own.log_odds(model, said("pet " * 5 + "hit hit", "pet pet pet pet", "pet pet hit hit"))
+    assert long == pytest.approx(max(parts), abs=1e-5) and parts[0] != pytest.approx(parts[1], abs=1e-3)
+    assert own.read(model, said("pet " * 5 + "hit hit")) == [8]
+    alone = HubClassifier(published, ["crime", "hate"], max_length=4, reads="reply")
+    (of_reply,) = alone.log_odds(model, [Exchange(Request("pet pet"), "hit")])
+    assert of_reply == pytest.approx(scores[0], abs=1e-5)
+    with pytest.raises(ValueError, match=r"HubClassifier\.reads: expected conversation for a filter of req"):
+        alone.log_odds(model, said("hit"))
     checks = LearnedFilter(own, calibration(40), 0.2, 40).checks(model, [Request("hit")])
     assert checks[0].queries == 1
     for labels in (["murder"], ["fine", "crime", "hate"], []):
         with pytest.raises(
             ValueError, match=r"HubClassifier\.harmful: expected some of \['crime', 'fine', 'hate'\]"
         ):
-            HubClassifier(published, labels).log_odds(model, ["hit"])
+            HubClassifier(published, labels).log_odds(model, said("hit"))

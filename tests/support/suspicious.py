@@ -12,6 +12,7 @@ from callbacks.report.results import Snapshot
 from datamodules.evaluation import Block, EvaluationData, EvaluationSets
 from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from datamodules.text.tokenizers import TokenizerConfig
+from lightning_modules.defences.base import Defence
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.requests import GREEDY, Decoding
 from tests.conftest import chat_model
@@ -64,9 +65,15 @@ def corpus(blocks: dict[str, Block] | None = None, harmful: int = 4, benign: int
     return data
 
 
-def measured(folder: Path, model: LanguageModel, data: EvaluationData, *evaluations: Evaluation) -> Snapshot:
+def measured(
+    folder: Path,
+    model: LanguageModel,
+    data: EvaluationData,
+    *evaluations: Evaluation,
+    defence: Defence | None = None,
+) -> Snapshot:
     """All jobs of the evaluations, as `thundercat test` runs them."""
-    session = Session(Place(model, folder, "test", 0), data, evaluations)
+    session = Session(Place(model, folder, "test", 0, defence=defence), data, evaluations)
     for job in session.jobs:
         session.do(job)
     return session.finish()

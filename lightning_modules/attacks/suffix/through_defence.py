@@ -40,9 +40,11 @@ class Seen(Protocol):
         random, one where it is not."""
         ...
 
-    def excesses(self, model: LanguageModel, requests: Sequence[Request]) -> list[float] | None:
-        """How far each request is beyond what is let through (above 0: stopped); None where nothing is
-        stopped."""
+    def excesses(
+        self, model: LanguageModel, requests: Sequence[Request], replies: Sequence[str]
+    ) -> list[float] | None:
+        """How far each request with this reply, which the attacker looks for, is beyond what is let through
+        (above 0: stopped); None where nothing is stopped."""
         ...
 
 
@@ -179,7 +181,8 @@ class ThroughDefence:
         place = torch.tensor(owner)
         losses = torch.zeros(len(owners), dtype=found.dtype).index_add(0, place, found)
         losses /= torch.bincount(place, minlength=len(owners))
-        excesses = defence.excesses(model, requests) if self.penalty else None
+        wanted = [search.batch.targets[row] for row in owners]
+        excesses = defence.excesses(model, requests, wanted) if self.penalty else None
         if excesses is not None:
             losses += self.penalty * torch.tensor(excesses, dtype=losses.dtype).clamp_min(0)
         return losses
@@ -188,10 +191,16 @@ class ThroughDefence:
 def _requests(search: SuffixSearch, owners: Sequence[int], candidates: Sequence[list[int]]) -> list[Request]:
     """Candidates as a user types them."""
     texts = search.texts(owners, candidates)
-    return [
-        Request(search.slots[row].user + (text or "") + search.slots[row].rest, search.batch.systems[row])
-        for row, text in zip(owners, texts, strict=True)
-    ]
+    found = []
+    for row, text in zip(owners, texts, strict=True):
+        slot = search.slots[row]
+        typed, around = slot.user + (text or "") + slot.rest, slot.envelope
+        found.append(
+            Request(typed, around.system, data=around.document)
+            if around.instruction is None
+            else Request(around.instruction, around.system, data=typed)
+        )
+    return found
 
 
 def _mean(losses: Float[Tensor, "row reply"], mask: Bool[Tensor, "row reply"]) -> Float[Tensor, " row"]:
@@ -207,5 +216,7 @@ class _Plain:
     ) -> list[list[Request]]:
         return [[request] for request in requests]
 
-    def excesses(self, model: LanguageModel, requests: Sequence[Request]) -> list[float] | None:
+    def excesses(
+        self, model: LanguageModel, requests: Sequence[Request], replies: Sequence[str]
+    ) -> list[float] | None:
         return None
