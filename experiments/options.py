@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -35,6 +36,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **settings: Any) -> None:
         settings.setdefault("formatter_class", _formatter)
         super().__init__(prog=prog, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(None if args is None else self._spelt(args), namespace)
+
+    def _spelt(self, words: Iterable[str]) -> Iterator[str]:
+        """Options as they are declared, where dashes and underscores are all that differs."""
+        own = {name.lstrip("-").replace("-", "_"): name for name in self._option_string_actions}
+        for word in words:
+            name, equals, value = word.partition("=")
+            alike = own.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+            yield f"{alike}{equals}{value}" if alike is not None else word
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
@@ -87,7 +99,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--runs", metavar="FOLDER", default="runs/studies", help="the run folders [runs/studies]")
     add("--only", metavar="RUN", nargs="+", default=[], help="these runs, and those they need [all]")
     add("--workers", metavar="N", type=int, default=1, help="runs at a time; they share the cores [1]")
-    add("--dry_run", action="store_true", help="list the runs and what of them is done")
+    add("--dry_run", action="store_true", help="list the runs, what of them is done, what they cost")
     add("--report_only", action="store_true", help="run nothing: the report of what is done")
     add("--recorded", metavar="FOLDER", help="run nothing: these tables from another report's raw rows")
 

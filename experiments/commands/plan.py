@@ -82,9 +82,20 @@ class Executed:
     saving: RunCheckpoints | None
 
 
-def executed(config: Mapping[str, Any], settings: PlanSettings) -> Executed:
-    """Execute a composed recipe's step without weights. Raises: ConfigError."""
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=3, desc="plan", leave=False) as bar:
+def executed(config: Mapping[str, Any], settings: PlanSettings, steps: int = 2) -> Executed:
+    """Execute a composed recipe's step without weights.
+
+    Args:
+        config: the resolved configuration.
+        settings: the machine, and the rows' length.
+        steps: how often; with 1 the optimiser's state is not in the peak, operations are the same.
+
+    Raises: ConfigError.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=3, desc="plan", leave=False, disable=None) as bar,
+    ):
         runnable = without_machine(config, folder)
         check(runnable, "fit")
         cli = instantiate(with_seeds(with_defaults(runnable)))
@@ -121,7 +132,7 @@ def executed(config: Mapping[str, Any], settings: PlanSettings) -> Executed:
         ]  # fmt: skip
         bar.set_description("plan: one step without weights")
         times = [(kind.attacks, kind.times) for kind in kinds]
-        cost = count_step(module, batches, config.get("trainer") or {}, 2, ShapesOnly(), times)
+        cost = count_step(module, batches, config.get("trainer") or {}, steps, ShapesOnly(), times)
         for held in (cost.persistent, *cost.peaks.values()):
             held[WEIGHTS] -= saved
         bar.update()

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from callbacks.report.escape import printable
 from callbacks.run_folder.lock import in_use
 from callbacks.run_folder.stopping import Stopped, stoppable
+from experiments.commands.study_cost import Costs
 from experiments.compare.comparison import write_comparison
 from experiments.config.compose import ConfigError
 from experiments.counting import Lines, counter
@@ -63,9 +64,7 @@ def study(call: StudyCall) -> int:
         return _recorded(own, Path(call.recorded), _out(call))
     jobs = jobs_of(own, Path(call.runs))
     if call.dry_run:
-        for job in jobs:
-            print(f"{job.state():<12}  {job.title}  {job.folder}")
-        return 0
+        return _listed(jobs)
     if not call.report_only:
         wanted = _with_needed(jobs, call.only)
         try:
@@ -79,6 +78,15 @@ def study(call: StudyCall) -> int:
         _say(f"{title}: {reason}")
     reported = _report(own, jobs, _out(call), failed)
     return 1 if failed or not reported else 0
+
+
+def _listed(jobs: Sequence[Job]) -> int:
+    """A line a run, as soon as its plan is made: what is done, where, what it costs; and what is left."""
+    costs = Costs(jobs)
+    for job in jobs:
+        print(f"{job.state():<12}  {job.title}  {job.folder}  {costs.text(job)}", flush=True)
+    print(costs.total())
+    return 0
 
 
 def _out(call: StudyCall) -> Path:

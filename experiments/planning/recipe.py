@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from datamodules.text.model_files import resolve_path
 from experiments.config.compose import PROJECT_ROOT, ConfigError
@@ -62,7 +63,10 @@ def architecture(name: str, revision: str | None, folder: str) -> str:
     path = Path(resolve_path(name))
     if (path / "config.json").is_file():
         return str(path)
-    cached = try_to_load_from_cache(name, "config.json", revision=revision) if not path.is_dir() else None
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision) if not path.is_dir() else None
+    except HFValidationError:  # the path of a folder that is not there
+        cached = None
     if isinstance(cached, str):
         return str(Path(cached).parent)
     known = yaml.safe_load((PROJECT_ROOT / ARCHITECTURES).read_text(encoding="utf-8"))

@@ -33,6 +33,8 @@ ITERATIONS = 3
 """Of a planned attack: the last one has a whole one before it."""
 TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm")
 """Fields of the run's trainer that a step's cost depends on."""
+SPEAKERS = ("pytorch.utilities.rank_zero", "fabric.utilities.seed")
+"""Lightning's loggers of what it runs on."""
 
 
 @dataclass
@@ -211,13 +213,15 @@ def fit(
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """Without Lightning's words on the machine it runs on."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without Lightning's words on the machine it runs on, and on seeds."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in SPEAKERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,8 @@ class Job:
     """Name and seed of the runs whose folders it reads."""
     judged_by: str
     """Digest of the evaluation that is wanted, and of the files that it names."""
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The resolved configuration of its training."""
 
     @property
     def title(self) -> str:
@@ -140,6 +142,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
         test=("test", *test_words, place, *last),
         needs=needs,
         judged_by=of_all(judging, runs),
+        config=config,
     )
 
 

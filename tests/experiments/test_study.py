@@ -355,7 +355,10 @@ def test_a_study_trains_judges_and_reports(
     assert "<title>A study</title>" in (out / "report.html").read_text()
     capsys.readouterr()
     study(StudyCall(str(path), runs=str(tmp_path / "runs"), dry_run=True))
-    assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["done", "done"]
+    base, cat, left = capsys.readouterr().out.splitlines()
+    assert base.startswith("done ") and base.endswith("  not trained")
+    assert cat.startswith("done ") and cat.endswith("  trained, its seconds are in no cost.json")
+    assert left == "left: 0 of 1 trainings; 0 of 2 evaluations, whose cost is in no plan"
     # What cannot be read is named, and keeps nothing else from being told.
     (cat,) = (tmp_path / "runs").glob("cat_*")
     (cat / "rows" / "measurements.jsonl").unlink()
