@@ -12,6 +12,9 @@
     claims:
       - {question: CAT makes the model robust, first: no defence, second: cat, columns: [embedding]}
 
+`config` takes any files that `thundercat fit` does: a sweep's best trial is the sweep's own files with its
+`runs/sweeps/NAME/best.yaml` behind them, or `best_config.yaml` alone.
+
 `${run.NAME}` in a value of `set` is the folder of another run of the study (of the same seed, where it has
 it), which is trained before.
 """

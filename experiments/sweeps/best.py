@@ -1,16 +1,34 @@
-"""The best trial as a YAML file that repeats it: one more `--config`."""
+"""The best trial as a YAML file that repeats it, one more `--config`, and all of its configuration beside."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from callbacks.run_folder.folder import CONFIG_FILE
 from experiments.config.compose import ConfigError, compose
 from experiments.sweeps.definition import Sweep
 from experiments.sweeps.trials import configuration
+
+BEST, RESOLVED = "best.yaml", "best_config.yaml"
+"""Names of the two files in the sweep's folder."""
+
+
+def copy_resolved(folder: Path, place: Path) -> None:
+    """Put the configuration that the trial ran with, every field of it, beside `best.yaml`.
+
+    Args:
+        folder: the trial's.
+        place: the sweep's.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        shutil.copyfile(folder / CONFIG_FILE, place / RESOLVED)
+    else:  # of another trial, which was the best one before
+        (place / RESOLVED).unlink(missing_ok=True)
 
 
 def write_best(sweep: Sweep, values: Mapping[str, Any], title: str, path: Path) -> None:

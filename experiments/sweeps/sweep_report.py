@@ -19,7 +19,7 @@ from callbacks.report.escape import markdown
 from callbacks.report.load import load
 from callbacks.report.markdown import table_text
 from callbacks.report.page import study_page
-from experiments.sweeps.best import write_best
+from experiments.sweeps.best import BEST, copy_resolved, write_best
 from experiments.sweeps.figures import parallel, trade_off
 from experiments.sweeps.search import CELLS, ERROR, FOLDER, Search, feasible, quiet
 from experiments.sweeps.trials import TRIALS
@@ -36,7 +36,8 @@ FEWEST = 4
 
 
 def write_sweep(search: Search, title: str, place: Path) -> str:
-    """Write report.md, report.html, trials.csv, figures, and best.yaml where there is a best trial.
+    """Write report.md, report.html, trials.csv, figures, and best.yaml and best_config.yaml where there is a
+    best trial.
 
     Returns: the Markdown report.
     """
@@ -57,7 +58,8 @@ def write_sweep(search: Search, title: str, place: Path) -> str:
     if best is not None:
         values = search.values_of(best)
         assert values is not None
-        write_best(search.sweep, values, f"Trial {best.number} of {title}", place / "best.yaml")
+        write_best(search.sweep, values, f"Trial {best.number} of {title}", place / BEST)
+        copy_resolved(place / TRIALS / best.user_attrs[FOLDER], place)
         tables.insert(0, best_table(search, best, place))
     importances = importance_table(search)
     tables += [importances] if importances is not None else []

@@ -20,6 +20,8 @@ from experiments.commands.study import Runner, StudyCall, study
 from experiments.config.errors import ConfigError
 from experiments.studies.definition import Study, load_study
 from experiments.studies.scheduling import DONE, Job, jobs_of, threads
+from experiments.sweeps.best import write_best
+from experiments.sweeps.definition import load_sweep
 
 CAT = ["configs/experiment/methods_tinychat.yaml", "configs/method/cat.yaml"]
 COLUMNS = {"utility": {"quantity": "exact_match", "subject": "utility"}}
@@ -209,6 +211,22 @@ def test_a_run_that_is_needed_comes_first_and_its_folder_is_filled_in(in_root: P
         assert f"--vars.transfer_from={base.folder}" in job.test
         assert job.needs == (("base", 0),)
         assert job.fit[-1] == "--ckpt_path=last" == job.test[-1]
+
+
+def test_a_sweeps_best_trial_is_a_run(in_root: Path, tmp_path: Path) -> None:
+    """Its file on top of the sweep's own, whatever the seed; the values are the trial's."""
+    metric = {"name": "eval/harmful/embedding/success_rate"}
+    columns = {**COLUMNS, "e": {"quantity": "success_rate", "subject": "harmful", "attack": "embedding"}}
+    content = {"method": "random", "run_cap": 1, "metric": metric, "config": CAT, "columns": columns}
+    content["parameters"] = {"vars.epsilon": {"min": 0.05, "max": 0.2}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    best = tmp_path / "best.yaml"
+    write_best(load_sweep(tmp_path / "sweep.yaml"), {"vars.epsilon": 0.07}, "Trial 3", best)
+    tuned = {"config": [*CAT, str(best)], "seeds": [0, 1]}
+    jobs = jobs_of(read(tmp_path, {"best": tuned, "cat": {"config": CAT}}), tmp_path)
+    epsilons = {job.title: job.config["model"]["init_args"]["attack"]["init_args"]["epsilon"] for job in jobs}
+    assert epsilons == {"best, seed 0": 0.07, "best, seed 1": 0.07, "cat, seed 0": 0.1}
+    assert all(f"--config={best}" in job.fit and f"--config={best}" in job.test for job in jobs[:2])
 
 
 PROGRAM = """

@@ -16,6 +16,8 @@ from experiments.commands import run as run_module
 from experiments.commands import sweep as sweep_module
 from experiments.config.errors import ConfigError
 from experiments.process import ENDS_WITH
+from experiments.studies.definition import load_study
+from experiments.studies.scheduling import jobs_of
 from experiments.sweeps import backends
 from experiments.sweeps.engine import Engine
 
@@ -113,6 +115,13 @@ def test_a_sweep_trains_chooses_and_tests(
     status, again, _ = thundercat("sweep", str(file), "--runs", str(tmp_path), "--report_only")
     assert status == 0 and again == text[text.index("# Sweep mine") :]
     assert yaml.safe_load((place / "best.yaml").read_text())["trainer"] == {"max_steps": 1}
+    assert (place / "best_config.yaml").read_text() == (best.parent / "config.yaml").read_text()
+    columns = {"utility": UTILITY}
+    runs = {"best": {"config": [str(place / "best_config.yaml")], "seeds": [0]}}
+    own = tmp_path / "study.yaml"
+    own.write_text(yaml.safe_dump({"title": "A study", "runs": runs, "columns": columns}))
+    (job,) = jobs_of(load_study(own), tmp_path / "runs")
+    assert job.config["model"]["init_args"]["optimizer"]["lr"] == 6.0e-4
     # Another question to the same trials counts none of them, and trains none again.
     content = yaml.safe_load(file.read_text())
     never = [{"column": "utility", "at_least": 0.6}, {"column": "utility", "at_most": 0.4}]
