@@ -39,6 +39,13 @@ def test_sweeps_compose_and_are_what_the_agent_of_wandb_would_start(path: Path, 
     assert f"--trainer.default_root_dir=runs/sweeps/{path.stem}/${{oc.env:WANDB_RUN_ID}}" in command
 
 
+def test_the_demonstration_has_twelve_lines_and_a_pareto_front() -> None:
+    (path,) = (own for own in SWEEPS if own.stem == "demo_tinychat")
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == 12 and all(len(line) <= 160 for line in lines)
+    assert [(own.x, own.y) for own in load_sweep(path).figures] == [("utility", "embedding")]
+
+
 def test_the_ablations_shared_training_ends_well_and_leaves_judging_to_test(
     thundercat: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
