@@ -22,7 +22,7 @@ from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.stopping import Stopped
 from experiments.config.errors import ConfigError
 from experiments.studies.processes import LOG, Resumable
-from experiments.studies.scheduling import DONE
+from experiments.studies.scheduling import DONE, Job
 from experiments.sweeps import engine as engine_module
 from experiments.sweeps.backends import Ray, Slurm
 from experiments.sweeps.search import COMMAND, ERROR, FOLDER, JOURNAL
@@ -279,9 +279,40 @@ def test_a_job_whose_command_cannot_be_started_says_so(tmp_path: Path) -> None:
         Resumable()(["fit"], tmp_path / "run", 1, ("no_such_program",), tmp_path)
 
 
+def check_that_a_gpu_is_shared(sweeping: Sweeping) -> None:
+    """On a cluster with one GPU: two trials that ask for half of it run at once, one that asks for all of it
+    waits for both."""
+    import ray
+
+    halves, whole = (Ray({"num_cpus": 0.1, "num_gpus": share}, sweeping.program) for share in (0.5, 1.0))
+    first, second, third = (sweeping.job("slow", epsilon) for epsilon in (0.1, 0.2, 0.3))
+
+    def runs(job: Job) -> bool:
+        return any(job.folder.glob("checkpoints/*"))
+
+    def free() -> float:
+        return float(ray.available_resources().get("GPU", 0))
+
+    commands = [halves.start(job.fit, job.folder) for job in (first, second)]
+    until = time.monotonic() + 60
+    while not (runs(first) and runs(second) and free() == 0) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert runs(first) and runs(second) and free() == 0
+    commands.append(whole.start(third.fit, third.folder))
+    time.sleep(1)  # as long as a task of the same program takes to begin, and more
+    assert not runs(third) and [command.status() for command in commands] == [None] * 3
+    (sweeping.place.parent / "go").touch()
+    until = time.monotonic() + 60
+    while any(command.status() is None for command in commands) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert runs(third) and [command.status() for command in commands] == [0] * 3
+
+
 def test_tasks_of_ray_run_the_trials(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a cluster of this machine; a stop that Ray loses is said again."""
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    # A cluster is believed what it is told: there need be no GPU to share one out.
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     tasks = Ray({"num_cpus": 0.5}, sweeping.program)
     try:
         engine = sweeping.engine(
@@ -310,6 +341,7 @@ def test_tasks_of_ray_run_the_trials(sweeping: Sweeping, monkeypatch: pytest.Mon
         while (status := command.status()) is None and time.monotonic() < until:
             time.sleep(0.05)
         assert status == -signal.SIGTERM and len(asked) > 1
+        check_that_a_gpu_is_shared(sweeping)
         with pytest.raises(ConfigError, match="--backend ray: .*num_gpu"):
             Ray({"num_gpu": 1})
     finally:

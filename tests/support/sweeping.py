@@ -126,10 +126,10 @@ class Sweeping:
         search = Search(sweep, space_of(sweep), self.place, "study", workers)
         return Engine(search, backend or Local(workers, self.program), workers, self.place)
 
-    def job(self, method: str) -> Job:
+    def job(self, method: str, epsilon: float = 0.5) -> Job:
         """One trial beside the sweep."""
         sweep = self.engine(parameters={"vars.epsilon": {"values": [0.5]}}).search.sweep
-        return job_of(sweep, {"vars.method": method, "vars.epsilon": 0.5}, 9, self.place)
+        return job_of(sweep, {"vars.method": method, "vars.epsilon": epsilon}, 9, self.place)
 
     def _written(self, name: str, content: Any) -> str:
         path = self.place / f"{name}.yaml"
