@@ -68,8 +68,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PIP) -e .
 	touch $@
 
+# W&B's package `sweeps` for the schema in it, which a test reads; installed whole it would take numpy back to 1.26.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps sweeps==0.3.0
 	touch $@
 
 clean:

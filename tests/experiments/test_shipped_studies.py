@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft7Validator
 
 from experiments.studies.definition import load_study
 from experiments.studies.scheduling import jobs_of
@@ -37,6 +40,22 @@ def test_sweeps_compose_and_are_what_the_agent_of_wandb_would_start(path: Path, 
     assert files == [*sweep.config, "configs/trainer/wandb.yaml"]
     assert command[:3] == ["${env}", "${program}", "fit"] and command[-1] == "${args}"
     assert f"--trainer.default_root_dir=runs/sweeps/{path.stem}/${{oc.env:WANDB_RUN_ID}}" in command
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweeps_are_what_the_schema_of_wandb_allows(path: Path, in_root: Path) -> None:
+    """The schema by which their server checks a sweep, as their package `sweeps` carries it; the package
+    itself is not imported: it asks for an older numpy."""
+    try:
+        carried = distribution("sweeps").locate_file("sweeps/config/schema.json")
+    except PackageNotFoundError:
+        pytest.skip("no schema of W&B: pip install --no-deps sweeps (what it asks for takes numpy below 2)")
+    schema = Draft7Validator(json.loads(Path(str(carried)).read_text(encoding="utf-8")))
+    content = wandb_sweep(str(path), load_sweep(path), Path("runs/sweeps"))
+    assert [error.message for error in schema.iter_errors(content)] == []
+    # It is no schema that allows anything: a key of ours, a distribution that lacks an end.
+    assert not schema.is_valid({**content, "keep": 2})
+    assert not schema.is_valid({**content, "parameters": {"k": {"min": 1}}})
 
 
 def test_the_demonstration_has_twelve_lines_and_a_pareto_front() -> None:
