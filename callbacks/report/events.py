@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -28,6 +28,8 @@ class Events:
     """Sampled replies per example that were asked; 0 for greedy ones."""
     against: str = ""
     """Named set that asks for the same in other words."""
+    categories: Mapping[str, str] = field(default_factory=dict)
+    """Example -> its category, where the rate is told by category."""
 
 
 def events(measured: Sequence[Measured]) -> list[Events]:
@@ -52,15 +54,19 @@ def _deciding(item: Measured, every: bool = False) -> Events:
     own = item.measurement
     # The one place where a stored name becomes a metric's.
     metric = Metric(cast(Quantity, own.quantity), own.subject, own.attack, block=own.block)
-    outcome = item.outcome(own.judge, every)
-    return Events(metric, own.judge, outcome, item.groups(outcome), own.settings)
+    return _grouped(item, metric, own.judge, item.outcome(own.judge, every))
+
+
+def _grouped(item: Measured, metric: Metric, judge: str, outcome: Outcome) -> Events:
+    """With its rate in every category."""
+    groups, settings = item.groups(outcome), item.measurement.settings
+    return Events(metric, judge, outcome, groups, settings, categories=item.categories)
 
 
 def _not_refused(item: Measured) -> Events:
     own = item.measurement
     outcome = item.outcome(own.refusal, negated=True)
-    metric = Metric("not_refused_rate", own.subject, own.attack)
-    return Events(metric, own.refusal, outcome, item.groups(outcome), own.settings)
+    return _grouped(item, Metric("not_refused_rate", own.subject, own.attack), own.refusal, outcome)
 
 
 def _further(item: Measured, judge: str) -> Events:
@@ -97,13 +103,7 @@ def _of_set(item: Measured) -> list[Events]:
         return [_deciding(item)]
     if own.quantity == "change_rate":
         return [
-            Events(
-                Metric(quantity, own.subject, block=own.block),
-                judge,
-                outcome,
-                item.groups(outcome),
-                own.settings,
-            )
+            _grouped(item, Metric(quantity, own.subject, block=own.block), judge, outcome)
             for quantity, judge, outcome in against_base.outcomes(own, item.rows)
         ]
     found = [_deciding(item, every=True)]
@@ -125,8 +125,7 @@ def _partly(item: Measured) -> list[Events]:
         key: all(row.verdicts[own.judge]["score"] == PARTIAL_REFUSAL for row in rows)
         for key, rows in item.rows.items()
     }
-    metric = Metric("partial_refusal_rate", own.subject, block=own.block)
-    return [Events(metric, own.judge, outcome, item.groups(outcome), own.settings)]
+    return [_grouped(item, Metric("partial_refusal_rate", own.subject, block=own.block), own.judge, outcome)]
 
 
 def _served(item: Measured) -> list[Events]:
@@ -152,5 +151,7 @@ def _worst_cases(attacks: Sequence[Measured]) -> list[Events]:
             metric = Metric("success_rate", members[0].measurement.subject, name)
             judges = " or ".join(dict.fromkeys(item.measurement.judge for item in members))
             settings = " ".join(f"{m.measurement.attack}={m.measurement.settings}" for m in members)
-            found.append(Events(metric, judges, outcome, members[0].groups(outcome), settings))
+            first = members[0]
+            groups, categories = first.groups(outcome), first.categories
+            found.append(Events(metric, judges, outcome, groups, settings, categories=categories))
     return found

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from callbacks.metrics.estimates import Estimate, rate
 from callbacks.metrics.outcomes import BUDGETS, BudgetCurve, spent, success_by_budget
@@ -13,6 +14,8 @@ from callbacks.report.grades import GRADE, gradings
 from callbacks.report.results import AttackFacts
 from datamodules.results import Measurement, Row
 
+UNNAMED = "(none)"
+"""Category of the examples that have none."""
 Outcome = dict[str, bool]
 """Key of an example -> whether the event occurred."""
 
@@ -62,13 +65,18 @@ class Measured:
         found = (of(own) for own in self.rows.values())
         return [value for value in found if value is not None and not math.isnan(value)]
 
+    @cached_property
+    def categories(self) -> Mapping[str, str]:
+        """Example -> its category."""
+        return {key: own[0].category or UNNAMED for key, own in self.rows.items()}
+
     def groups(self, outcome: Outcome) -> dict[str, dict[str, Estimate]]:
         """The rate within each category, and within each functional category, where there are several."""
         found: dict[str, dict[str, Estimate]] = {}
         for kind in ("category", "functional"):
             members: dict[str, list[bool]] = defaultdict(list)
             for key, event in outcome.items():
-                members[getattr(self.rows[key][0], kind) or "(none)"].append(event)
+                members[getattr(self.rows[key][0], kind) or UNNAMED].append(event)
             if len(members) > 1:
                 found[kind] = {name: rate(members[name]) for name in sorted(members)}
         return found

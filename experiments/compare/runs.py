@@ -141,7 +141,7 @@ def kept(name: str, results: RunResults, measured: Mapping[int, Sequence[Measure
     for event in happened:
         # The same examples in every run: one string each.
         event.outcome = {intern(key): own for key, own in event.outcome.items()}
-        event.groups = {}
+        event.groups, event.categories = {}, {}
     page = results.folder / ("report.html" if results.stage == "fit" else f"{results.stage}_report.html")
     return Run(
         name=name,

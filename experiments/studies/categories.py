@@ -2,16 +2,18 @@
 
 A mean over all prompts hides a category that a defence forgot. The worst quarter's mean is the conditional
 value at risk (CVaR) over categories of equal weight; it is chosen by the rows that it is computed from, and
-so too bad on average: it is for comparing runs on the same rows.
+so too bad on average: it is for comparing runs on the same rows. A category of few examples would be chosen
+for its chance alone: below `smallest_category` it is left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from statistics import fmean
 
-from callbacks.metrics.estimates import wilson_interval
+import numpy as np
+
+from callbacks.metrics.hierarchical import Outcomes, SeedRate, seed_rate, stacked, tail_rate
 from callbacks.metrics.names import Metric
 from callbacks.report.cells import MISSING, Cell, Table
 from experiments.studies.comparison import Compared
@@ -19,57 +21,57 @@ from experiments.studies.definition import Study
 
 WORST = 0.25
 """Share of the categories that the last column is about."""
-Rates = dict[str, tuple[float, int]]
-"""Category -> rate (mean over seeds), examples."""
+CVAR = f"CVaR: mean of the worst {100 * WORST:.0f} % of categories"
+Groups = dict[str, Outcomes]
+"""Category -> outcomes of its examples, a row a seed."""
 
 
 def by_category(study: Study, rows: Mapping[str, Compared]) -> list[Table]:
-    """A table per column of `study.categories`: a row per run, a column per category."""
+    """A table per column of `study.categories`: a row per run, a column per category that is large enough."""
     tables = []
     for label in study.categories:
         metric = study.columns[label].metric
-        found = {name: rates(own, metric) for name, own in rows.items()}
-        sizes = {category: n for own in found.values() for category, (_, n) in own.items()}
+        found = {name: grouped(own, metric) for name, own in rows.items()}
+        sizes = {category: own.shape[1] for groups in found.values() for category, own in groups.items()}
         if sizes:
-            names = sorted(sizes)
-            columns = ["run", *(f"{name} (n = {sizes[name]})" for name in names), f"worst {WORST:.0%}"]
-            lines = [
-                [Cell(name), *(_cell(own.get(category)) for category in names), _tail(own, metric)]
-                for name, own in found.items()
-            ]
-            tables.append(Table(f"{label}, by category", columns, lines))
+            names = [name for name in sorted(sizes) if sizes[name] >= study.smallest_category]
+            small = [f"{name} ({sizes[name]})" for name in sorted(sizes) if name not in names]
+            title = f"{label}, by category"
+            if small:
+                title += f"; of fewer than {study.smallest_category} examples, left out: {', '.join(small)}"
+            columns = ["run", *(f"{name} (n = {sizes[name]})" for name in names), CVAR]
+            lines = [_line(name, groups, names, metric) for name, groups in found.items()]
+            tables.append(Table(title, columns, lines))
     return tables
 
 
-def rates(own: Compared, metric: Metric) -> Rates:
-    """The rate in every category that there are several of; nothing where there are none."""
-    by_seed = [
-        event.groups.get("category", {}) for seed in own.by_seed.values() if (event := seed.get(metric))
-    ]
-    shared = set.intersection(*(set(groups) for groups in by_seed)) if by_seed else set()
-    return {
-        category: (fmean(groups[category].value for groups in by_seed), by_seed[0][category].n)
-        for category in shared
-    }
+def grouped(own: Compared, metric: Metric) -> Groups:
+    """The outcomes by category, of the examples that all seeds have; nothing where there is one category."""
+    by_seed = [event for seed in own.by_seed.values() if (event := seed.get(metric)) is not None]
+    categories = by_seed[0].categories if by_seed else {}
+    shared = sorted(set.intersection(*(set(event.outcome) for event in by_seed))) if by_seed else []
+    if len({categories[key] for key in shared if key in categories}) < 2:
+        return {}
+    outcomes = stacked([event.outcome for event in by_seed])
+    names = np.array([categories[key] for key in shared])
+    return {str(name): outcomes[:, names == name] for name in np.unique(names)}
 
 
-def tail(own: Rates, metric: Metric) -> float | None:
-    """Mean rate of the worst quarter of the categories; None without any, or where no direction is worse."""
-    if not own or metric.better is None:
+def tail(groups: Groups, metric: Metric) -> SeedRate | None:
+    """The worst quarter's mean with its interval; None without any, or where no direction is worse."""
+    if not groups or metric.better is None:
         return None
-    values = sorted((value for value, _ in own.values()), reverse=metric.better == "lower")
-    return fmean(values[: math.ceil(WORST * len(values))])
+    return tail_rate(groups, WORST, highest=metric.better == "lower")
 
 
-def _cell(own: tuple[float, int] | None) -> Cell:
-    """With Wilson's interval of one seed's examples."""
+def _line(name: str, groups: Groups, names: list[str], metric: Metric) -> list[Cell]:
+    own = {category: groups[category] for category in names if category in groups}
+    rates = [seed_rate(own[category]) if category in own else None for category in names]
+    return [Cell(name), *map(_cell, (*rates, tail(own, metric)))]
+
+
+def _cell(own: SeedRate | None) -> Cell:
+    """In percent, with its interval over seeds and examples."""
     if own is None:
         return Cell(MISSING, math.nan)
-    value, n = own
-    low, high = wilson_interval(value * n, n)
-    return Cell(f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]", value)
-
-
-def _tail(own: Rates, metric: Metric) -> Cell:
-    value = tail(own, metric)
-    return Cell(MISSING, math.nan) if value is None else Cell(f"{100 * value:.0f}", value)
+    return Cell(f"{100 * own.value:.0f} [{100 * own.low:.0f}, {100 * own.high:.0f}]", own.value)

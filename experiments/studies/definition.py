@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from callbacks.metrics.names import Metric
-from datamodules.fields import NonNegativeInt, Share, checked
+from datamodules.fields import Count, NonNegativeInt, Share, checked
 from experiments.config.errors import ConfigError
 from experiments.config.files import find, read
 from experiments.studies.archive import slug
@@ -122,6 +122,8 @@ class Study:
     figures: list[TradeOff] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
     """Columns whose rates are told by category of prompts, too."""
+    smallest_category: Count = 5
+    """Examples of one seed below which a category is left out of its table, and named above it."""
     correlations: list[TradeOff] = field(default_factory=list)
     """Two columns across the runs: how far one tells the other."""
     curves: list[str] = field(default_factory=list)

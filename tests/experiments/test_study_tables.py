@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from callbacks.metrics.names import Metric
+from callbacks.report.events import Events
 from datamodules.results import ResultsStore
 from experiments.commands.study import StudyCall, study
 from experiments.config.errors import ConfigError
-from experiments.studies.categories import tail
+from experiments.studies.categories import by_category, tail
+from experiments.studies.comparison import Compared
 from experiments.studies.correlation import correlation
+from experiments.studies.definition import Column, Study
 from tests.support.rows import measurement, row
 
 BASE = "configs/experiment/methods_tinychat.yaml"
@@ -57,9 +61,11 @@ def test_recorded_rows_answer_another_study(
     place = recorded(tmp_path / "report")
     assert study(call(tmp_path, place)) == 0
     said = capsys.readouterr().out
-    # 3 of 8 and 1 of 4; the worst quarter of two categories is one of them.
-    assert "| run | fire (n = 8) | flood (n = 4) | worst 25% |" in said
-    assert "| run 3 | 38 [14, 69] | 25 [5, 70] | 38 |" in said
+    # 3 of 8; flood has 4 examples, which are too few for a category.
+    assert "## GCG, by category; of fewer than 5 examples, left out: flood (4)" in said
+    assert "| run | fire (n = 8) | CVaR: mean of the worst 25 % of categories |" in said
+    # Wilson's z^2 / (8 + z^2) where nothing happened.
+    assert "| run 0 | 0 [0, 32] | 0 [0, 32] |" in said and "\n| run 3 | 38 [" in said
     # Successes 0, 1, 3, 4 of 12 against losses 3, 2, 1, 0.
     assert "| GCG: loss against GCG | 4 | -0.99 [-1.00, -0.59] | p = 0.010 | -1.00 | p < 0.001 |" in (
         said.replace("&lt;", "<")
@@ -84,13 +90,35 @@ def test_what_is_asked_beside_the_table_must_be_a_column(field: str, tmp_path: P
 
 
 def test_the_worst_categories_are_those_where_the_quantity_is_worst() -> None:
-    own = {name: (value, 10) for name, value in zip("abcde", (0.1, 0.5, 0.9, 0.3, 0.2), strict=True)}
-    assert tail(own, Metric("success_rate", "harmful", "gcg")) == pytest.approx(0.7)  # 0.9, 0.5
-    assert tail(own, Metric("refusal_rate", "harmful")) == pytest.approx(0.15)  # 0.1, 0.2
+    own = {
+        name: np.array([[True] * k + [False] * (10 - k)])
+        for name, k in zip("abcde", (1, 5, 9, 3, 2), strict=True)
+    }
+    worst = tail(own, Metric("success_rate", "harmful", "gcg")), tail(own, Metric("refusal_rate", "harmful"))
+    assert [round(rate.value, 9) for rate in worst if rate is not None] == [0.7, 0.15]
     assert (
         tail(own, Metric("served_rate", "harmful")) is None
         and tail({}, Metric("accuracy", "utility")) is None
     )
+
+
+def test_a_category_is_told_over_all_seeds_and_from_so_many_examples_on() -> None:
+    metric = Metric("refusal_rate", "harmful")
+    kinds = {str(k): "fire" if k < 6 else "flood" for k in range(9)}
+    wins = {0: range(9), 1: range(6)}  # the second seed refuses no flood
+    happened = {
+        seed: {metric: Events(metric, "j", {key: int(key) in own for key in kinds}, categories=kinds)}
+        for seed, own in wins.items()
+    }
+    runs = {"cat": Compared({}, {}, 0.0, happened)}
+    told = {"title": "t", "runs": {}, "columns": {"refuses": Column("refusal_rate", "harmful")}}
+    (table,) = by_category(Study(**told, categories=["refuses"], smallest_category=3), runs)
+    assert table.title == "refuses, by category"
+    # Flood: one seed all, the other nothing; their mean is drawn as 0, 1/2 and 1.
+    assert [cell.text for cell in table.rows[0]] == ["cat", "100 [61, 100]", "50 [0, 100]", "50 [0, 100]"]
+    (table,) = by_category(Study(**told, categories=["refuses"], smallest_category=7), runs)
+    assert table.title.endswith("of fewer than 7 examples, left out: fire (6), flood (3)")
+    assert [cell.text for cell in table.rows[0]] == ["cat", "-"]
 
 
 def test_a_correlation_needs_points_that_vary() -> None:
