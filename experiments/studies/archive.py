@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from callbacks.run_folder.folder import RunFolder
+from datamodules.line_files import pack
 from datamodules.results import MEASUREMENTS, ROWS
 
 RUNS = "runs"
@@ -32,9 +32,7 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
                 if path.is_file():
                     shutil.copy(path, target / path.relative_to(folder))
             for path in folder.glob(f"{ROWS}/rows_rank*.jsonl"):
-                # Without a time in it: the same rows are the same file.
-                content = gzip.compress(path.read_bytes(), mtime=0)
-                (target / ROWS / f"{path.name}.gz").write_bytes(content)
+                pack(path, target / ROWS)
     return copies
 
 

@@ -9,7 +9,6 @@ the raw rows, compressed, and report.md into the folder; every cell is computed 
 from __future__ import annotations
 
 import argparse
-import gzip
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from callbacks.report.load import load
 from callbacks.report.markdown import table_text
 from callbacks.report.results import Costs, Estimate, Snapshot
 from callbacks.run_folder.provenance import write_whole
+from datamodules.line_files import pack
 from datamodules.results import MEASUREMENTS, ROWS, measured_stages
 from experiments.studies.processes import Running
 
@@ -169,8 +169,7 @@ def archive(run: Path, out: Path) -> None:
     ]:
         shutil.copy(path, out / path.relative_to(run))
     for path in (run / ROWS).glob("rows_rank*.jsonl"):
-        # Without a time in it: the same rows are the same file.
-        (out / ROWS / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+        pack(path, out / ROWS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import math
 import shutil
 from collections.abc import Mapping
@@ -338,7 +338,7 @@ def test_what_is_recorded_is_neither_trained_nor_judged_again(
     judge(Study(runs, 7, (0,)).judged(NO_DEFENCE)[0])
     made(runs, "cat")
     call(runs, "--methods", "cat", "--report_only")
-    first = {path: path.read_bytes() for path in out.rglob("*.gz")}
+    first = {path: path.read_bytes() for path in out.rglob("*.xz")}
     # Elsewhere: nothing of the first machine's runs is there.
     jobs: list[str] = []
     monkeypatch.setattr(methods, "work", lambda own, workers, title: jobs.append(title))
@@ -360,8 +360,8 @@ def test_what_is_recorded_is_neither_trained_nor_judged_again(
 def refuses_what_is_not_whole(out: Path, call: Any, runs: Path) -> None:
     """In one line that names the remedy, whatever of a recorded comparison is missing or damaged."""
     cat = out / "runs" / "cat" / "seed0"
-    rows = cat / "rows" / "rows_rank0.jsonl.gz"
-    lines = gzip.decompress(rows.read_bytes()).splitlines(keepends=True)
+    rows = cat / "rows" / "rows_rank0.jsonl.xz"
+    lines = lzma.decompress(rows.read_bytes()).splitlines(keepends=True)
     results = json.loads((out / "results.json").read_text())
     search = json.loads((out / "search.json").read_text())
     renamed = {("kat" if name == "cat" else name): own for name, own in results["runs"].items()}
@@ -384,7 +384,7 @@ def refuses_what_is_not_whole(out: Path, call: Any, runs: Path) -> None:
             json.dumps({"runs": {"r2d2": 0}}).encode(),
             "r2d2 is in results.json, and its",
         ),
-        (rows, gzip.compress(b"".join(lines[:-1])), "49 of 50 replies of .*; test it again"),
+        (rows, lzma.compress(b"".join(lines[:-1])), "49 of 50 replies of .*; test it again"),
         (rows, None, "0 of 50 replies of .*; test it again"),
     ]
     for path, content, said in cases:

@@ -24,7 +24,7 @@ from experiments.studies.methods_search import OPTIONAL, comparison
 from experiments.studies.study_report import carrying, cells, exported, judges, replies
 from tests.conftest import ROOT
 
-RECORDED = sorted(path.parent.parent for path in ROOT.glob("experiments/results/*/rows/rows_rank0.jsonl.gz"))
+RECORDED = sorted(path.parent.parent for path in ROOT.glob("experiments/results/*/rows/rows_rank0.jsonl.xz"))
 QUICKSTART = ROOT / "experiments" / "results" / "quickstart_cpu_202611"
 ORGANISM = ROOT / "experiments" / "results" / "organism_cpu_202611"
 METHODS = ROOT / "experiments" / "results" / "methods_cpu_202611"

@@ -4,6 +4,7 @@ or said of what was not measured."""
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -323,6 +324,26 @@ def test_b_a_torn_last_line_counts_as_not_written(tmp_path: Path) -> None:
     assert [own.example for own in read_rows(tmp_path)] == ["a"]
     stored(tmp_path, row("b"))
     assert [own.example for own in read_rows(tmp_path)] == ["a", "b"]
+
+
+def test_compressed_rows_are_the_same_rows_and_a_damaged_file_is_named(tmp_path: Path) -> None:
+    stored(tmp_path, row("a"), row("b"))
+    path = tmp_path / "rows" / "rows_rank0.jsonl"
+    plain, before = path.read_bytes(), read_rows(tmp_path)
+    line_files.pack(path, path.parent)
+    packed = path.with_name("rows_rank0.jsonl.xz")
+    first = packed.read_bytes()
+    line_files.pack(path, path.parent)
+    assert packed.read_bytes() == first
+    path.unlink()
+    assert read_rows(tmp_path) == before and len(before) == 2
+    for damage in (first[:-5], first[:30] + b"\0\0\0" + first[33:], b"no xz"):
+        packed.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"rows_rank0.jsonl.xz: damaged \(.*; fetch or write .* again"):
+            read_rows(tmp_path)
+    packed.unlink()
+    path.with_name("rows_rank0.jsonl.gz").write_bytes(gzip.compress(plain))  # as records were kept before
+    assert read_rows(tmp_path) == before
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, "5"])
