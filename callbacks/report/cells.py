@@ -18,6 +18,8 @@ class Cell:
 
     text: str
     order: float | None = None
+    interval: tuple[float, float] | None = None
+    """The number's, where the text says one."""
 
 
 @dataclass(frozen=True)

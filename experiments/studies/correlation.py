@@ -63,7 +63,7 @@ def _row(pair: TradeOff, rows: Mapping[str, Compared]) -> list[Cell]:
         return [*title, *(Cell(MISSING, math.nan) for _ in range(4))]
     return [
         *title,
-        Cell(f"{found.r:.2f} [{found.low:.2f}, {found.high:.2f}]", found.r),
+        Cell(f"{found.r:.2f} [{found.low:.2f}, {found.high:.2f}]", found.r, (found.low, found.high)),
         Cell(p_value(found.p), found.p),
         Cell(f"{found.rank:.2f}", found.rank),
         Cell(p_value(found.rank_p), found.rank_p),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from experiments.studies.comparison import Answer, Compared, answers, read
 from experiments.studies.correlation import correlations
 from experiments.studies.costs import cost_table, curves
 from experiments.studies.definition import Study, TradeOff
+from experiments.studies.spreadsheet import write_cells, write_tables
 
 COLORS = ("#4c86c6", "#d1605e", "#5a9e6f", "#9b6fb5", "#c98a2b", "#6b7a8f")
 INTERVALS = (
@@ -45,7 +45,8 @@ def write_study(
     links: Mapping[str, str] | None = None,
     copies: bool = True,
 ) -> str:
-    """Write report.md, report.html, cells.csv, results.json, environment.json, figures and raw rows.
+    """Write report.md, report.html, cells.csv, tables.csv, results.json, environment.json, figures and raw
+    rows.
 
     Args:
         study: columns, questions and figures.
@@ -69,7 +70,7 @@ def write_study(
     (out / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     results = {"schema": 3, "title": study.title, "runs": exported(rows, settings or {})}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    _write_cells(out / "cells.csv", rows)
+    write_cells(out / "cells.csv", rows)
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
     drawings |= curves(study, runs)
     for stem, drawing in drawings.items():
@@ -80,6 +81,7 @@ def write_study(
     if missing:
         lost = [[Cell(name), Cell(reason)] for name, reason in missing.items()]
         tables.append(Table("Not reported", ["run", "why"], lost))
+    write_tables(out / "tables.csv", tables)
     signs = [*carrying(rows), *judges(study, rows)]
     text = document(study, tables, signs, {own.title: f"{stem}.svg" for stem, own in drawings.items()})
     (out / "report.md").write_text(text, encoding="utf-8")
@@ -160,7 +162,7 @@ def _cell(own: SeedRate | None, is_mean: bool) -> Cell:
     text = f"{shown(own.value)} [{shown(own.low)}, {shown(own.high)}]"
     if len({*own.by_seed}) > 1:
         text += " (" + ", ".join(shown(value) for value in own.by_seed) + ")"
-    return Cell(text, own.value)
+    return Cell(text, own.value, (own.low, own.high))
 
 
 def _percent(value: float) -> str:
@@ -188,9 +190,13 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
             [
                 Cell(own.claim.question),
                 Cell(own.label),
-                Cell(f"{own.claim.first} {shown(own.first.value)}{sign}"),
-                Cell(f"{own.claim.second} {shown(own.second.value)}{sign}"),
-                Cell(f"{middle} [{low}, {high}]{p}", own.difference.value),
+                Cell(f"{own.claim.first} {shown(own.first.value)}{sign}", own.first.value),
+                Cell(f"{own.claim.second} {shown(own.second.value)}{sign}", own.second.value),
+                Cell(
+                    f"{middle} [{low}, {high}]{p}",
+                    own.difference.value,
+                    (own.difference.low, own.difference.high),
+                ),
                 Cell(own.difference.verdict(study.margin if own.is_rate else 0.0) + unlike),
                 Cell(f"{scale * own.difference.detectable:.3g}{unit}", own.difference.detectable),
             ]
@@ -226,20 +232,6 @@ def draw(rows: Mapping[str, Compared], figure: TradeOff) -> Drawing:
     return Drawing(
         f"{figure.y} against {figure.x}", "A point a run, with 95 % intervals; rates in percent.", picture
     )
-
-
-def _write_cells(path: Path, rows: Mapping[str, Compared]) -> None:
-    """Every number with its interval and n, a line each."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        lines = csv.writer(stream, lineterminator="\n")
-        lines.writerow(["run", "column", "kind", "value", "low", "high", "n", "by_seed"])
-        for name, own in rows.items():
-            for kind, found in (("rate", own.rates), ("mean", own.means)):
-                for label, cell in found.items():
-                    by_seed = " ".join(map(repr, cell.by_seed))
-                    lines.writerow(
-                        [name, label, kind, cell.value, cell.low, cell.high, cell.num_examples, by_seed]
-                    )
 
 
 def exported(rows: Mapping[str, Compared], settings: Mapping[str, str]) -> dict[str, Any]:

@@ -239,6 +239,7 @@ def test_report_and_figure_are_written(tmp_path: Path) -> None:
         "report.md",
         "results.json",
         "runs",
+        "tables.csv",
     ]
     # Everybody can compute the tables again from what lies beside them.
     again = read(archived(out, study.runs))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import html
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +28,7 @@ from tests.support.rows import measurement, row
 BASE = "configs/experiment/methods_tinychat.yaml"
 SUCCESS = {"quantity": "success_rate", "subject": "harmful", "attack": "gcg"}
 LOSS = {"quantity": "loss_best", "subject": "harmful", "attack": "gcg"}
-STUDY = {
+STUDY: dict[str, Any] = {
     "title": "Recorded",
     "runs": {f"run {i}": {"config": [BASE]} for i in range(4)},
     "columns": {"GCG": SUCCESS, "GCG: loss": LOSS},
@@ -80,6 +85,27 @@ def test_recorded_rows_answer_another_study(
     with pytest.raises(ConfigError, match="--recorded: .*no 'u' .utility/exact_match."):
         columns = {"u": {"quantity": "exact_match", "subject": "utility"}}
         study(call(tmp_path, place, columns=columns, correlations=[], categories=[]))
+
+
+def test_every_cell_of_every_table_is_in_a_file_for_other_programs(tmp_path: Path, in_root: Path) -> None:
+    claims = [{"question": "More?", "first": "run 1", "second": "run 3", "columns": ["GCG", "GCG: loss"]}]
+    assert study(call(tmp_path, recorded(tmp_path / "report"), claims=claims)) == 0
+    with (tmp_path / "out" / "tables.csv").open(newline="", encoding="utf-8") as stream:
+        lines = [*csv.DictReader(stream)]
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    for title, body in re.findall(r"^## (.*)\n\n\|.*\n\| ---.*\n((?:\|.*\n)+)", report, re.MULTILINE):
+        own = [line["text"] for line in lines if line["table"] == title]
+        shown = [text for line in body.splitlines() for text in line.strip("| ").split(" | ")]
+        assert own == [html.unescape(text) for text in shown] and len(own) > 4
+    found = {(own["table"], own["name"], own["column"]): own for own in lines}
+    assert len({table for table, _, _ in found}) == report.count("## ") == 5
+    r = found["Correlations", "GCG: loss against GCG", "Pearson's r"]
+    # Successes less their mean -2, -1, 1, 2; losses 1.5, 0.5, -0.5, -1.5.
+    assert float(r["value"]) == pytest.approx(-7 / math.sqrt(10 * 5))
+    assert float(r["low"]) < -0.99 < float(r["high"]) < -0.5
+    more = [own for own in lines if (own["table"], own["column"]) == ("Questions", "difference")]
+    assert [float(own["value"]) for own in more] == pytest.approx([3 / 12, -2.0])
+    assert all(float(own["low"]) <= float(own["value"]) <= float(own["high"]) for own in more)
 
 
 @pytest.mark.parametrize("field", ["correlations", "categories"])
