@@ -13,7 +13,7 @@ from callbacks.report.cells import MISSING, Cell, Table
 from callbacks.report.drawing import Drawing, canvas, legend, plain_ticks
 from callbacks.report.load import load
 from callbacks.run_folder.folder import RunFolder
-from experiments.studies.definition import Study
+from experiments.studies.definition import PUBLISHED, Study
 
 Runs = Mapping[str, Mapping[int, Path]]
 """Name -> seed -> folder."""
@@ -27,17 +27,23 @@ COLUMNS = (
     "seconds an update",
     "peak memory, MiB",
 )
+PAPER = ("paper: forward", "paper: backward", "paper: passes in all", "paper: seconds an update")
+"""Columns of published figures, where a study names any, in the order of PUBLISHED."""
 
 
-def cost_table(runs: Runs) -> Table | None:
-    """A row per trained run, means over its seeds; None where nothing was trained."""
+def cost_table(study: Study, runs: Runs) -> Table | None:
+    """A row per trained run, means over its seeds, beside what a paper says; None where nothing was
+    trained."""
     lines = []
+    published = any(study.runs[name].paper for name in runs)
     for name, folders in runs.items():
         paths = [RunFolder.of(folder).cost for folder in folders.values()]
         costs = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         if costs:
-            lines.append(_row(name, costs))
-    return Table("Cost of training", COLUMNS, lines) if lines else None
+            said = [study.runs[name].paper.get(own, math.nan) for own in PUBLISHED] if published else []
+            lines.append([*_row(name, costs), *(_cell(value, ",.10g") for value in said)])
+    columns = [*COLUMNS, *(PAPER if published else ())]
+    return Table("Cost of training", columns, lines) if lines else None
 
 
 def _row(name: str, costs: Sequence[Mapping[str, Any]]) -> list[Cell]:

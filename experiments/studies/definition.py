@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from callbacks.metrics.names import Metric
-from datamodules.fields import Count, NonNegativeInt, Share, checked
+from datamodules.fields import Count, NonNegativeInt, Positive, Share, checked
 from experiments.config.errors import ConfigError
 from experiments.config.files import find, read
 from experiments.studies.archive import slug
@@ -40,6 +40,8 @@ OWN = {
     "ckpt_path": "a run goes on with its own checkpoint by itself",
 }
 """What a study says by itself on every command line, and a run's `set` would say in vain."""
+PUBLISHED = ("forward", "backward", "passes", "seconds")
+"""Figures of a paper's cost table: passes of the attack on one example, passes in all, seconds an update."""
 REFERENCE = re.compile(r"\$\{run\.([^}]+)\}")
 """Another run's folder, in a value of `set`."""
 
@@ -59,6 +61,9 @@ class StudyRun:
     """false: the model before any training is judged, once."""
     test: list[str] = field(default_factory=list)
     """Files on top of the study's `test`."""
+    paper: dict[str, Positive] = field(default_factory=dict)
+    """What a paper says that this training cost, by the names of PUBLISHED; it stands beside what was counted
+    here."""
 
     @property
     def needs(self) -> list[str]:
@@ -177,6 +182,8 @@ def _check(study: Study) -> None:
             raise ConfigError(f"runs.{name}.seeds: expected different seeds, got {study.seeds_of(name)}")
         for other in run.needs:
             known(other, study.runs, f"runs.{name}.set")
+        for figure in run.paper:
+            known(figure, PUBLISHED, f"runs.{name}.paper")
     _refuse_circles(study)
     check_columns(study.columns)
     for number, claim in enumerate(study.claims):

@@ -76,7 +76,7 @@ def write_study(
     for stem, drawing in drawings.items():
         save(drawing, out / f"{stem}.svg")
     tables = [cells(study, rows)] + ([replies(study, found, rows)] if study.claims else [])
-    tables += [own for own in (correlations(study, rows), cost_table(runs)) if own is not None]
+    tables += [own for own in (correlations(study, rows), cost_table(study, runs)) if own is not None]
     tables += by_category(study, rows)
     if missing:
         lost = [[Cell(name), Cell(reason)] for name, reason in missing.items()]

@@ -65,6 +65,11 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
             {"figures": [{"x": "utility", "y": "robust"}]},
             "figures.0.y: expected one of utility, got 'robust'",
         ),
+        (
+            {"runs": {"a": {"config": CAT, "paper": {"second": 3.2}}}},
+            "runs.a.paper: expected one of forward, backward, passes, seconds, got 'second', did you mean",
+        ),
+        ({"runs": {"a": {"config": CAT, "paper": {"passes": 0}}}}, "runs.a.paper: .*expected a number > 0"),
         ({"margin": 0}, "margin: expected a number within"),
         ({"margin": 5}, "margin: expected a number within"),
         ({"seeds": [0, 0]}, "runs.a.seeds: expected different seeds"),

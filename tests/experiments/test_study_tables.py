@@ -89,7 +89,9 @@ def test_recorded_rows_answer_another_study(
 
 def test_every_cell_of_every_table_is_in_a_file_for_other_programs(tmp_path: Path, in_root: Path) -> None:
     claims = [{"question": "More?", "first": "run 1", "second": "run 3", "columns": ["GCG", "GCG: loss"]}]
-    assert study(call(tmp_path, recorded(tmp_path / "report"), claims=claims)) == 0
+    runs = {name: dict(own) for name, own in STUDY["runs"].items()}
+    runs["run 1"]["paper"] = {"forward": 2565, "passes": 165632000}
+    assert study(call(tmp_path, recorded(tmp_path / "report"), claims=claims, runs=runs)) == 0
     with (tmp_path / "out" / "tables.csv").open(newline="", encoding="utf-8") as stream:
         lines = [*csv.DictReader(stream)]
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
@@ -106,6 +108,9 @@ def test_every_cell_of_every_table_is_in_a_file_for_other_programs(tmp_path: Pat
     more = [own for own in lines if (own["table"], own["column"]) == ("Questions", "difference")]
     assert [float(own["value"]) for own in more] == pytest.approx([3 / 12, -2.0])
     assert all(float(own["low"]) <= float(own["value"]) <= float(own["high"]) for own in more)
+    cost = {column: own["text"] for (table, name, column), own in found.items() if name == "run 1"}
+    assert (cost["paper: forward"], cost["paper: passes in all"]) == ("2,565", "165,632,000")
+    assert found["Cost of training", "run 2", "paper: forward"]["text"] == cost["paper: backward"] == "-"
 
 
 @pytest.mark.parametrize("field", ["correlations", "categories"])
