@@ -93,6 +93,31 @@ def test_columns_sort_and_ways_stay_apart(browser: Page, compared: Path) -> None
     assert names(browser) == ["a", "b", "c"]
 
 
+def test_a_column_sorts_by_the_keyboard(browser: Page, compared: Path) -> None:
+    browser.open(compared, 1280)
+    utility = column(browser, "utility: exact match")
+    browser.js(f"document.querySelectorAll('#runs thead th')[{utility}].querySelector('button').focus()")
+    for order, sorted_names in (("ascending", ["c", "a", "b"]), ("descending", ["b", "a", "c"])):
+        browser.press("Enter", 13)
+        assert names(browser) == sorted_names
+        assert browser.js("document.activeElement.parentElement.getAttribute('aria-sort')") == order
+
+
+def test_a_phone_shows_sorts_and_opens_rows_by_touch(browser: Page, compared: Path) -> None:
+    browser.open(compared, 390, phone=True)
+    # Laid out for the screen, not for a desk's 980 pixels that are shrunk to it.
+    assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    assert browser.js("matchMedia('(pointer: coarse)').matches")
+    head = f"document.querySelectorAll('#runs thead th')[{column(browser, 'utility: exact match')}]"
+    browser.tap(f"{head}.querySelector('button')")
+    until(browser, f"{head}.getAttribute('aria-sort') === 'ascending'")
+    assert names(browser) == ["c", "a", "b"]
+    browser.tap("document.querySelector('#runs tbody tr[data-run=\"1\"] button.open:not(.sign)')")
+    until(browser, "document.querySelectorAll('#list article').length > 0")
+    assert browser.js("$('of').selectedOptions[0].textContent") == "b"
+    assert browser.js("document.documentElement.scrollWidth") == 390
+
+
 def test_words_and_bounds_filter_all_tables(browser: Page, compared: Path) -> None:
     browser.open(compared, 1280)
     choose(browser, "by", str(column(browser, "gcg") - 1))

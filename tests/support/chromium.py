@@ -22,7 +22,7 @@ SWITCHES = (
 
 
 class Page:
-    """One tab: evaluate JavaScript, press keys, take pictures."""
+    """One tab: evaluate JavaScript, press keys, touch, take pictures."""
 
     def __init__(self, write: io.RawIOBase, read: io.BufferedReader) -> None:
         self._write, self._read = write, read
@@ -34,18 +34,20 @@ class Page:
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
-    def open(self, path: Path, width: int, dark: bool = False) -> None:
-        """Load a file at a viewport's width (CSS pixels)."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
-        )
+    def open(self, path: Path, width: int, dark: bool = False, phone: bool = False) -> None:
+        """Load a file at a screen's width (CSS pixels); a phone lays a page out as its `viewport` says, twice
+        as fine, and is touched."""
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
+        self.call("Emulation.setDeviceMetricsOverride", **metrics)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.wait("Page.loadEventFired")
 
     def js(self, expression: str) -> Any:
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of an expression, of a promise what it is kept with."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -53,6 +55,15 @@ class Page:
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def tap(self, element: str) -> None:
+        """Touch the middle of an element (a JavaScript expression), where a phone is emulated."""
+        self.js(f"{element}.scrollIntoView({{ block: 'center', inline: 'center' }})")
+        x, y = self.js(
+            f"(own => [own.x + own.width / 2, own.y + own.height / 2])({element}.getBoundingClientRect())"
+        )
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def picture(self, path: Path) -> None:
         """The whole page as PNG."""
