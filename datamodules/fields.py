@@ -123,7 +123,18 @@ def fitting(hint: Any) -> Test | None:
     plain = [test for test in tests if test is not None]
     if len(plain) < len(tests):
         return None
-    return plain[0] if len(plain) == 1 else lambda value: any(test(value) for test in plain)
+    return plain[0] if len(plain) == 1 else _either(plain)
+
+
+def _either(tests: list[Test]) -> Test:
+    # Loops, here and below, and no generators: results are read by the million, and each is tested so.
+    def test(value: Any) -> bool:
+        for own in tests:  # noqa: SIM110
+            if own(value):
+                return True
+        return False
+
+    return test
 
 
 def describe(hint: Any) -> str:
@@ -161,7 +172,15 @@ def _fitting_one(hint: Any) -> Test | None:
 
 
 def _mapping(key: Test, item: Test) -> Test:
-    return lambda value: isinstance(value, dict) and all(key(k) and item(v) for k, v in value.items())
+    def test(value: Any) -> bool:
+        if not isinstance(value, dict):
+            return False
+        for name, own in value.items():  # noqa: SIM110
+            if not (key(name) and item(own)):
+                return False
+        return True
+
+    return test
 
 
 def _repeated(item: Test) -> Test:
@@ -184,7 +203,11 @@ def _number(kinds: Any, bounds: tuple[Any, ...]) -> Test:
             finite = math.isfinite(value)
         except OverflowError:  # an integer beyond all floats
             return False
-        return finite and all(_within(value, own) for own in bounds)
+        if finite:
+            for own in bounds:
+                if not _within(value, own):
+                    return False
+        return finite
 
     return test
 

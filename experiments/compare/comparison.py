@@ -77,12 +77,15 @@ def write_comparison(
 
 def _read_all(folders: Sequence[tuple[str, Path]], stage: Stage, out: Path, data: Path) -> list[Run]:
     """One after the other: the texts of a run are on disk before the next one is read."""
-    runs = []
-    for number, (name, folder) in enumerate(tqdm(folders, desc="compare", unit="run", disable=None)):
+
+    def one(number: int, name: str, folder: Path) -> Run:
+        # Its rows are gone when this returns: two runs of them are never in memory.
         results, measured = read(folder, stage)
         write_run(data, number, results, measured)
-        runs.append(kept(name, results, measured, out))
-    return runs
+        return kept(name, results, measured, out)
+
+    counted = enumerate(tqdm(folders, desc="compare", unit="run", disable=None))
+    return [one(number, name, folder) for number, (name, folder) in counted]
 
 
 def _write_pairs(pairs: Pairs, baseline: int, data: Path) -> list[list[PairCell]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +20,12 @@ from callbacks.report.cells import change
 from callbacks.report.events import events
 from callbacks.report.load import load_measured
 from callbacks.report.page import study_page
-from callbacks.report.results import PairedDifference
+from callbacks.report.results import PairedDifference, Stage
+from datamodules.results import Row
 from experiments.commands.compare import CompareCall, compare
 from experiments.commands.study import _side_by_side
 from experiments.compare.columns import columns_of
-from experiments.compare.comparison import warnings
+from experiments.compare.comparison import warnings, write_comparison
 from experiments.compare.configurations import configuration_table, differing
 from experiments.compare.differences import Pairs
 from experiments.compare.figures import pareto
@@ -68,6 +71,23 @@ def test_other_budgets_are_marked_and_never_paired(runs: list[Run]) -> None:
     assert against[2][place].kind == "unlike"
     assert warnings(runs, ways)[0].startswith("Measured in different ways")
     assert not ways_of(runs[:2]) and warnings(runs[:2], {}) == []
+
+
+def test_rows_of_two_runs_are_never_in_memory(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(own) is Row for own in gc.get_objects())
+
+    def reading(folder: Path, stage: Stage) -> Any:
+        seen.append(alive() - before)
+        return read(folder, stage)
+
+    before, seen = alive(), list[int]()
+    monkeypatch.setattr("experiments.compare.comparison.read", reading)
+    write_comparison([(path.name, path) for path in folders], "fit", tmp_path)
+    assert seen == [0, 0, 0]
 
 
 def test_differences_are_the_project_s_own(runs: list[Run], folders: list[Path]) -> None:

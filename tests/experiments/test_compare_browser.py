@@ -181,6 +181,9 @@ def test_rows_of_two_runs_stand_beside_each_other(browser: Page, compared: Path)
     choose(browser, "verdict", '["yes","target_prefix@1"]')
     browser.js("$('words').value = 'reply 11'; $('words').dispatchEvent(new Event('input'))")
     assert browser.js("shown.length") == 1
+    # Texts are searched, not what the page calls them.
+    browser.js("$('words').value = 'verdicts'; $('words').dispatchEvent(new Event('input'))")
+    assert browser.js("shown.length") == 0
     choose(browser, "beside", "2")
     until(browser, "beside && !beside.alike")
     assert "measured in different ways" in browser.js("$('rows-said').textContent")

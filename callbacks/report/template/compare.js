@@ -10,6 +10,7 @@ const element = (name, text = "", kind = "") => {
 };
 
 // Files beside the page: each calls thundercat(name, base64 of gzipped JSON).
+const KEPT = 8;  // sets of rows that stay in memory: those of a hundred runs would be gigabytes
 const arrived = new Map(), asked = new Map();
 globalThis.thundercat = (name, packed) => arrived.set(name, packed);
 const unpacked = async (packed) => {
@@ -18,7 +19,11 @@ const unpacked = async (packed) => {
   return JSON.parse(await new Response(stream).text());
 };
 const load = (name) => {
-  if (!asked.has(name)) {
+  const known = asked.get(name);
+  if (known) {
+    asked.delete(name);  // put at the end: what was used last is dropped last
+    asked.set(name, known);
+  } else {
     asked.set(name, new Promise((resolve, reject) => {
       const script = document.createElement("script"), file = `${about.folder}/${name}.js`;
       const failed = () => { asked.delete(name); reject(new Error(`${file} is not beside this page; copy the folder with it.`)); };
@@ -27,6 +32,8 @@ const load = (name) => {
       script.src = file;
       document.head.append(script);
     }));
+    const sets = [...asked.keys()].filter((own) => own.startsWith("rows_"));
+    if (sets.length > KEPT) asked.delete(sets[0]);
   }
   return asked.get(name);
 };
@@ -128,6 +135,16 @@ const fill = (select, options, wanted) => {
 };
 const setOf = async (run) => (await load(`run_${numbered(run)}`)).sets.find((own) => own.title === $("set").value);
 const identity = (row) => JSON.stringify([row.key, row.again ?? 0]);
+// What a row is found by, put together once: a key pressed searches ten thousand of them.
+const searched = new WeakMap();
+const textOf = (row) => {
+  if (!searched.has(row)) {
+    const { key, category, prompt, attacked, prefill, expected, reply, base, before, history = [] } = row;
+    const own = [key, category, prompt, attacked, prefill, expected, reply, base, before?.attacked, before?.reply, ...history.flat()];
+    searched.set(row, own.filter(Boolean).join("\n").toLowerCase());
+  }
+  return searched.get(row);
+};
 const verdictOf = (row, judge) => row?.verdicts?.[judge];
 const badges = (verdicts, place) => {
   for (const [judge, verdict] of Object.entries(verdicts ?? {})) {
@@ -189,7 +206,7 @@ const pick = () => {
     changed: (row) => row.before && verdictOf(row, judge) !== verdictOf(row.before, judge),
     differs: (row) => { const other = beside?.rows.get(identity(row)); return other && verdictOf(row, judge) !== verdictOf(other, judge); },
   };
-  shown = all.filter((row) => kinds[kind](row) && (!words || JSON.stringify(row).toLowerCase().includes(words)));
+  shown = all.filter((row) => kinds[kind](row) && (!words || textOf(row).includes(words)));
   start = 0;
   page();
 };
