@@ -8,7 +8,7 @@ seed's interval is right.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -78,41 +78,6 @@ def seed_rate(outcomes: Outcomes, rng: int = 0) -> SeedRate:
     low, high = _bounds(_drawn(outcomes, chosen, generator))
     least, most = wilson_interval(value * examples, examples)
     by_seed = tuple(float(own) for own in outcomes.mean(axis=1))
-    return SeedRate(value, min(low, least), max(high, most), by_seed, examples)
-
-
-def tail_rate(groups: Mapping[str, Outcomes], share: float, highest: bool, rng: int = 0) -> SeedRate:
-    """The mean rate of the worst `share` of some groups of examples, each of equal weight: the conditional
-    value at risk (Rockafellar and Uryasev 2000) over groups.
-
-    Its 95 % interval is a bootstrap that draws seeds anew, the same for all groups, and examples within each
-    group, and finds the worst groups anew in every draw; never narrower than what the worst groups' own
-    intervals (`seed_rate`) give their mean, added in squares.
-
-    Args:
-        groups: name -> outcomes, of the same seeds; at least one.
-        share: how many of the groups, rounded up.
-        highest: whether a high rate is worse.
-    """
-    seeds = next(iter(groups.values())).shape[0]
-    generator = np.random.default_rng(rng)
-    chosen = generator.integers(seeds, size=(DRAWS, seeds))
-    drawn = np.stack([_drawn(own, chosen, generator) for own in groups.values()])
-    of_seeds = np.stack([own.mean(axis=1) for own in groups.values()])
-    number = math.ceil(share * len(groups))
-
-    def tail(rates: Float[NDArray[np.float64], "group draw"]) -> Float[NDArray[np.float64], " draw"]:
-        ordered = np.sort(rates, axis=0)
-        return (ordered[-number:] if highest else ordered[:number]).mean(axis=0)
-
-    rates = [seed_rate(own, rng) for own in groups.values()]
-    worst = sorted(rates, key=lambda own: own.value, reverse=highest)[:number]
-    value = math.fsum(own.value for own in worst) / number
-    low, high = _bounds(tail(drawn))
-    least = value - math.hypot(*(own.value - own.low for own in worst)) / number
-    most = value + math.hypot(*(own.high - own.value for own in worst)) / number
-    by_seed = tuple(float(rate) for rate in tail(of_seeds))
-    examples = sum(own.num_examples for own in rates)
     return SeedRate(value, min(low, least), max(high, most), by_seed, examples)
 
 

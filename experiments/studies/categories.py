@@ -1,19 +1,21 @@
 """The long tail: a rate by category of prompts, and the mean over the worst of them.
 
 A mean over all prompts hides a category that a defence forgot. The worst quarter's mean is the conditional
-value at risk (CVaR) over categories of equal weight; it is chosen by the rows that it is computed from, and
-so too bad on average: it is for comparing runs on the same rows. A category of few examples would be chosen
-for its chance alone: below `smallest_category` it is left out.
+value at risk (CVaR; Rockafellar and Uryasev 2000) over categories of equal weight. It is chosen by the rows
+that it is computed from, so that it is too bad on average, and a bootstrap around it is off by as much: where
+seven categories of 14 examples are equally bad, a nominal 95 % covers 70 %. So it has no interval, and is for
+comparing runs on the same rows. A category of few examples would be chosen for its chance alone: below
+`smallest_category`, in any run, it is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from callbacks.metrics.hierarchical import Outcomes, SeedRate, seed_rate, stacked, tail_rate
+from callbacks.metrics.hierarchical import Outcomes, SeedRate, seed_rate, stacked
 from callbacks.metrics.names import Metric
 from callbacks.report.cells import MISSING, Cell, Table
 from experiments.studies.comparison import Compared
@@ -32,7 +34,7 @@ def by_category(study: Study, rows: Mapping[str, Compared]) -> list[Table]:
     for label in study.categories:
         metric = study.columns[label].metric
         found = {name: grouped(own, metric) for name, own in rows.items()}
-        sizes = {category: own.shape[1] for groups in found.values() for category, own in groups.items()}
+        sizes = _sizes([groups for groups in found.values() if groups])
         if sizes:
             names = [name for name in sorted(sizes) if sizes[name] >= study.smallest_category]
             small = [f"{name} ({sizes[name]})" for name in sorted(sizes) if name not in names]
@@ -57,21 +59,33 @@ def grouped(own: Compared, metric: Metric) -> Groups:
     return {str(name): outcomes[:, names == name] for name in np.unique(names)}
 
 
-def tail(groups: Groups, metric: Metric) -> SeedRate | None:
-    """The worst quarter's mean with its interval; None without any, or where no direction is worse."""
-    if not groups or metric.better is None:
+def _sizes(runs: Sequence[Groups]) -> dict[str, int]:
+    """Examples of every category, the fewest that a run has of it: none where one lacks it."""
+    names = {category for groups in runs for category in groups}
+    return {
+        name: min(groups[name].shape[1] if name in groups else 0 for groups in runs) for name in sorted(names)
+    }
+
+
+def tail(rates: Sequence[float], metric: Metric) -> float | None:
+    """The mean of the worst quarter of some categories' rates, their number rounded up; None without any, or
+    where no direction is worse."""
+    if not rates or metric.better is None:
         return None
-    return tail_rate(groups, WORST, highest=metric.better == "lower")
+    number = math.ceil(WORST * len(rates))
+    return math.fsum(sorted(rates, reverse=metric.better == "lower")[:number]) / number
 
 
-def _line(name: str, groups: Groups, names: list[str], metric: Metric) -> list[Cell]:
-    own = {category: groups[category] for category in names if category in groups}
-    rates = [seed_rate(own[category]) if category in own else None for category in names]
-    return [Cell(name), *map(_cell, (*rates, tail(own, metric)))]
+def _line(name: str, groups: Groups, names: Sequence[str], metric: Metric) -> list[Cell]:
+    """Dashes for a run without categories: one that was not measured."""
+    rates = [seed_rate(groups[category]) for category in names if groups]
+    cells = [_cell(rate) for rate in rates] or [Cell(MISSING, math.nan) for _ in names]
+    worst = tail([rate.value for rate in rates], metric)
+    last = Cell(MISSING, math.nan) if worst is None else Cell(f"{100 * worst:.0f}", worst)
+    return [Cell(name), *cells, last]
 
 
-def _cell(own: SeedRate | None) -> Cell:
+def _cell(own: SeedRate) -> Cell:
     """In percent, with its interval over seeds and examples."""
-    if own is None:
-        return Cell(MISSING, math.nan)
-    return Cell(f"{100 * own.value:.0f} [{100 * own.low:.0f}, {100 * own.high:.0f}]", own.value)
+    text = f"{100 * own.value:.0f} [{100 * own.low:.0f}, {100 * own.high:.0f}]"
+    return Cell(text, own.value, (own.low, own.high))

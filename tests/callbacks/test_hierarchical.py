@@ -12,7 +12,6 @@ from callbacks.metrics.hierarchical import (
     seed_difference,
     seed_rate,
     stacked,
-    tail_rate,
 )
 
 
@@ -42,40 +41,6 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         found = seed_rate(outcomes)
         covered += found.low <= 0.4 <= found.high
     assert covered >= 54
-
-
-def test_the_worst_quarter_by_hand() -> None:
-    of = {
-        name: np.array([[True] * k + [False] * (10 - k)])
-        for name, k in zip("abcde", (1, 5, 9, 3, 2), strict=True)
-    }
-    # A quarter of five is two: 90 and 50 %, or 10 and 20 %.
-    assert tail_rate(of, 0.25, highest=True).value == pytest.approx(0.7)
-    assert tail_rate(of, 0.25, highest=False).value == pytest.approx(0.15)
-    assert tail_rate(of, 0.2, highest=True).num_examples == 50
-    # 5 of 10 and certain zeros: a draw is Binomial(10, 1/2) / 10, whose 2.5 and 97.5 % points are 2 and 8
-    # (P(X <= 1) = 0.011, P(X <= 2) = 0.055); Wilson's interval, [0.24, 0.76], lies within.
-    one = {"half": np.array([[True, False] * 5]), "never": np.zeros((1, 10), bool)}
-    found = tail_rate(one, 0.25, highest=True)
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.2, 0.8))
-
-
-def test_the_worst_groups_are_found_anew_in_every_draw() -> None:
-    # The highest of four Binomial(10, 1/2) is at most 8 with 0.989^4 = 0.957, at most 9 with 0.996; one
-    # group chosen beforehand would end at 8. Below, that group's own 2 reaches further than the highest's 4.
-    found = tail_rate({name: np.array([[True, False] * 5]) for name in "abcd"}, 0.25, highest=True)
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.2, 0.9))
-
-
-def test_the_worst_quarter_counts_seeds_and_what_never_happened() -> None:
-    # One seed always, one never: their mean is 0, 1/2 or 1 with 1/4, 1/2 and 1/4, the same for all groups.
-    apart = {name: np.array([[True] * 30, [False] * 30]) for name in "abcd"}
-    found = tail_rate(apart, 0.25, highest=True)
-    assert (found.value, found.low, found.high, found.by_seed) == (0.5, 0.0, 1.0, (1.0, 0.0))
-    # Nothing of 10 happened in 8 groups, of which two are the worst: sqrt(2) z^2 / (10 + z^2) / 2.
-    never = {name: np.zeros((3, 10), bool) for name in "abcdefgh"}
-    found = tail_rate(never, 0.25, highest=True)
-    assert (found.value, found.low) == (0.0, 0.0) and found.high == pytest.approx(0.2775 / 2**0.5, abs=1e-4)
 
 
 def test_a_difference_by_hand() -> None:

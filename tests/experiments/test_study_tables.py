@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -70,7 +69,7 @@ def test_recorded_rows_answer_another_study(
     assert "## GCG, by category; of fewer than 5 examples, left out: flood (4)" in said
     assert "| run | fire (n = 8) | CVaR: mean of the worst 25 % of categories |" in said
     # Wilson's z^2 / (8 + z^2) where nothing happened.
-    assert "| run 0 | 0 [0, 32] | 0 [0, 32] |" in said and "\n| run 3 | 38 [" in said
+    assert "| run 0 | 0 [0, 32] | 0 |" in said and "\n| run 3 | 38 [" in said
     # Successes 0, 1, 3, 4 of 12 against losses 3, 2, 1, 0.
     assert "| GCG: loss against GCG | 4 | -0.99 [-1.00, -0.59] | p = 0.010 | -1.00 | p < 0.001 |" in (
         said.replace("&lt;", "<")
@@ -99,6 +98,7 @@ def test_every_cell_of_every_table_is_in_a_file_for_other_programs(tmp_path: Pat
         own = [line["text"] for line in lines if line["table"] == title]
         shown = [text for line in body.splitlines() for text in line.strip("| ").split(" | ")]
         assert own == [html.unescape(text) for text in shown] and len(own) > 4
+    assert all(own["low"] and own["high"] for own in lines if re.search(r"\[[-+]?[\d.]+, ", own["text"]))
     found = {(own["table"], own["name"], own["column"]): own for own in lines}
     assert len({table for table, _, _ in found}) == report.count("## ") == 5
     r = found["Correlations", "GCG: loss against GCG", "Pearson's r"]
@@ -121,16 +121,30 @@ def test_what_is_asked_beside_the_table_must_be_a_column(field: str, tmp_path: P
 
 
 def test_the_worst_categories_are_those_where_the_quantity_is_worst() -> None:
-    own = {
-        name: np.array([[True] * k + [False] * (10 - k)])
-        for name, k in zip("abcde", (1, 5, 9, 3, 2), strict=True)
-    }
-    worst = tail(own, Metric("success_rate", "harmful", "gcg")), tail(own, Metric("refusal_rate", "harmful"))
-    assert [round(rate.value, 9) for rate in worst if rate is not None] == [0.7, 0.15]
-    assert (
-        tail(own, Metric("served_rate", "harmful")) is None
-        and tail({}, Metric("accuracy", "utility")) is None
-    )
+    # A quarter of five is two: 90 and 50 %, or 10 and 20 %.
+    own = (0.1, 0.5, 0.9, 0.3, 0.2)
+    assert tail(own, Metric("success_rate", "harmful", "gcg")) == pytest.approx(0.7)
+    assert tail(own, Metric("refusal_rate", "harmful")) == pytest.approx(0.15)
+    assert tail(own, Metric("served_rate", "harmful")) is None
+    assert tail((), Metric("accuracy", "utility")) is None
+
+
+def test_a_category_counts_as_many_examples_as_the_run_with_the_fewest_has_of_it() -> None:
+    metric = Metric("refusal_rate", "harmful")
+
+    def run(**sizes: int) -> Compared:
+        kinds = {f"{kind}{k}": kind for kind, size in sizes.items() for k in range(size)}
+        return Compared(
+            {}, {}, 0.0, {0: {metric: Events(metric, "j", dict.fromkeys(kinds, True), categories=kinds)}}
+        )
+
+    told = {"title": "t", "runs": {}, "columns": {"refuses": Column("refusal_rate", "harmful")}}
+    own = Study(**told, categories=["refuses"], smallest_category=3)
+    few, many = run(fire=4, flood=2, ash=4), run(fire=6, flood=6)
+    for runs in ({"few": few, "many": many}, {"many": many, "few": few}):
+        (table,) = by_category(own, runs)
+        assert table.title.endswith("of fewer than 3 examples, left out: ash (0), flood (2)")
+        assert table.columns[1:-1] == ["fire (n = 4)"]
 
 
 def test_a_category_is_told_over_all_seeds_and_from_so_many_examples_on() -> None:
@@ -146,7 +160,12 @@ def test_a_category_is_told_over_all_seeds_and_from_so_many_examples_on() -> Non
     (table,) = by_category(Study(**told, categories=["refuses"], smallest_category=3), runs)
     assert table.title == "refuses, by category"
     # Flood: one seed all, the other nothing; their mean is drawn as 0, 1/2 and 1.
-    assert [cell.text for cell in table.rows[0]] == ["cat", "100 [61, 100]", "50 [0, 100]", "50 [0, 100]"]
+    assert [cell.text for cell in table.rows[0]] == ["cat", "100 [61, 100]", "50 [0, 100]", "50"]
+    assert [cell.interval for cell in table.rows[0][1:]] == [
+        (pytest.approx(0.61, abs=0.005), 1.0),
+        (0.0, 1.0),
+        None,
+    ]
     (table,) = by_category(Study(**told, categories=["refuses"], smallest_category=7), runs)
     assert table.title.endswith("of fewer than 7 examples, left out: fire (6), flood (3)")
     assert [cell.text for cell in table.rows[0]] == ["cat", "-"]
