@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -13,6 +14,7 @@ from jsonschema import Draft7Validator
 from experiments.studies.definition import load_study
 from experiments.studies.scheduling import jobs_of
 from experiments.sweeps.definition import load_sweep
+from experiments.sweeps.search import Search
 from experiments.sweeps.space import space_of
 from experiments.sweeps.trials import check_all
 from experiments.sweeps.wandb_backend import wandb_sweep
@@ -63,6 +65,23 @@ def test_the_demonstration_has_twelve_lines_and_a_pareto_front() -> None:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert len(lines) == 12 and all(len(line) <= 160 for line in lines)
     assert [(own.x, own.y) for own in load_sweep(path).figures] == [("utility", "embedding")]
+
+
+def test_the_shipped_halving_ends_trials_at_more_than_one_comparison(tmp_path: Path) -> None:
+    """Of curves that fall the faster the higher a trial's rate is; nothing is trained."""
+    sweep = load_sweep(next(own for own in SWEEPS if own.stem == "hyperband_tinychat"))
+    search, ends = Search(sweep, space_of(sweep), tmp_path, "study"), []
+    for _ in range(search.total):
+        trial = search.begin()
+        slope = math.log10(search.drawn(trial)["model.optimizer.lr"] / 1e-5)
+        curve = [0.75 - 0.05 * look * slope for look in (1, 2, 3, 4)]
+        looks = [look for look in (1, 2, 3, 4) if search.lags(trial, curve[:look])][:1]
+        if looks:
+            ends += looks
+            search.prune(trial)
+        else:
+            search.complete(trial, curve[-1], {}, {})
+    assert len({*ends}) > 1 and {*ends} <= {1, 2, 4} and len(ends) < search.total
 
 
 def test_the_ablations_shared_training_ends_well_and_leaves_judging_to_test(
