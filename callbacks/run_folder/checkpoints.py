@@ -59,6 +59,13 @@ class RunCheckpoints(Checkpoint):
         self._saved_step = self._seen_step = 0
         self._saved_at = time.monotonic()
 
+    def kept(self, last: int) -> tuple[int, ...] | None:
+        """The steps whose checkpoints a training of `last` steps leaves, None where time decides."""
+        if self.every_minutes is not None:
+            return None
+        every = self.every_n_steps or last
+        return tuple([*range(every, last, every), last][-self.keep :])
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write safely also where no command line has seen to it."""
         if not isinstance(trainer.strategy.checkpoint_io, RunCheckpointIO):
@@ -109,13 +116,13 @@ class RunCheckpoints(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:
             return
-        folder = RunFolder.of(trainer.default_root_dir).checkpoints
+        folder = RunFolder.of(trainer.default_root_dir)
         # Said aloud, or Lightning says at every step that it was not.
-        trainer.save_checkpoint(folder / f"step_{trainer.global_step:06d}.ckpt", weights_only=False)
+        trainer.save_checkpoint(folder.checkpoint(trainer.global_step), weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             # By number: as texts, step 1,000,000 comes before 999,999.
-            for old in sorted(folder.glob("step_*.ckpt"), key=_step)[: -self.keep]:
+            for old in sorted(folder.checkpoints.glob("step_*.ckpt"), key=_step)[: -self.keep]:
                 remove(old)
 
 

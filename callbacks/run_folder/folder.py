@@ -44,6 +44,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def checkpoint(self, step: int) -> Path:
+        """Of an optimiser step."""
+        return self.checkpoints / f"step_{step:06d}.ckpt"
+
     @property
     def cost(self) -> Path:
         return self.path / "cost.json"

@@ -16,7 +16,8 @@
 `runs/sweeps/NAME/best.yaml` behind them, or `best_config.yaml` alone.
 
 `${run.NAME}` in a value of `set` is the folder of another run of the study (of the same seed, where it has
-it), which is trained before.
+it), which is trained before. `{config: [...], checkpoint_of: cat, step: 10}` trains nothing: it judges what
+another run was after so many steps.
 """
 
 from __future__ import annotations
@@ -64,11 +65,16 @@ class StudyRun:
     paper: dict[str, Positive] = field(default_factory=dict)
     """What a paper says that this training cost, by the names of PUBLISHED; it stands beside what was counted
     here."""
+    checkpoint_of: str = ""
+    """Run of the study that is judged as it was at `step`; '' for a training of its own."""
+    step: Count | None = None
+    """Optimiser step of a checkpoint that the other run leaves (its `vars.checkpoint_steps`, `_keep`)."""
 
     @property
     def needs(self) -> list[str]:
-        """Names of the runs whose folders its values name."""
-        return list(dict.fromkeys(REFERENCE.findall(str(self.set))))
+        """Names of the runs whose folders it reads."""
+        named = REFERENCE.findall(str(self.set))
+        return list(dict.fromkeys([self.checkpoint_of, *named] if self.checkpoint_of else named))
 
 
 @checked
@@ -140,6 +146,9 @@ class Study:
     def seeds_of(self, name: str) -> list[int]:
         """The seeds of a run; a model that is not trained has one."""
         own = self.runs[name]
+        of = self.runs.get(own.checkpoint_of)
+        if own.seeds is None and of is not None and of.trained and of is not own:
+            return self.seeds if of.seeds is None else of.seeds
         seeds = self.seeds if own.seeds is None else own.seeds
         return seeds if own.trained else seeds[:1]
 
@@ -181,9 +190,12 @@ def _check(study: Study) -> None:
         if len({*study.seeds_of(name)}) < len(study.seeds_of(name)):
             raise ConfigError(f"runs.{name}.seeds: expected different seeds, got {study.seeds_of(name)}")
         for other in run.needs:
-            known(other, study.runs, f"runs.{name}.set")
+            known(
+                other, study.runs, f"runs.{name}.{'checkpoint_of' if other == run.checkpoint_of else 'set'}"
+            )
         for figure in run.paper:
             known(figure, PUBLISHED, f"runs.{name}.paper")
+        _check_checkpoint(study, name)
     _refuse_circles(study)
     check_columns(study.columns)
     for number, claim in enumerate(study.claims):
@@ -199,6 +211,22 @@ def _check(study: Study) -> None:
             known(pair.y, study.columns, f"{name}.{number}.y")
     for number, label in enumerate(study.categories):
         known(label, study.columns, f"categories.{number}")
+
+
+def _check_checkpoint(study: Study, name: str) -> None:
+    """Raises: ConfigError for a checkpoint that is not told whole, or of what has none of its own."""
+    run, place = study.runs[name], f"runs.{name}"
+    if bool(run.checkpoint_of) != (run.step is not None):
+        raise ConfigError(
+            f"{place}: expected checkpoint_of and step together, got one of them; add the other"
+        )
+    if not run.checkpoint_of:
+        return
+    of = study.runs[run.checkpoint_of]
+    if of.checkpoint_of or not of.trained:
+        raise ConfigError(
+            f"{place}.checkpoint_of: expected a run that is trained, got {run.checkpoint_of!r}, which is not"
+        )
 
 
 def check_columns(columns: Mapping[str, Column]) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT
+from callbacks.run_folder.checkpoints import RunCheckpoints
 from callbacks.run_folder.decisive import decisive, filled, flat
+from callbacks.run_folder.folder import RunFolder
 from datamodules.contents import CONTENT, fingerprints
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
@@ -56,6 +58,8 @@ class Job:
     """Digest of the evaluation that is wanted, and of the files that it names."""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The resolved configuration of its training."""
+    keeps: tuple[int, ...] | None = None
+    """Steps whose checkpoints its training leaves; null where that is not known beforehand."""
 
     @property
     def title(self) -> str:
@@ -123,8 +127,14 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     overrides = [(key, text_of(_filled(value, folders))) for key, value in run.set.items()]
     overrides.append(("seed_everything", str(seed)))
     config = compose(run.config, overrides)
-    check(config, "fit" if run.trained else "test")
-    folder = _folder(runs, name, seed, _of_weights(config, runs, run))
+    trains = run.trained and not run.checkpoint_of
+    check(config, "fit" if trains else "test")
+    weights, judged = _of_weights(config, runs, run), ["--ckpt_path=last"] if trains else []
+    if run.checkpoint_of and run.step is not None:
+        of = earlier[needs[0]]
+        judged = [f"--ckpt_path={_checkpoint(of, run.step)}"]
+        weights = digest([weights, of.folder.name.rpartition("-")[2], run.step])
+    folder = _folder(runs, name, seed, weights)
     words = [f"--config={file}" for file in run.config] + [f"--{key}={value}" for key, value in overrides]
     place = f"--trainer.default_root_dir={folder}"
     more = [f"--config={file}" for file in (*study.test, *run.test)]
@@ -133,17 +143,41 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     judging = compose([*run.config, *study.test, *run.test], overrides)
     check(judging, "test")
     check_attacks(study.columns, judging)
-    last = ["--ckpt_path=last"] if run.trained else []
     return Job(
         name=name,
         seed=seed,
         folder=folder,
-        fit=("fit", *words, place, "--ckpt_path=last") if run.trained else (),
-        test=("test", *test_words, place, *last),
+        fit=("fit", *words, place, "--ckpt_path=last") if trains else (),
+        test=("test", *test_words, place, *judged),
         needs=needs,
         judged_by=of_all(judging, runs),
         config=config,
+        keeps=kept_steps(config) if trains else (),
     )
+
+
+def _checkpoint(of: Job, step: int) -> Path:
+    """Where the checkpoint will lie. Raises: ConfigError where the training will not leave it."""
+    if of.keeps is not None and step not in of.keeps:
+        kept = ", ".join(map(str, of.keeps)) or "none"
+        raise ConfigError(
+            f"step: {of.name!r} leaves checkpoints of the steps {kept}, got {step}; set "
+            "vars.checkpoint_steps and vars.checkpoint_keep of that run"
+        )
+    return RunFolder.of(of.folder).checkpoint(step)
+
+
+def kept_steps(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The steps whose checkpoints a training of this configuration leaves; None where its number of steps, or
+    when it writes them, is not known."""
+    trainer = config.get("trainer") or {}
+    last, own = trainer.get("max_steps"), None
+    for node in trainer.get("callbacks") or []:
+        if str(node.get("class_path")).endswith(RunCheckpoints.__name__):
+            own = RunCheckpoints(**(node.get("init_args") or {}))
+    if own is None:
+        return ()
+    return own.kept(last) if isinstance(last, int) and last > 0 else None
 
 
 def _seed_of(study: Study, other: str, seed: int) -> int:

@@ -83,6 +83,20 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
             {"claims": [{"question": "q", "first": "a", "second": "a", "columns": ["utility"]}]},
             "claims.0.second: expected another run than `first`",
         ),
+        ({"runs": {"a": {"config": CAT, "step": 5}}}, "runs.a: expected checkpoint_of and step together"),
+        (
+            {"runs": {"a": {"config": CAT, "checkpoint_of": "b", "step": 5}}},
+            "runs.a.checkpoint_of: expected one of a, got 'b'",
+        ),
+        (
+            {
+                "runs": {
+                    "a": {"config": CAT, "trained": False},
+                    "b": {"config": CAT, "checkpoint_of": "a", "step": 5},
+                }
+            },
+            "runs.b.checkpoint_of: expected a run that is trained, got 'a'",
+        ),
         ({"seeds": 3}, "seeds: expected a list of .* got 3"),
         ({"titel": "x"}, "titel: unknown field, did you mean 'title'"),
     ],
@@ -113,6 +127,27 @@ def test_a_run_is_named_by_what_decides_its_weights(in_root: Path, tmp_path: Pat
     assert second["wider, seed 0"].folder != first["cat, seed 0"].folder
     with pytest.raises(ConfigError, match="'one, seed 0' and 'two, seed 0' are the same training"):
         jobs_of(read(tmp_path, {"one": {"config": CAT}, "two": {"config": CAT}}), tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_judged_in_a_folder_of_its_own(in_root: Path, tmp_path: Path) -> None:
+    kept = {"trainer.max_steps": 12, "vars.checkpoint_steps": 5, "vars.checkpoint_keep": 3}
+    early = {"config": CAT, "checkpoint_of": "cat", "step": 5}
+    runs = {"early": early, "cat": {"config": CAT, "set": kept, "seeds": [0, 1]}}
+    by_title = {job.title: job for job in jobs_of(read(tmp_path, runs), tmp_path)}
+    # Behind its training, and of all its seeds.
+    assert [*by_title] == ["cat, seed 0", "cat, seed 1", "early, seed 0", "early, seed 1"]
+    own, of = by_title["early, seed 1"], by_title["cat, seed 1"]
+    assert (own.fit, own.needs, own.state()) == ((), (("cat", 1),), "to be judged")
+    assert of.keeps == (5, 10, 12)
+    assert own.test[-1] == f"--ckpt_path={of.folder}/checkpoints/step_000005.ckpt"
+    assert own.folder != of.folder and f"--trainer.default_root_dir={own.folder}" in own.test
+    # Of another training, or another step, it is another one.
+    runs["cat"] = {"config": CAT, "set": kept, "seeds": [1]}
+    wider = {"config": CAT, "set": kept | {"vars.epsilon": 0.2}, "seeds": [1]}
+    for changed in ({"early": {**early, "step": 10}}, {"cat": wider}):
+        assert jobs_of(read(tmp_path, runs | changed), tmp_path)[-1].folder != own.folder
+    with pytest.raises(ConfigError, match=r"runs.early: step: 'cat' leaves .* steps 5, 10, 12, got 7; set"):
+        jobs_of(read(tmp_path, {**runs, "early": {**early, "step": 7}}), tmp_path)
 
 
 def test_an_impossible_run_fails_before_the_first(in_root: Path, tmp_path: Path) -> None:
