@@ -110,7 +110,9 @@ class AdversarialFineTuning(FineTuning):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: attack the harmful prompts, those of the whole step at once, then all losses under
-        that perturbation."""
+        that perturbation. Raises: ValueError where another process attacks, or logs, something else."""
+        # What an attack has found, and its health, is exchanged after it.
+        self._agree(self._attacking(batch))
         with self.language_model.gathered():
             attacked = None if batch.adversarial is None else self._perturbed(batch, batch.adversarial)
         # The first step's counter holds what was scored before training began.
@@ -127,6 +129,13 @@ class AdversarialFineTuning(FineTuning):
         )
         self.log_dict(parts, on_step=True, batch_size=1, sync_dist=True)
         return {"loss": loss, "attacked": attacked, "passes": passes}
+
+    def _attacking(self, batch: TrainingBatch) -> str:
+        if batch.adversarial is None:
+            return "a micro-batch without an attack"
+        if batch.attack is None and self._attacked is not None:
+            return "a micro-batch attacked before"
+        return "an attack"
 
     def _perturbed(self, batch: TrainingBatch, rows: AdversarialBatch) -> AttackedPrompt:
         """The micro-batch's rows under attack: attacked now, or with an earlier micro-batch of the step."""

@@ -40,6 +40,6 @@ class Agreement:
         other = next(rank for rank, name in enumerate(names) if name != names[0])
         raise ValueError(
             f"trainer.devices: expected {self._world} processes that do the same, got {names[0]!r} from "
-            f"process 0 and {names[other]!r} from process {other}; what a term of the loss does to the model "
-            "must not depend on its rows: mend it, or set trainer.devices: 1"
+            f"process 0 and {names[other]!r} from process {other}; which rows there are, and what a term of "
+            "the loss does to the model, must not depend on the process: mend it, or set trainer.devices: 1"
         )

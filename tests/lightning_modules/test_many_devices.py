@@ -77,6 +77,7 @@ def _moved(run: dict[str, Any]) -> list[torch.Tensor]:
             "the end of an outer pass that differentiates passes [2]",
         ),
         ("no attack here", "gathering all weights", "an outer pass"),
+        ("no rows to attack", "an attack", "a micro-batch without an attack"),
         ("other losses", "losses of 0", "losses of 1"),
     ],
 )

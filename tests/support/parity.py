@@ -118,8 +118,10 @@ class _Seen(Callback):
         self.passes.append(outputs["attacked"].forward_passes.tolist())
 
 
-def trained(method: str, folder: Path, rank: int = 0, strategy: Any = "auto") -> dict[str, Any]:
-    """The weights that learned, and what `_Seen` keeps."""
+def trained(
+    method: str, folder: Path, rank: int = 0, strategy: Any = "auto", harmful: bool = True
+) -> dict[str, Any]:
+    """The weights that learned, and what `_Seen` keeps. Without harmful rows nothing is attacked."""
     world = 1 if strategy == "auto" else 2
     config = LlamaConfig(**{**SHAPE, "vocab_size": 2048, "max_position_embeddings": 512})
     # Wide enough that a reply's tokens are not all alike.
@@ -157,7 +159,9 @@ def trained(method: str, folder: Path, rank: int = 0, strategy: Any = "auto") ->
     # The second step's rows are the first's: each process meets what the other has attacked.
     orders = [[0, 1, 2, 3], [3, 0, 1, 2]]
     batches = [
-        TrainingBatch(rows.select(order[rank::world]), _share(utility(seed), rank, world))
+        TrainingBatch(
+            rows.select(order[rank::world]) if harmful else None, _share(utility(seed), rank, world)
+        )
         for seed, order in enumerate(orders)
     ]
     trainer.fit(own, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
@@ -194,6 +198,8 @@ def go_together(rank: int, folder: str, port: int) -> None:
             torch.save(found, Path(folder) / f"{method}_{name}_{rank}.pt")
     told = {name: _told(partial(case, rank)) for name, case in DISAGREEMENTS.items()}
     told["no gradient"] = _told(lambda: trained("circuit_breakers", Path(folder), rank, DDPStrategy()))
+    # Whose attack exchanges what it has found.
+    told["no rows to attack"] = _told(lambda: trained("r2d2", Path(folder), rank, DDPStrategy(), rank == 0))
     torch.save(told, f"{folder}/told_{rank}.pt")
     torch.save(_health(rank), f"{folder}/health_{rank}.pt")
 
