@@ -64,7 +64,7 @@ class AttackHealth(Callback):
             return
         self._looked = True
         found = _over_processes(_sums(attacked))
-        # Every process has the same numbers, of all examples.
+        # Every process has the same numbers, of all examples that they are of.
         pl_module.log_dict(
             {f"train/attack/{name}": total / size for name, (total, size) in found.items()},
             on_step=True,
@@ -84,8 +84,8 @@ class AttackHealth(Callback):
 
 
 def _sums(attacked: AttackedPrompt) -> dict[str, tuple[float, int]]:
-    """Sums over the examples of which something is known, and how many those are; nothing of an attack that
-    took no step."""
+    """Sums over the examples that each number is of, NaN where one's is unknown, and how many those are;
+    nothing of an attack that took no step."""
     curve, flags = attacked.loss_curve, example_flags(attacked)
     if len(curve) == 0:
         return {}
@@ -93,6 +93,8 @@ def _sums(attacked: AttackedPrompt) -> dict[str, tuple[float, int]]:
         "loss_start": attacked.start_loss,
         "loss_best": attacked.best_loss,
         "distance": attacked.distance,
+        # Where a distance is NaN there is no such flag; other processes must hear of it.
+        "budget_unused": attacked.distance,
         **flags,
     }
     # An example that left at once had nothing to reduce, whatever its batch-mates, or another process, did.
@@ -102,12 +104,13 @@ def _sums(attacked: AttackedPrompt) -> dict[str, tuple[float, int]]:
         differentiated = (attacked.backward_passes > 0) | attacked.zero_gradient
         values["zero_gradient"] = flags["zero_gradient"][differentiated]
     sums = {name: (float(value.sum()), len(value)) for name, value in values.items()}
-    return {name: own for name, own in sums.items() if own[1] and not math.isnan(own[0])}
+    return {name: own for name, own in sums.items() if own[1]}
 
 
 def _over_processes(own: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
-    """The sums of all processes. They exchange whole tables: which numbers there are depends on what each
-    one's attack did, and logging them one by one would pair one process's with another's."""
+    """The sums of all processes, none where one's is NaN. They exchange whole tables: which numbers there are
+    depends on what each one's attack did, and logging them one by one would pair one process's with
+    another's."""
     tables = [own]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         tables = [{} for _ in range(torch.distributed.get_world_size())]
@@ -116,4 +119,4 @@ def _over_processes(own: dict[str, tuple[float, int]]) -> dict[str, tuple[float,
     for name, (total, size) in (item for table in tables for item in table.items()):
         before = added.get(name, (0.0, 0))
         added[name] = before[0] + total, before[1] + size
-    return added
+    return {name: of_all for name, of_all in added.items() if not math.isnan(of_all[0])}

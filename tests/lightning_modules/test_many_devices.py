@@ -101,4 +101,9 @@ def test_weights_that_ddp_would_wait_for_are_named(together: Path) -> None:
 def test_the_health_of_an_attack_is_that_of_all_processes(together: Path) -> None:
     first, second = (torch.load(together / f"health_{rank}.pt", weights_only=True) for rank in range(2))
     assert first == second
-    assert 0 < first["train/attack/loss_best"] < first["train/attack/loss_start"]
+    found = first["no step"]
+    assert 0 < found["train/attack/loss_best"] < found["train/attack/loss_start"]
+    # What one process would not log for want of a number, two do not log of the other alone.
+    assert first["one lost"].keys() == first["both lost"].keys()
+    dropped = {"train/attack/loss_start", "train/attack/distance", "train/attack/budget_unused"}
+    assert found.keys() - first["one lost"].keys() == dropped

@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from callbacks.health import AttackHealth
 from datamodules.batch import AdversarialBatch, TrainingBatch, UtilityBatch
 from lightning_modules.adversarial import AdversarialFineTuning
-from lightning_modules.attacks.base import NoAttack
+from lightning_modules.attacks.base import AttackedPrompt, NoAttack
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.suffix.gcg import GCG
@@ -263,10 +263,23 @@ DISAGREEMENTS: dict[str, Callable[[int], None]] = {
 }
 
 
-def _health(rank: int) -> dict[str, float]:
-    """What is logged where the first process's attack took no step, and the second's did."""
+def _health(rank: int) -> dict[str, dict[str, float]]:
+    """What is logged where the first process's attack took no step, where it has no number for an example,
+    and where neither process's has; the second's is sound otherwise."""
     model, rows = LanguageModel(tiny_model()), ragged_batch()
-    attacked = (pgd() if rank else NoAttack())(model, rows)
+    sound = pgd()(model, rows)
+    unknown = torch.zeros(len(rows))
+    unknown[0] = torch.nan
+    lost = replace(sound, loss_curve=sound.loss_curve + unknown, distance=sound.distance + unknown)
+    none = NoAttack()(model, rows)
+    return {
+        "no step": _logged(sound if rank else none),
+        "one lost": _logged(sound if rank else lost),
+        "both lost": _logged(lost),
+    }
+
+
+def _logged(attacked: AttackedPrompt) -> dict[str, float]:
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(log_dict=lambda values, **how: logged.update(values))
     trainer: Any = SimpleNamespace(global_step=0)
