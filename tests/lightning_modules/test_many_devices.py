@@ -78,7 +78,7 @@ def _moved(run: dict[str, Any]) -> list[torch.Tensor]:
         ),
         ("no attack here", "gathering all weights", "an outer pass"),
         ("no rows to attack", "an attack", "a micro-batch without an attack"),
-        ("other losses", "losses of 0", "losses of 1"),
+        ("other losses", "losses train/of_0, train/loss", "losses train/of_1, train/loss"),
     ],
 )
 def test_processes_that_part_say_so(together: Path, case: str, first: str, second: str) -> None:

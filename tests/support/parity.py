@@ -34,12 +34,12 @@ from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.persistent_gcg import PersistentGCG
 from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
 from lightning_modules.attacks.training.suffix_generator import SuffixGenerator
+from lightning_modules.losses.base import LossTerms, Step, Term
 from lightning_modules.losses.circuit_breakers import CircuitBreakers
 from lightning_modules.losses.distributions import Distillation
 from lightning_modules.losses.preference import Preference
 from lightning_modules.losses.toward_away import TowardAwayUtility
 from lightning_modules.losses.weights import SpectralSpread
-from lightning_modules.models.agreement import Agreement
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import LoraSettings, ModelConfig
 from lightning_modules.models.sharding import ShardedWeights
@@ -118,10 +118,26 @@ class _Seen(Callback):
         self.passes.append(outputs["attacked"].forward_passes.tolist())
 
 
+class _NamesItsProcess:
+    """A term that logs another name in each process, and is the same otherwise."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self, step: Step) -> LossTerms:
+        return replace(Distillation()(step), parts={f"of_{self.rank}": torch.zeros(())})
+
+
 def trained(
-    method: str, folder: Path, rank: int = 0, strategy: Any = "auto", harmful: bool = True
+    method: str,
+    folder: Path,
+    rank: int = 0,
+    strategy: Any = "auto",
+    harmful: bool = True,
+    terms: list[Term] | None = None,
 ) -> dict[str, Any]:
-    """The weights that learned, and what `_Seen` keeps. Without harmful rows nothing is attacked."""
+    """The weights that learned, and what `_Seen` keeps. Without harmful rows nothing is attacked; terms stand
+    in place of the method's."""
     world = 1 if strategy == "auto" else 2
     config = LlamaConfig(**{**SHAPE, "vocab_size": 2048, "max_position_embeddings": 512})
     # Wide enough that a reply's tokens are not all alike.
@@ -132,7 +148,8 @@ def trained(
     lora = (
         None if method in LEARNS_ALL else LoraSettings(r=2, dropout=0.0, target_modules=["q_proj", "v_proj"])
     )
-    own = AdversarialFineTuning(replace(base, lora=lora), **METHODS[method](base), seed=3)
+    parts = METHODS[method](base) | ({"terms": terms} if terms else {})
+    own = AdversarialFineTuning(replace(base, lora=lora), **parts, seed=3)
     rows = _rows()
     own.attach(tinychat_format(), lambda: iter([rows]))
     # Adam's step is a ratio, in which rounding of a vanishing gradient is as large as any other.
@@ -198,6 +215,10 @@ def go_together(rank: int, folder: str, port: int) -> None:
             torch.save(found, Path(folder) / f"{method}_{name}_{rank}.pt")
     told = {name: _told(partial(case, rank)) for name, case in DISAGREEMENTS.items()}
     told["no gradient"] = _told(lambda: trained("circuit_breakers", Path(folder), rank, DDPStrategy()))
+    own: list[Term] = [_NamesItsProcess(rank)]
+    told["other losses"] = _told(
+        lambda: trained("distillation", Path(folder), rank, DDPStrategy(), terms=own)
+    )
     # Whose attack exchanges what it has found.
     told["no rows to attack"] = _told(lambda: trained("r2d2", Path(folder), rank, DDPStrategy(), rank == 0))
     torch.save(told, f"{folder}/told_{rank}.pt")
@@ -259,7 +280,6 @@ DISAGREEMENTS: dict[str, Callable[[int], None]] = {
     "a pass without gradients": _a_pass_without_gradients,
     "a loss without one": _a_loss_without_one,
     "no attack here": _no_attack_here,
-    "other losses": lambda rank: Agreement()(f"losses of {rank}"),
 }
 
 
