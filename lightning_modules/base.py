@@ -71,7 +71,9 @@ class FineTuning(PretrainedModel):
         """Raises: ValueError where weights had no gradient under DDP, which then waits for them and sums
         nobody's; it would say so a step, and perhaps a checkpoint, later."""
         wrapped = self.trainer.strategy.model
-        if not isinstance(wrapped, DistributedDataParallel) or wrapped.find_unused_parameters:
+        if not isinstance(wrapped, DistributedDataParallel):
+            return
+        if wrapped.find_unused_parameters or wrapped.static_graph:
             return
         without = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
         if without:

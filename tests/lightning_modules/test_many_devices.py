@@ -3,6 +3,7 @@ things they say so instead of waiting for each other."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import socket
 from pathlib import Path
@@ -32,8 +33,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return {method: trained(method, folder) for method in METHODS}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [
+        *itertools.product(METHODS, ["ddp", "fsdp2"]),
+        # Another way to let weights be without a gradient.
+        ("circuit_breakers", "static_graph"),
+    ],
+)
 def test_two_processes_train_as_one(
     together: Path, alone: dict[str, dict[str, Any]], method: str, strategy: str
 ) -> None:

@@ -210,7 +210,8 @@ def go_together(rank: int, folder: str, port: int) -> None:
     for method in METHODS:
         partly = method == "circuit_breakers"
         ddp = DDPStrategy(timeout=soon, find_unused_parameters=partly)
-        for name, strategy in {"ddp": ddp, "fsdp2": FSDP2()}.items():
+        static = {"static_graph": DDPStrategy(static_graph=True)} if partly else {}
+        for name, strategy in {"ddp": ddp, "fsdp2": FSDP2(), **static}.items():
             found = trained(method, Path(folder), rank, strategy)
             torch.save(found, Path(folder) / f"{method}_{name}_{rank}.pt")
     told = {name: _told(partial(case, rank)) for name, case in DISAGREEMENTS.items()}
