@@ -11,6 +11,8 @@ from pathlib import Path
 
 PACKED = ".xz"
 """Ending of a file that is kept as a record."""
+UNPACK = {PACKED: lzma.decompress, ".gz": gzip.decompress}
+"""Endings of packed files -> what unpacks them."""
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
@@ -30,10 +32,22 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
             raise
 
 
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """Files of lines, those that go on later last: a plain file has been written to since the packed one of
+    its name. Raises: ValueError naming two packed files of one name."""
+    ordered = sorted(paths, key=lambda path: (path.suffix not in UNPACK, path))
+    packed: dict[Path, Path] = {}
+    for path in ordered:
+        other = packed.setdefault(path.with_suffix(""), path) if path.suffix in UNPACK else path
+        if other != path:
+            raise ValueError(f"{path}: the same file is packed as {other.name} too; remove the older one")
+    return ordered
+
+
 def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """`file:line` and content of every line that was written to its end; the file may be compressed. Raises:
     ValueError naming a compressed file that is damaged."""
-    unpack = {PACKED: lzma.decompress, ".gz": gzip.decompress}.get(path.suffix, bytes)
+    unpack = UNPACK.get(path.suffix, bytes)
     try:
         *whole, _torn = unpack(path.read_bytes()).split(b"\n")
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:

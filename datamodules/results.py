@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from datamodules.fields import NonNegativeInt, fitting, problem
-from datamodules.line_files import append_lines, drop_torn_line, whole_lines
+from datamodules.line_files import append_lines, drop_torn_line, in_order, whole_lines
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def _another(one: Measurement, other: Measurement) -> bool:
 
 def read_rows(folder: str | Path) -> list[Row]:
     """The latest row of every identity, of all processes. Raises: ValueError naming file and line."""
-    paths = sorted((Path(folder) / ROWS).glob("rows_rank*.jsonl*"))
+    paths = in_order((Path(folder) / ROWS).glob("rows_rank*.jsonl*"))
     return list({row.identity: row for path in paths for row in _read(path, Row)}.values())
 
 

@@ -346,6 +346,22 @@ def test_compressed_rows_are_the_same_rows_and_a_damaged_file_is_named(tmp_path:
     assert read_rows(tmp_path) == before
 
 
+def test_a_packed_folder_that_goes_on_is_read_with_what_was_added_to_it(tmp_path: Path) -> None:
+    stored(tmp_path, row("a"), row("b"))
+    path = tmp_path / "rows" / "rows_rank0.jsonl"
+    line_files.pack(path, path.parent)
+    plain = path.read_bytes()
+    path.unlink()
+    changed = replace(row("a"), reply="of another day")
+    for _ in range(2):  # a restart writes nothing again
+        stored(tmp_path, changed)
+        assert [own.reply for own in read_rows(tmp_path)] == ["of another day", row("b").reply]
+    assert path.read_bytes().count(b"\n") == 1
+    path.with_name("rows_rank0.jsonl.gz").write_bytes(gzip.compress(plain))
+    with pytest.raises(ValueError, match=r"jsonl.xz: .* packed as rows_rank0.jsonl.gz too; remove the older"):
+        read_rows(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, "5"])
 def test_b_a_damaged_cost_file_is_named(content: str, tmp_path: Path) -> None:
     plan = measurement()
