@@ -11,7 +11,18 @@ from pathlib import Path
 
 PACKED = ".xz"
 """Ending of a file that is kept as a record."""
-UNPACK = {PACKED: lzma.decompress, ".gz": gzip.decompress}
+
+
+def _unxz(content: bytes) -> bytes:
+    """`lzma.decompress` takes no notice of what follows the first stream."""
+    unpacker = lzma.LZMADecompressor()
+    unpacked = unpacker.decompress(content)
+    if not unpacker.eof or unpacker.unused_data:
+        raise EOFError("it goes on behind its end" if unpacker.eof else "it has no end")
+    return unpacked
+
+
+UNPACK = {PACKED: _unxz, ".gz": gzip.decompress}
 """Endings of packed files -> what unpacks them."""
 
 
@@ -45,21 +56,27 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """`file:line` and content of every line that was written to its end; the file may be compressed. Raises:
-    ValueError naming a compressed file that is damaged."""
+    """`file:line` and content of every line that was written to its end; the file may be compressed: then
+    nobody was writing to it, and all of its lines are whole. Raises: ValueError naming a compressed file that
+    is damaged."""
     unpack = UNPACK.get(path.suffix, bytes)
     try:
-        *whole, _torn = unpack(path.read_bytes()).split(b"\n")
+        *whole, torn = unpack(path.read_bytes()).split(b"\n")
+        if path.suffix in UNPACK and (torn or not whole):
+            raise EOFError("its last line has no end" if torn else "it holds no line")
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged ({error}); fetch or write the file again") from error
     return ((f"{path}:{number}", line) for number, line in enumerate(whole, start=1))
 
 
 def pack(path: Path, folder: Path) -> None:
-    """Write a compressed copy into a folder: the same lines are the same file, on whatever day. By xz, which
-    leaves two fifths less of results than gzip."""
-    content = lzma.compress(path.read_bytes(), preset=lzma.PRESET_DEFAULT | lzma.PRESET_EXTREME)
-    (folder / f"{path.name}{PACKED}").write_bytes(content)
+    """Write a compressed copy of the whole lines into a folder, none where there are none: the same lines are
+    the same file, on whatever day. By xz, which leaves two fifths less of results than gzip."""
+    content = path.read_bytes()
+    content = content[: content.rfind(b"\n") + 1]
+    if content:
+        packed = lzma.compress(content, preset=lzma.PRESET_DEFAULT | lzma.PRESET_EXTREME)
+        (folder / f"{path.name}{PACKED}").write_bytes(packed)
 
 
 def drop_torn_line(path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -344,6 +345,41 @@ def test_compressed_rows_are_the_same_rows_and_a_damaged_file_is_named(tmp_path:
     packed.unlink()
     path.with_name("rows_rank0.jsonl.gz").write_bytes(gzip.compress(plain))  # as records were kept before
     assert read_rows(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("ending", "damaged", "said"),
+    [
+        (".gz", lambda plain: b"", "it holds no line"),
+        (".xz", lambda plain: b"", "it has no end"),
+        (".xz", lambda plain: lzma.compress(plain) + b"more", "it goes on behind its end"),
+        (".xz", lambda plain: lzma.compress(plain)[:-3], "it has no end"),
+        (".xz", lambda plain: lzma.compress(plain[:-1]), "its last line has no end"),
+        (".gz", lambda plain: gzip.compress(plain[:-1]), "its last line has no end"),
+    ],
+)
+def test_a_packed_file_loses_no_line_unsaid(
+    ending: str, damaged: Callable[[bytes], bytes], said: str, tmp_path: Path
+) -> None:
+    stored(tmp_path, row("a"), row("b"))
+    path = tmp_path / "rows" / "rows_rank0.jsonl"
+    path.with_name(path.name + ending).write_bytes(damaged(path.read_bytes()))
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"rows_rank0.jsonl{ending}: damaged \({said}\); fetch or write"):
+        read_rows(tmp_path)
+
+
+def test_whole_lines_alone_are_packed(tmp_path: Path) -> None:
+    stored(tmp_path, row("a"), row("b"))
+    path = tmp_path / "rows" / "rows_rank0.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])  # a kill
+    line_files.pack(path, tmp_path)
+    first = whole[: whole.index(b"\n") + 1]
+    assert lzma.decompress((tmp_path / "rows_rank0.jsonl.xz").read_bytes()) == first
+    path.write_bytes(whole[:20])
+    line_files.pack(path, path.parent)
+    assert [own.name for own in path.parent.iterdir()] == ["rows_rank0.jsonl"]
 
 
 def test_a_packed_folder_that_goes_on_is_read_with_what_was_added_to_it(tmp_path: Path) -> None:
