@@ -398,6 +398,26 @@ def test_a_packed_folder_that_goes_on_is_read_with_what_was_added_to_it(tmp_path
         read_rows(tmp_path)
 
 
+def test_a_kill_while_packing_leaves_the_earlier_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Path, content: bytes) -> int:
+        with self.open("wb") as stream:
+            stream.write(content[:40])
+        raise KeyboardInterrupt
+
+    stored(tmp_path, row("a"))
+    path = tmp_path / "rows" / "rows_rank0.jsonl"
+    line_files.pack(path, path.parent)
+    stored(tmp_path, row("b"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            line_files.pack(path, path.parent)
+    path.unlink()
+    assert [own.example for own in read_rows(tmp_path)] == ["a"]
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, "5"])
 def test_b_a_damaged_cost_file_is_named(content: str, tmp_path: Path) -> None:
     plan = measurement()
