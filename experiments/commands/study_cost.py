@@ -1,7 +1,8 @@
 """What `thundercat study FILE --dry_run` says of costs: measured where a run is trained, else planned.
 
-A plan is that of `thundercat plan`: one training step is executed without weights and counted. The seeds of
-a run share it. What judging the models costs is in neither.
+A plan is that of `thundercat plan`: one training step is executed without weights and counted, on rows as
+long as rows may be and with an attack that no example ends early: what a run takes is less. The seeds of a
+run share it. What judging the models costs is in neither.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class Planned:
     """Floating-point operations of all steps."""
     passes: int
     """Passes over the layers of all steps, forward and backward ones, each of a whole batch."""
+    tokens: int
+    """Length of the rows: the longest that they may have."""
 
     @property
     def text(self) -> str:
-        counts = (
-            f"{self.steps:,} steps, {self.flops / 1e12:,.2f} TFLOP, {self.passes:,} passes over the layers"
-        )
-        return f"planned: {counts}"
+        most = f"{self.flops / 1e12:,.2f} TFLOP and {self.passes:,} passes over the layers"
+        return f"planned: {self.steps:,} steps, at most {most}"
 
 
 class Costs:
@@ -67,8 +68,12 @@ class Costs:
         said = [f"left: {len(left)} of {len(trainings)} trainings"]
         plans = [plan for job in left if isinstance(plan := self._plan(job), Planned)]
         if plans:
+            lengths = sorted({plan.tokens for plan in plans})
+            tokens = " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
+            flops = sum(plan.flops for plan in plans)
             said.append(
-                f"{len(plans)} of them planned, {sum(plan.flops for plan in plans) / 1e12:,.2f} TFLOP"
+                f"{len(plans)} of them planned, at most {flops / 1e12:,.2f} TFLOP: "
+                f"all rows of {tokens} tokens, their longest, and no attack ends by its stop_loss"
             )
         seconds = [found for job in left if (found := self._seconds(job)) is not None]
         if seconds:
@@ -151,5 +156,6 @@ def _planned(config: Mapping[str, Any]) -> Planned:
     from experiments.planning.step import calm
 
     with calm():
-        cost = executed(config, PlanSettings(), steps=1).cost  # a second one would tell memory alone
-    return Planned(steps, float(steps * cost.flops.total()), steps * cost.sweeps.total())
+        done = executed(config, PlanSettings(), steps=1)  # a second one would tell memory alone
+    tokens = done.rows["prompt_tokens"] + done.rows["reply_tokens"]
+    return Planned(steps, float(steps * done.cost.flops.total()), steps * done.cost.sweeps.total(), tokens)

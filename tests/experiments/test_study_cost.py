@@ -32,14 +32,17 @@ def test_a_dry_run_plans_what_is_not_trained(thundercat: Run, tmp_path: Path) ->
     path.write_text(yaml.safe_dump({"title": "A study", "runs": runs, "columns": columns}, sort_keys=False))
     status, said, _ = thundercat("study", str(path), "--runs", str(tmp_path / "runs"), "--dry-run")
     first, second, third, left = said.splitlines()
-    flops = executed(compose(ONE_STEP, []), PlanSettings()).cost.flops.total()
-    planned = f"planned: 40 steps, {40 * flops / 1e12:,.2f} TFLOP, {40 * 6} passes over the layers"
+    config = compose(ONE_STEP, [])
+    flops = executed(config, PlanSettings()).cost.flops.total()
+    length = config["data"]["init_args"]["encoding"]["max_length"]
+    planned = f"planned: 40 steps, at most {40 * flops / 1e12:,.2f} TFLOP and {40 * 6} passes over the layers"
     assert status == 0 and flops > 1e9
     assert first.startswith("not begun     cat, seed 0  ") and first.endswith(f"  {planned}")
     assert second.startswith("not begun     cat, seed 1  ") and second.endswith(f"  {planned}")
     assert "  no plan: model.base.lora: a plan cannot hold the copy of the model" in third
     assert left == (
-        f"left: 3 of 3 trainings; 2 of them planned, {80 * flops / 1e12:,.2f} TFLOP; "
+        f"left: 3 of 3 trainings; 2 of them planned, at most {80 * flops / 1e12:,.2f} TFLOP: "
+        f"all rows of {length} tokens, their longest, and no attack ends by its stop_loss; "
         "3 of 3 evaluations, whose cost is in no plan"
     )
     assert not (tmp_path / "runs").exists()
@@ -68,7 +71,7 @@ def planned_for(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(name)
         if name == "unknown":
             raise ConfigError("model: nobody\nknows it")
-        return Planned(10, 10.0 * len(name), 4)
+        return Planned(10, 10.0 * len(name), 4, 64 * len(name))
 
     monkeypatch.setattr(study_cost, "_planned", planned)
     return found
@@ -90,7 +93,8 @@ def test_seconds_are_of_other_seeds_else_by_the_plan_at_their_pace(
     assert costs.text(jobs[0]) == "trained in 4 s, 1,200 passes of a row"
     assert costs.text(jobs[4]) == "no plan: model: nobody knows it"
     assert costs.total() == (
-        "left: 3 of 5 trainings; 2 of them planned, 0.00 TFLOP; 2 of them about 25 s, as those trained here; "
+        "left: 3 of 5 trainings; 2 of them planned, at most 0.00 TFLOP: all rows of 128 to 512 tokens, their "
+        "longest, and no attack ends by its stop_loss; 2 of them about 25 s, as those trained here; "
         "5 of 5 evaluations, whose cost is in no plan"
     )
     assert sorted(planned_for) == ["ab", "abcdefgh", "unknown"]
