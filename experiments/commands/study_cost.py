@@ -65,7 +65,9 @@ class Costs:
         trainings = [job for job in self.jobs if job.fit]
         left = [job for job in trainings if _left(job)]
         judged = sum(job.state() != "done" for job in self.jobs)
-        said = [f"left: {len(left)} of {len(trainings)} trainings"]
+        begun = sum(job.state() == "begun" for job in left)
+        whole = f" (begun ones counted whole: {begun})" if begun else ""
+        said = [f"left: {len(left)} of {len(trainings)} trainings{whole}"]
         plans = [plan for job in left if isinstance(plan := self._plan(job), Planned)]
         if plans:
             lengths = sorted({plan.tokens for plan in plans})

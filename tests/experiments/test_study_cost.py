@@ -98,6 +98,9 @@ def test_seconds_are_of_other_seeds_else_by_the_plan_at_their_pace(
         "5 of 5 evaluations, whose cost is in no plan"
     )
     assert sorted(planned_for) == ["ab", "abcdefgh", "unknown"]
+    jobs[2].folder.mkdir()
+    assert costs.total().startswith("left: 3 of 5 trainings (begun ones counted whole: 1); ")
+    assert "; 2 of them about 25 s," in costs.total()
 
 
 @pytest.mark.parametrize("cost", [[], {}, {"seconds": None}, {"seconds": 0}])
