@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -100,7 +101,7 @@ class Costs:
         while waiting:
             needed = by_key[waiting.pop()]
             base, own = _base(config), _base(needed.config)
-            if _left(needed) and str(base.get("name_or_path")).startswith(str(needed.folder)):
+            if _left(needed) and Path(str(base.get("name_or_path"))).is_relative_to(needed.folder):
                 base |= {name: own.get(name) for name in ("name_or_path", "revision")}
                 waiting += needed.needs
         return config

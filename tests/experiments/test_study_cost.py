@@ -124,6 +124,15 @@ def test_a_model_that_another_run_will_write_has_its_architecture(
     assert planned_for == ["first", path]
 
 
+def test_a_folder_whose_name_begins_alike_is_another(planned_for: list[str], tmp_path: Path) -> None:
+    first, tenth = job("first", tmp_path, 1), job("tenth", tmp_path)
+    path = f"{first.folder}0/model_merged"
+    assert path.startswith(str(first.folder))
+    own = job("own", tmp_path, needs=(("first", 1), ("tenth", 0)), name_or_path=path)
+    Costs([first, tenth, own]).text(own)
+    assert planned_for == [path]
+
+
 def test_a_plan_needs_a_number_of_steps() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_steps: a plan expects a number of steps, got -1"):
         study_cost._planned({"trainer": {"max_steps": -1}})
