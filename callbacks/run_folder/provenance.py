@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,15 @@ class Provenance(Callback):
         next call's too, and `test --config RUN/config.yaml` would not be of the model before training.
         """
         own = {key: value for key, value in self.config.items() if key != "ckpt_path"}
-        write_whole(folder.config(stage, defence), yaml.dump(own, Dumper=_Dumper, sort_keys=False))
+        write_whole(folder.config(stage, defence), dumped(own))
         facts = {name: self.config.get(name) for name in ("seed_everything", "ckpt_path")}
         environment = {**facts, "seeds": self.seeds, "stage": stage, **environment_facts()}
         write_whole(folder.environment(stage, defence), json.dumps(environment, indent=2) + "\n")
+
+
+def dumped(config: Mapping[str, Any]) -> str:
+    """A configuration as YAML that our files read as it is."""
+    return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import yaml
 
 from callbacks.run_folder.folder import CONFIG_FILE
+from callbacks.run_folder.provenance import dumped
 from experiments.config.compose import ConfigError, compose
+from experiments.config.defaults import CSV
 from experiments.sweeps.definition import Sweep
 from experiments.sweeps.trials import configuration
 
@@ -19,16 +20,23 @@ BEST, RESOLVED = "best.yaml", "best_config.yaml"
 
 
 def copy_resolved(folder: Path, place: Path) -> None:
-    """Put the configuration that the trial ran with, every field of it, beside `best.yaml`.
+    """Put the configuration that the trial ran with, every field of it but its folder, beside `best.yaml`.
 
     Args:
         folder: the trial's.
         place: the sweep's.
     """
     if (folder / CONFIG_FILE).is_file():
-        shutil.copyfile(folder / CONFIG_FILE, place / RESOLVED)
+        own = _without_folder(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        (place / RESOLVED).write_text(dumped(own), encoding="utf-8")
     else:  # of another trial, which was the best one before
         (place / RESOLVED).unlink(missing_ok=True)
+
+
+def remove_best(place: Path) -> None:
+    """What an earlier best trial has left in the sweep's folder: now none is."""
+    for name in (BEST, RESOLVED):
+        (place / name).unlink(missing_ok=True)
 
 
 def write_best(sweep: Sweep, values: Mapping[str, Any], title: str, path: Path) -> None:
@@ -56,8 +64,11 @@ def _write(
 
 
 def _without_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every run has a folder of its own."""
-    trainer = {key: value for key, value in config["trainer"].items() if key != "default_root_dir"}
+    """Every run has a folder of its own, and its log there."""
+    trainer = dict(config["trainer"])
+    log = {"class_path": CSV, "init_args": {"save_dir": trainer.pop("default_root_dir", None)}}
+    if isinstance(trainer.get("logger"), list):
+        trainer["logger"] = [own for own in trainer["logger"] if own != log]
     return {**config, "trainer": trainer}
 
 

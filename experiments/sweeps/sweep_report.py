@@ -19,7 +19,7 @@ from callbacks.report.escape import markdown
 from callbacks.report.load import load
 from callbacks.report.markdown import table_text
 from callbacks.report.page import study_page
-from experiments.sweeps.best import BEST, copy_resolved, write_best
+from experiments.sweeps.best import BEST, copy_resolved, remove_best, write_best
 from experiments.sweeps.figures import parallel, trade_off
 from experiments.sweeps.search import CELLS, ERROR, FOLDER, Search, feasible, quiet
 from experiments.sweeps.trials import TRIALS
@@ -61,6 +61,8 @@ def write_sweep(search: Search, title: str, place: Path) -> str:
         write_best(search.sweep, values, f"Trial {best.number} of {title}", place / BEST)
         copy_resolved(place / TRIALS / best.user_attrs[FOLDER], place)
         tables.insert(0, best_table(search, best, place))
+    else:
+        remove_best(place)
     importances = importance_table(search)
     tables += [importances] if importances is not None else []
     signs = judges(search, best, place)

@@ -10,10 +10,12 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from callbacks.metrics.pareto import front
+from callbacks.run_folder.provenance import dumped
 from experiments.cli import split_overrides
 from experiments.config.compose import compose
+from experiments.config.defaults import CSV
 from experiments.config.errors import ConfigError
-from experiments.sweeps.best import write_best
+from experiments.sweeps.best import copy_resolved, remove_best, write_best
 from experiments.sweeps.definition import Constraint, Sweep, load_sweep
 from experiments.sweeps.search import Search
 from experiments.sweeps.space import Space, space_of
@@ -317,6 +319,23 @@ def test_the_best_trials_file_repeats_it(
     for config in (again, own):
         config["trainer"].pop("default_root_dir", None)
     assert again == own
+
+
+def test_the_best_trials_configuration_is_another_runs_too(tmp_path: Path) -> None:
+    """All of it but where the trial lies: a run by it neither moves the trial nor writes into it."""
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    base = {"name_or_path": "x", "revision": "12e4567"}
+    logs = [{"class_path": CSV, "init_args": {"save_dir": where}} for where in (str(folder), "elsewhere")]
+    trainer = {"max_steps": 3, "default_root_dir": str(folder), "logger": logs}
+    model = {"class_path": "lightning_modules.adversarial.AdversarialFineTuning", "init_args": {"base": base}}
+    (folder / "config.yaml").write_text(dumped({"trainer": trainer, "model": model}))
+    copy_resolved(folder, tmp_path)
+    again = compose([str(tmp_path / "best_config.yaml")], [])
+    assert again["trainer"] == {"max_steps": 3, "logger": logs[1:]}
+    assert again["model"]["init_args"]["base"] == base
+    remove_best(tmp_path)
+    assert [own.name for own in tmp_path.iterdir()] == ["trial"]
 
 
 def test_the_agent_of_wandb_starts_the_same_trial(

@@ -92,8 +92,10 @@ def test_nothing_is_best_where_nothing_keeps_the_constraints(sweeping: Sweeping)
     )
     engine.run()
     assert engine.judge() is None and engine.search.best() is None
+    for name in ("best.yaml", "best_config.yaml"):
+        (sweeping.place / name).write_text("of an earlier best\n")
     assert "no trial is the best: none keeps them" in write_sweep(engine.search, "x", sweeping.place)
-    assert not (sweeping.place / "best.yaml").exists()
+    assert not [*sweeping.place.glob("best*.yaml")]
 
 
 def test_trials_with_the_same_values_share_one_training(sweeping: Sweeping) -> None:

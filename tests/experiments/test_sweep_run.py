@@ -115,7 +115,11 @@ def test_a_sweep_trains_chooses_and_tests(
     status, again, _ = thundercat("sweep", str(file), "--runs", str(tmp_path), "--report_only")
     assert status == 0 and again == text[text.index("# Sweep mine") :]
     assert yaml.safe_load((place / "best.yaml").read_text())["trainer"] == {"max_steps": 1}
-    assert (place / "best_config.yaml").read_text() == (best.parent / "config.yaml").read_text()
+    ran = yaml.safe_load((best.parent / "config.yaml").read_text())
+    trainer = {**ran["trainer"], "logger": []}
+    assert trainer.pop("default_root_dir") == str(best.parent)
+    whole = (place / "best_config.yaml").read_text()
+    assert yaml.safe_load(whole) == {**ran, "trainer": trainer} and str(best.parent) not in whole
     columns = {"utility": UTILITY}
     runs = {"best": {"config": [str(place / "best_config.yaml")], "seeds": [0]}}
     own = tmp_path / "study.yaml"
@@ -128,6 +132,7 @@ def test_a_sweep_trains_chooses_and_tests(
     file.write_text(yaml.safe_dump({**content, "constraints": never}))
     status, text, error = thundercat("sweep", str(file), "--runs", str(tmp_path))
     assert status == 1 and "no trial is the best" in text
+    assert not [*place.glob("best*.yaml")]
     assert "mine.yaml has changed: 2 trials of what it was are not counted" in error
     assert len([*place.glob("trials/*")]) == 2
 
