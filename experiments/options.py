@@ -41,9 +41,15 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(None if args is None else self._spelt(args), namespace)
 
     def _spelt(self, words: Iterable[str]) -> Iterator[str]:
-        """Options as they are declared, where dashes and underscores are all that differs."""
+        """Options as they are declared, where dashes and underscores are all that differs; behind a bare `--`
+        there are none."""
         own = {name.lstrip("-").replace("-", "_"): name for name in self._option_string_actions}
-        for word in words:
+        left = iter(words)
+        for word in left:
+            if word == "--":
+                yield word
+                yield from left
+                return
             name, equals, value = word.partition("=")
             alike = own.get(name[2:].replace("-", "_")) if name.startswith("--") else None
             yield f"{alike}{equals}{value}" if alike is not None else word

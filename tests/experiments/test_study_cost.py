@@ -153,3 +153,8 @@ def test_dashes_and_underscores_are_the_same_in_options(words: list[str], field:
     """In options of ours alone: a field of the configuration is what it is called."""
     call, rest = build_parser().parse_known_args([*words, "--data.micro-batches=2"])
     assert getattr(call, field) == value and rest == ["--data.micro-batches=2"]
+
+
+def test_behind_two_bare_dashes_words_are_left_as_they_are() -> None:
+    call = build_parser().parse_args(["chat", "--max-new-tokens=3", "--", "--top-p"])
+    assert (call.run, call.max_new_tokens) == ("--top-p", 3)
