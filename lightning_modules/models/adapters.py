@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+# Layers whose base weight is the merged one just now: their switch is off, their adapters are not.
+_MERGED: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -44,11 +48,13 @@ def merged_adapters(parts: Iterable[nn.Module], enabled: bool = True, rounded: b
                     weight.data = merged
                     # The layer's own switch; PEFT's model-wide one would also touch requires_grad.
                     layer._disable_adapters = True
+                    _MERGED.add(layer)
         yield len(swapped)
     finally:
         for layer, original in swapped:
             layer.get_base_layer().weight.data = original
             layer._disable_adapters = False
+            _MERGED.discard(layer)
 
 
 @contextmanager
@@ -68,9 +74,10 @@ def disabled_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def switches(model: nn.Module) -> list[tuple[bool, tuple[str, ...]]]:
-    """Of each layer with adapters whether they are off, and which are active: what weights do not tell."""
+    """Of each layer with adapters whether they are off, and which are active: what weights do not tell. Those
+    that `merged_adapters` has merged are on."""
     return [
-        (layer.disable_adapters, tuple(layer.active_adapters))
+        (layer.disable_adapters and layer not in _MERGED, tuple(layer.active_adapters))
         for layer in model.modules()
         if isinstance(layer, BaseTunerLayer)
     ]

@@ -56,7 +56,8 @@ def test_the_regression_by_hand() -> None:
 
 
 def test_a_threshold_is_of_what_the_model_computes_now() -> None:
-    """Adapters that are switched off, as for a run's base, and another precision make another model."""
+    """Adapters that are switched off, as for a run's base, and another precision make another model; an
+    attack, which merges them, does not, nor is what it calibrates the base's."""
     lora = LoraSettings(r=2)
     module = load_seeded(ModelConfig("tinychat:aligned", lora=lora), 0)
     model, limit = (
@@ -69,9 +70,16 @@ def test_a_threshold_is_of_what_the_model_computes_now() -> None:
         asked.append(len(rows))
         return [float(len(asked))] * len(rows)
 
-    assert [limit.of(model, scores) for _ in range(2)] == [1.0, 1.0]
+    for _ in range(2):
+        with model.frozen():
+            assert limit.of(model, scores) == 1.0
+        assert limit.of(model, scores) == 1.0
     with disabled_adapters(module):
         assert limit.of(model, scores) == 2.0
+        with model.frozen():
+            assert limit.of(model, scores) == 2.0
+    with model.frozen():
+        assert limit.of(model, scores) == 3.0
     assert limit.of(model, scores) == 3.0
     module.to(torch.bfloat16)
     assert limit.of(model, scores) == 4.0
