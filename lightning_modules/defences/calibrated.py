@@ -7,7 +7,7 @@ of another kind have no such promise).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,7 +24,7 @@ Scores = Callable[[LanguageModel, Sequence[ChatRow]], list[float]]
 
 
 class Threshold:
-    """Found once for a model's weights, when it is first needed.
+    """Found once for a model's weights and each kind of score, when it is first needed.
 
     Args:
         owner: the filter's name, for what errors say.
@@ -48,23 +48,26 @@ class Threshold:
         self._benign = benign
         self._rate = false_positive_rate
         self._count = num_calibration
-        self._known: WeakKeyDictionary[nn.Module, tuple[Versions, float]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, tuple[Versions, dict[Hashable, float]]] = (
+            WeakKeyDictionary()
+        )
 
-    def of(self, model: LanguageModel, scores: Scores) -> float:
-        """The threshold of these scores. Raises: ValueError where the source has fewer requests than were
-        asked for."""
+    def of(self, model: LanguageModel, scores: Scores, kind: Hashable = None) -> float:
+        """The threshold of these scores; those of another kind have one of their own. Raises: ValueError
+        where the source has fewer requests than were asked for."""
         weights = versions(model)
         known = self._known.get(model.module)
         if known is None or known[0] != weights:
+            known = self._known[model.module] = weights, {}
+        if kind not in known[1]:
             rows = rows_of(self._benign, self._count)
             if len(rows) < self._count:
                 raise ValueError(
                     f"{self._owner}.num_calibration: expected at most the {len(rows)} requests of the "
                     f"source, got {self._count}; lower it"
                 )
-            known = weights, conformal_threshold(scores(model, rows), self._rate)
-            self._known[model.module] = known
-        return known[1]
+            known[1][kind] = conformal_threshold(scores(model, rows), self._rate)
+        return known[1][kind]
 
 
 Versions = tuple[object, ...]

@@ -9,6 +9,9 @@ An attack on text is scored by the reply that it looks for: whether that reply, 
 would be let through. Of a given reply a classifier that reads replies alone says the same whatever the
 suffix is, and any classifier whatever an attack on embeddings adds: to know the filter then changes nothing
 but which reply to look for, and the static attack is the adaptive one.
+
+Longer replies score otherwise, and so do sampled ones: each decoding that is asked for calibrates a threshold
+of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from datamodules.fields import Count, Share, checked
@@ -68,8 +72,10 @@ class ReplyFilter:
         benign: requests whose replies, by the model itself, calibrate the threshold; others than those that
             the classifier was fitted to, and never test's.
         false_positive_rate: the share of replies to such requests that may be refused.
-        num_calibration: so many of them, evenly spaced over the source; a reply each, when first asked.
-        max_new_tokens: longest reply that calibrates; as long as those to come.
+        num_calibration: so many of them, evenly spaced over the source; a reply each, when first asked, anew
+            for each decoding.
+        max_new_tokens: longest reply, greedy, that calibrates where a reply is given and none written, as an
+            attack has it; the evaluation's own, so that both meet one threshold.
         within: the defence whose answers are judged, e.g. a filter of requests; null judges the model's
             own replies. What it stops is not judged again.
         refusal: the reply in place of what is flagged.
@@ -102,17 +108,26 @@ class ReplyFilter:
         self, model: LanguageModel, requests: Sequence[Request], decoding: Decoding, seed: int
     ) -> list[Answer]:
         """The reply, or the refusal in its place; either costs the whole reply and the classifier's pass."""
-        return self._let_through(model, requests, self._inner.answers(model, requests, decoding, seed))
+        given = self._inner.answers(model, requests, decoding, seed)
+        return self._let_through(model, requests, given, decoding)
 
     def embedded(self, model: LanguageModel, prompts: Marked, decoding: Decoding, seed: int) -> list[Answer]:
         """The same where an attack enters as embeddings, which the classifier does not see: the reply is
         judged as one to the request before the attack."""
         given = Defended(model, self._inner).answers(prompts, decoding, seed)
-        return self._let_through(model, prompts.requests, [replace(own, bypassed=False) for own in given])
+        given = [replace(own, bypassed=False) for own in given]
+        return self._let_through(model, prompts.requests, given, decoding)
 
-    def checks(self, model: LanguageModel, exchanges: Sequence[Exchange]) -> list[Check]:
-        """Log-odds beyond the threshold, in nats; a blank reply holds no harm and is not asked about."""
-        limit = self._threshold.of(model, self._benign_scores)
+    def checks(
+        self, model: LanguageModel, exchanges: Sequence[Exchange], decoding: Decoding | None = None
+    ) -> list[Check]:
+        """Log-odds beyond the threshold, in nats; a blank reply holds no harm and is not asked about.
+
+        Args:
+            decoding: how the replies were drawn; null takes greedy ones of `max_new_tokens`.
+        """
+        drawn = replace(decoding or Decoding(self.max_new_tokens), max_rows=ROWS_AT_ONCE)
+        limit = self._threshold.of(model, partial(self._benign_scores, drawn), drawn)
         return self._checks(model, exchanges, limit)
 
     def seen_through(
@@ -135,11 +150,15 @@ class ReplyFilter:
         return self.within or _Alone()
 
     def _let_through(
-        self, model: LanguageModel, requests: Sequence[Request], given: Sequence[Answer]
+        self,
+        model: LanguageModel,
+        requests: Sequence[Request],
+        given: Sequence[Answer],
+        decoding: Decoding,
     ) -> list[Answer]:
         found = list(given)
         open_ = [i for i, answer in enumerate(given) if not answer.stopped]
-        checks = self.checks(model, [Exchange(requests[i], given[i].reply) for i in open_])
+        checks = self.checks(model, [Exchange(requests[i], given[i].reply) for i in open_], decoding)
         for i, check in zip(open_, checks, strict=True):
             found[i] = replace(
                 given[i],
@@ -150,9 +169,10 @@ class ReplyFilter:
             )
         return found
 
-    def _benign_scores(self, model: LanguageModel, rows: Sequence[ChatRow]) -> list[float]:
+    def _benign_scores(
+        self, decoding: Decoding, model: LanguageModel, rows: Sequence[ChatRow]
+    ) -> list[float]:
         requests = [request_of(row) for row in rows]
-        decoding = Decoding(self.max_new_tokens, max_rows=ROWS_AT_ONCE)
         given = self._inner.answers(model, requests, decoding, 0)
         pairs = [Exchange(request, own.reply) for request, own in zip(requests, given, strict=True)]
         return [check.excess for check in self._checks(model, pairs, 0.0)]

@@ -106,6 +106,23 @@ def test_a_reply_is_written_whole_and_read_again_whether_it_is_let_through_or_no
     assert probe().read(own, [exchange]) == [len(prompt.ids) + len(written) - len(own.chat.end_of_turn)]
 
 
+def test_replies_of_another_length_or_drawn_otherwise_calibrate_another_threshold() -> None:
+    """Two tokens hold little harm, and what they promise says nothing of eight."""
+    asked: list[Decoding] = []
+
+    class Says(Parrot):
+        def reply(self, requests: Sequence[Request], decoding: Decoding, seed: int = 0) -> list[str]:
+            asked.extend([decoding] * (len(requests) == 9))
+            return ["harm " * decoding.max_new_tokens] * len(requests)
+
+    model, own, hi = cast(Any, Says()), around(), [Request("Hi")]
+    for _ in range(2):
+        for decoding in (Decoding(2), Decoding(8), Decoding(8, max_rows=1), Decoding(8, temperature=1.0)):
+            assert not own.answers(model, hi, decoding, 0)[0].stopped
+        assert own.excesses(model, hi, ["harm harm harm"]) == [1.0]  # by what max_new_tokens calibrates
+    assert [(one.max_new_tokens, one.temperature) for one in asked] == [(2, 0.0), (8, 0.0), (8, 1.0)]
+
+
 def test_a_filter_in_front_stops_first_and_both_are_attacked() -> None:
     class Short:
         name = "short"
