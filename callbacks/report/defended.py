@@ -52,10 +52,10 @@ def cost_table(results: RunResults) -> Table:
 
 
 def bypassed(results: RunResults) -> list[str]:
-    """Which attacks the defence never saw: their success is the undefended model's."""
+    """Which attacks the defence, or the one within it, never saw: their success is the model's without it."""
     names = [own.attack for own in (results.after.costs if results.after is not None else ()) if own.bypassed]
     return [
-        f"{name.replace('_', ' ')}: enters as embeddings, behind the defence, which looks at texts: what "
-        "it does is done to the undefended model."
+        f"{name.replace('_', ' ')}: enters as embeddings, behind the defence or the part of it that looks "
+        "at requests: what it does is done to the model without that."
         for name in dict.fromkeys(names)
     ]

@@ -39,7 +39,8 @@ class Answer:
     stopped: bool = False
     """The defence has answered itself, in the model's place."""
     bypassed: bool = False
-    """The attack entered behind the defence: an embedding has no text that it could look at."""
+    """The attack entered behind the defence, or behind the one within it: an embedding has no text that it
+    could look at."""
 
 
 class Defence(Protocol):

@@ -113,9 +113,10 @@ class ReplyFilter:
 
     def embedded(self, model: LanguageModel, prompts: Marked, decoding: Decoding, seed: int) -> list[Answer]:
         """The same where an attack enters as embeddings, which the classifier does not see: the reply is
-        judged as one to the request before the attack."""
+        judged as one to the request before the attack. That a defence within was bypassed stays said."""
         given = Defended(model, self._inner).answers(prompts, decoding, seed)
-        given = [replace(own, bypassed=False) for own in given]
+        if self.within is None:
+            given = [replace(own, bypassed=False) for own in given]
         return self._let_through(model, prompts.requests, given, decoding)
 
     def checks(

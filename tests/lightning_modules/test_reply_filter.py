@@ -154,6 +154,12 @@ def test_an_attack_on_embeddings_does_not_get_past_it() -> None:
     answers = Defended(own, defence).answers(marked(own, requests, pgd), Decoding(4))
     assert [(answer.stopped, answer.bypassed) for answer in answers] == [(True, False)] * 2
     assert [one.reply for one in seen[-2:]] == own.reply(pgd, Decoding(4))
+    # It has got past a filter of requests within, which the report must say.
+    in_front = Filtered(EraseAndCheck(RefusalFilter(KeywordRefusal())))
+    both = Defended(own, around(Everything(), within=in_front)).answers(
+        marked(own, requests, pgd), Decoding(4)
+    )
+    assert [(answer.stopped, answer.bypassed) for answer in both] == [(True, True)] * 2
 
 
 def test_the_adaptive_search_gets_further_under_the_filter_than_the_static_one(
