@@ -48,7 +48,8 @@ class HubClassifier:
     @torch.no_grad()
     def log_odds(self, model: LanguageModel, exchanges: Sequence[Exchange]) -> list[float]:
         """One pass of the classifier a window. Raises: ValueError for a label that it does not have, where
-        all of its labels mean harm, or where it reads replies and is asked about a request."""
+        all of its labels mean harm, where it reads replies and is asked about a request, or for logits that
+        are not finite, which would be read as harmless."""
         classifier, found = self._loaded[0].to(model.device), list[float]()
         known = classifier.config.id2label
         chosen = [number for number, name in known.items() if name in self.harmful]
@@ -66,7 +67,13 @@ class HubClassifier:
                 rows = {
                     name: own[first : first + ROWS_AT_ONCE].to(model.device) for name, own in windows.items()
                 }
-                shares = classifier(**rows).logits.float().log_softmax(1)
+                logits = classifier(**rows).logits.float()
+                if not logits.isfinite().all():
+                    raise ValueError(
+                        "HubClassifier.name_or_path: expected finite logits, got NaN or infinity from "
+                        f"{self.name_or_path} in {classifier.dtype}; store it in float32, or take another"
+                    )
+                shares = logits.log_softmax(1)
                 scores = (shares[:, chosen].logsumexp(1) - shares[:, others].logsumexp(1)).tolist()
                 for owner, score in zip(owners[first : first + ROWS_AT_ONCE], scores, strict=True):
                     odds[owner] = max(odds[owner], score)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -191,6 +192,11 @@ def test_a_published_classifier_is_asked_by_its_labels(published: str) -> None:
         alone.log_odds(model, said("hit"))
     checks = LearnedFilter(own, calibration(40), 0.2, 40).checks(model, [Request("hit")])
     assert checks[0].queries == 1
+    module.classifier.bias.data[0] = math.nan
+    with pytest.raises(
+        ValueError, match="expected finite logits, got NaN or infinity from .* in torch.float"
+    ):
+        own.log_odds(model, said("hit"))
     for labels in (["murder"], ["fine", "crime", "hate"], []):
         with pytest.raises(
             ValueError, match=r"HubClassifier\.harmful: expected some of \['crime', 'fine', 'hate'\]"
