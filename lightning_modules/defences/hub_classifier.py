@@ -20,8 +20,9 @@ from lightning_modules.models.language_model import LanguageModel
 class HubClassifier:
     """A published classifier of texts, loaded when first asked, on the device of the model behind the filter.
 
-    A conversation is one text: earlier turns, the user's text, the document, the reply. What is longer than
-    the classifier can take is read in windows that overlap by a quarter, and the most harmful one counts.
+    A conversation is one text: earlier turns, the user's text, the document, the reply. The system message is
+    left out: harm in it is not seen. What is longer than the classifier can take is read in windows that
+    overlap by a quarter, and the most harmful one counts.
 
     Args:
         name_or_path: a hub id or a folder, with its tokenizer and weights as safetensors.

@@ -2,10 +2,11 @@
 
     score(x) = log p(harmful | x) / p(benign | x),   flagged above a threshold that benign requests calibrate
 
-Of a request its whole conversation is judged: system message, earlier turns, text, document. Replies are
-judged by reply_filter.py. `LinearProbe` is the project's own classifier, fitted when it is first asked, on
-training rows: the same rows and weights give the same classifier. hub_classifier.py is any sequence
-classifier of transformers.
+Of a request its whole conversation is judged: earlier turns, text, document. Replies are judged by
+reply_filter.py. `LinearProbe` is the project's own classifier, fitted when it is first asked, on training
+rows: the same rows and weights give the same classifier; it reads the system message too, as the model does.
+hub_classifier.py is any sequence classifier of transformers, which knows no chat and never sees the system
+message.
 """
 
 from __future__ import annotations

@@ -222,7 +222,8 @@ def test_earlier_turns_and_documents_are_judged_as_the_model_reads_them() -> Non
     assert [check.tokens for check in checks] == [int(n) for n in encoded(model, whole).prompt_mask.sum(1)]
     (row,) = rows_of(Injected(TinyChatTickets("train", 1), "train"), 1)
     assert request_of(row).data == row.data and row.data is not None
-    assert Exchange(whole[1], "Sure.").text == (
+    # A classifier that knows no chat is not shown the system message.
+    assert Exchange(replace(whole[1], system="You hit cats."), "Sure.").text == (
         "How could I hit a cat?\n\nFirst take a stick.\n\nGo on.\n\nSure."
     )
 
