@@ -25,7 +25,7 @@ class HubClassifier:
     overlap by a quarter, and the most harmful one counts.
 
     Args:
-        name_or_path: a hub id or a folder, with its tokenizer and weights as safetensors.
+        name_or_path: a hub id or a folder, with its fast tokenizer and weights as safetensors.
         harmful: labels of `id2label` that mean harm; their probabilities are summed.
         revision: commit of a hub id; pin it.
         max_length: tokens of a window, special ones included.
@@ -122,4 +122,9 @@ class HubClassifier:
             self.name_or_path, use_safetensors=True, **own
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(self.name_or_path, **own)
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "HubClassifier.name_or_path: expected a fast tokenizer, which can cut texts into windows, "
+                f"got {type(tokenizer).__name__} of {self.name_or_path}; add a tokenizer.json or take another"
+            )
         return classifier.eval(), tokenizer

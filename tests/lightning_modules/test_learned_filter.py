@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from datamodules.rows import ChatRow
 from datamodules.sources.base import ChatSource
@@ -202,3 +204,11 @@ def test_a_published_classifier_is_asked_by_its_labels(published: str) -> None:
             ValueError, match=r"HubClassifier\.harmful: expected some of \['crime', 'fine', 'hate'\]"
         ):
             HubClassifier(published, labels).log_odds(model, said("hit"))
+
+
+def test_a_published_classifier_with_a_slow_tokenizer_is_named(published: str, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(published, name), tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a fast tokenizer, .* got ByT5Tokenizer of .*; add a tok"):
+        HubClassifier(str(tmp_path), ["crime"]).log_odds(chat_model(), said("hit"))
