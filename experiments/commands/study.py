@@ -42,7 +42,7 @@ class StudyCall:
     runs: str = "runs/studies"
     """Folder of the run folders, shared by all studies."""
     only: Sequence[str] = ()
-    """Names of runs to train and judge; none takes all."""
+    """Names of runs to train and judge, or of those that are recorded; none takes all."""
     workers: int = 1
     """Runs at a time; each has its share of the machine's cores."""
     dry_run: bool = False
@@ -61,7 +61,7 @@ def study(call: StudyCall) -> int:
     if unknown:
         raise ConfigError(f"--only: expected runs of the study ({', '.join(own.runs)}), got {unknown[0]!r}")
     if call.recorded is not None:
-        return _recorded(own, Path(call.recorded), _out(call))
+        return _recorded(own, Path(call.recorded), _out(call), call.only)
     jobs = jobs_of(own, Path(call.runs))
     if call.dry_run:
         return _listed(jobs)
@@ -93,14 +93,19 @@ def _out(call: StudyCall) -> Path:
     return Path(call.out) if call.out else Path(call.runs) / Path(call.study).stem
 
 
-def _recorded(own: Study, place: Path, out: Path) -> int:
-    """Other tables of rows that are recorded. Raises: ConfigError where a run of the study is not there."""
-    found = archived(place, own.runs)
+def _recorded(own: Study, place: Path, out: Path, only: Sequence[str]) -> int:
+    """Other tables of rows that are recorded. Raises: ConfigError where a run that is asked for is not
+    there."""
+    found = archived(place, only or own.runs)
+    missing = {name: "not recorded" for name in own.runs if name not in found}
     for name, folders in found.items():
         if not folders:
-            raise ConfigError(f"--recorded: no run {name!r} in {place}; name the folder of a study's report")
+            raise ConfigError(
+                f"--recorded: no run {name!r} in {place}; name the folder of a study's report, and by --only "
+                "the runs that it has"
+            )
     try:
-        print(write_study(own, found, out, copies=False))
+        print(write_study(own, found, out, missing=missing, copies=False))
     except ValueError as error:
         raise ConfigError(f"--recorded: {error}") from error
     print(f"report: {out / 'report.html'}")

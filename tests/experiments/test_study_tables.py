@@ -7,6 +7,8 @@ import html
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,17 @@ def test_recorded_rows_answer_another_study(
     assert "run 3" in curve and not (tmp_path / "out" / "curve_1.svg").exists()
     # What was recorded stays where it is, as it was.
     assert not (tmp_path / "out" / "runs").exists()
-    with pytest.raises(ConfigError, match="--recorded: no run 'run 0' in .*nowhere"):
+    with pytest.raises(
+        ConfigError, match="--recorded: no run 'run 0' in .*nowhere.* by --only the runs that"
+    ):
         study(call(tmp_path, tmp_path / "nowhere"))
+    # A folder that lacks runs of the study says which; its page is drawn in place from its rows.
+    shutil.rmtree(place / "runs" / "run_3")
+    before = {path: path.read_bytes() for path in place.rglob("*.*")}
+    assert study(replace(call(tmp_path, place), out=str(place), only=["run 0", "run 2"])) == 0
+    report = (place / "report.md").read_text()
+    assert "| run 3 | not recorded |" in report and "| run 2 | 25 [" in report
+    assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(ConfigError, match="--recorded: .*no 'u' .utility/exact_match."):
         columns = {"u": {"quantity": "exact_match", "subject": "utility"}}
         study(call(tmp_path, place, columns=columns, correlations=[], categories=[]))
