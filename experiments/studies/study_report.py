@@ -75,9 +75,7 @@ def write_study(
     drawings |= curves(study, runs)
     for stem, drawing in drawings.items():
         save(drawing, out / f"{stem}.svg")
-    tables = [cells(study, rows)] + ([replies(study, found, rows)] if study.claims else [])
-    tables += [own for own in (correlations(study, rows), cost_table(study, runs)) if own is not None]
-    tables += by_category(study, rows)
+    tables = tables_of(study, runs, rows, found)
     if missing:
         lost = [[Cell(name), Cell(reason)] for name, reason in missing.items()]
         tables.append(Table("Not reported", ["run", "why"], lost))
@@ -88,6 +86,15 @@ def write_study(
     page = study_page(study.title, [study.about, INTERVALS, *signs], tables, drawings, links)
     (out / "report.html").write_text(page, encoding="utf-8")
     return text
+
+
+def tables_of(
+    study: Study, runs: Mapping[str, Mapping[int, Path]], rows: Mapping[str, Compared], found: list[Answer]
+) -> list[Table]:
+    """All tables of a report, in their order; `runs` are where the costs are read."""
+    tables = [cells(study, rows)] + ([replies(study, found, rows)] if study.claims else [])
+    tables += [own for own in (correlations(study, rows), cost_table(study, runs)) if own is not None]
+    return tables + by_category(study, rows)
 
 
 def document(study: Study, tables: list[Table], signs: list[str], figures: Mapping[str, str]) -> str:

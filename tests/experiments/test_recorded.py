@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import html
 import json
 import re
 import shutil
@@ -21,15 +23,26 @@ from experiments.studies.archive import archived
 from experiments.studies.comparison import answers, read
 from experiments.studies.definition import load_study
 from experiments.studies.methods_search import OPTIONAL, comparison
-from experiments.studies.study_report import carrying, cells, exported, judges, replies
+from experiments.studies.spreadsheet import write_tables
+from experiments.studies.study_report import carrying, cells, exported, judges, replies, tables_of
 from tests.conftest import ROOT
 
 RECORDED = sorted(path.parent.parent for path in ROOT.glob("experiments/results/*/rows/rows_rank0.jsonl.xz"))
 QUICKSTART = ROOT / "experiments" / "results" / "quickstart_cpu_202611"
 ORGANISM = ROOT / "experiments" / "results" / "organism_cpu_202611"
 METHODS = ROOT / "experiments" / "results" / "methods_cpu_202611"
-SMOLLM2 = ROOT / "experiments" / "results" / "smollm2_cpu_202611"
 INJECTION = ROOT / "experiments" / "results" / "injection_cpu_202611"
+RESULTS = ROOT / "experiments" / "results"
+STUDIES = {
+    "smollm2": "smollm2",
+    **{
+        name: f"{name}_tinychat"
+        for name in ("injection", "one_step", "epsilon_beta", "attacks", "failure_modes", "long_tail")
+    },
+}
+"""Recorded study -> its file of configs/study."""
+PAGES = sorted(path.parent for path in RESULTS.glob("*/tables.csv"))
+LOST = "Not reported"
 
 
 FURTHER = sorted(
@@ -161,29 +174,47 @@ def plain(cell: str) -> str:
     return re.sub(r"\*\*", "", cell)
 
 
-def test_every_cell_of_the_real_model_s_table_can_be_computed_again(in_root: Path) -> None:
-    """From verdicts alone: replies to harmful requests are recorded in part."""
-    recorded = numbers((SMOLLM2 / "results.json").read_text(encoding="utf-8"))["runs"]
-    study = load_study("configs/study/smollm2.yaml")
-    rows = read(archived(SMOLLM2, recorded), study.columns)
-    assert len(recorded) >= 2
-    assert numbers(json.dumps(exported(rows, {}))) == recorded
-    report = (SMOLLM2 / "report.md").read_text(encoding="utf-8")
-    assert table_text(cells(study, rows)) in report
-
-
-def test_every_cell_of_the_hidden_instructions_table_can_be_computed_again(in_root: Path) -> None:
-    recorded = numbers((INJECTION / "results.json").read_text(encoding="utf-8"))["runs"]
-    study = load_study("configs/study/injection_tinychat.yaml")
-    assert list(recorded) == list(study.runs)
-    folders = archived(INJECTION, recorded)
-    assert {name: [*own] for name, own in folders.items()} == {n: study.seeds_of(n) for n in study.runs}
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_cell_of_a_study_can_be_computed_again(name: str, in_root: Path, tmp_path: Path) -> None:
+    """Of the real model from verdicts alone: replies to harmful requests are recorded in part."""
+    folder, study = RESULTS / f"{name}_cpu_202611", load_study(f"configs/study/{STUDIES[name]}.yaml")
+    recorded = numbers((folder / "results.json").read_text(encoding="utf-8"))["runs"]
+    folders = archived(folder, recorded)
+    if name != "smollm2":  # recorded in part so far
+        assert {run: [*own] for run, own in folders.items()} == {
+            run: study.seeds_of(run) for run in study.runs
+        }
     rows = read(folders, study.columns)
     assert numbers(json.dumps(exported(rows, {}))) == recorded
-    report = (INJECTION / "report.md").read_text(encoding="utf-8")
-    for table in (cells(study, rows), replies(study, answers(rows, study.claims, study.columns), rows)):
-        assert len(table.rows) >= len(study.runs)
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    tables = tables_of(study, folders, rows, answers(rows, study.claims, study.columns))
+    for table in tables:
+        assert len(table.rows) >= 1
         assert table_text(table) in report
+    write_tables(tmp_path / "tables.csv", tables)
+    assert texts(tmp_path / "tables.csv") == [own for own in texts(folder / "tables.csv") if own[0] != LOST]
+
+
+def texts(path: Path) -> list[list[str]]:
+    """What every line shows: its numbers' last bits are the arithmetic's."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [line[:5] for line in csv.reader(stream)]
+
+
+@pytest.mark.parametrize("folder", PAGES, ids=lambda own: own.name)
+def test_a_recorded_page_shows_every_cell_and_needs_nothing_beside_it(folder: Path) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    shown = set(re.findall("<t[dh][^>]*>([^<]*)</t[dh]>", page))
+    cells = {text for _, _, _, _, text in texts(folder / "tables.csv")[1:]}
+    assert len(cells) > 10 and cells - {html.unescape(own).strip() for own in shown} == set()
+    assert re.findall(r'(?:href|src)="(?!#|data:)([^"]*)"', page) == []
+    pictures = (folder / "report.md").read_text(encoding="utf-8").count("![")
+    assert page.count("<svg") == pictures == len([*folder.glob("*.svg")])
+
+
+def test_verdicts_on_hidden_instructions_are_what_their_judges_say(in_root: Path) -> None:
+    recorded = json.loads((INJECTION / "results.json").read_text(encoding="utf-8"))["runs"]
+    folders = archived(INJECTION, recorded)
     told = [row for own in folders.values() for folder in own.values() for row in read_rows(folder)]
     attacked = [row for row in told if row.subject == "harmful" and row.document is not None]
     assert {row.attack for row in attacked} == {"direct", "embedding", "gcg_10", "gcg_20"}
