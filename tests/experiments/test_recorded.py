@@ -15,12 +15,15 @@ import pytest
 from callbacks.judges.base import judge_all
 from callbacks.judges.injection import InjectedText, TaskKept
 from callbacks.judges.success import Success
+from callbacks.metrics.hierarchical import SeedRate
 from callbacks.report.load import export, load
 from callbacks.report.markdown import document, table_text
 from callbacks.report.results import Stage
 from datamodules.results import read_rows
 from experiments.studies.archive import archived
-from experiments.studies.comparison import answers, read
+from experiments.studies.comparison import Compared, answers, read
+from experiments.studies.correlation import correlations
+from experiments.studies.costs import cost_table
 from experiments.studies.definition import load_study
 from experiments.studies.methods_search import OPTIONAL, comparison
 from experiments.studies.spreadsheet import write_tables
@@ -214,6 +217,33 @@ def test_a_recorded_page_shows_every_cell_and_needs_nothing_beside_it(folder: Pa
     assert re.findall(r'(?:href|src)="(?!#|data:)([^"]*)"', page) == []
     pictures = (folder / "report.md").read_text(encoding="utf-8").count("![")
     assert page.count("<svg") == pictures == len([*folder.glob("*.svg")])
+
+
+def test_the_cost_beside_the_paper_s_is_counted_by_the_comparison_s_runs(in_root: Path) -> None:
+    """And its correlations are those of its own cells."""
+    folder, study = RESULTS / "methods_recorded_cpu_202611", load_study("configs/study/methods_recorded.yaml")
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    recorded = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
+    assert list(recorded) == list(study.runs)
+    cost = cost_table(study, archived(METHODS, recorded))
+    assert cost is not None and table_text(cost) in report
+    rows = {
+        name: Compared(
+            *({label: SeedRate(**cell) for label, cell in own[kind].items()} for kind in ("rates", "means")),
+            passes=own["passes"],
+        )
+        for name, own in recorded.items()
+    }
+    table = correlations(study, rows)
+    assert table is not None and table_text(table) in report
+    of_paper = {row[0].text: [cell.text for cell in row[-4:]] for row in cost.rows if row[-1].text != "-"}
+    assert of_paper == {
+        "r2d2": ["2,565", "5", "165,632,000", "1,567.8"],
+        "cat": ["10", "10", "234,000", "3.2"],
+        "capo": ["10", "10", "552,960", "3.2"],
+    }
+    passes = {row[0].text: row[-2].order for row in cost.rows}
+    assert [round(passes["r2d2"] / passes[name], 1) for name in ("cat", "capo")] == [707.8, 299.5]
 
 
 def test_verdicts_on_hidden_instructions_are_what_their_judges_say(in_root: Path) -> None:
