@@ -1,6 +1,6 @@
 """Seconds of a CAPO step beside a CAT step, on the same adversarial rows, interleaved in one run.
 
-    python -m experiments.benchmarks.objectives --repeats 5 --out experiments/results/objectives_cpu_202611
+    python -m experiments.benchmarks.objectives --repeats 5 --out runs/objectives
 
 CAT is timed with its utility rows, as it is trained, and without, which is the share that CAPO has too.
 """
