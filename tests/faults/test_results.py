@@ -38,7 +38,8 @@ class Data:
     """Six held-out requests in batches of two."""
 
     def __init__(self, repeat: bool = False) -> None:
-        encoder = Encoder(tinychat_format(), EncodingConfig(max_length=160))
+        self.encoding = EncodingConfig(max_length=160)
+        encoder = Encoder(tinychat_format(), self.encoding)
         rows = encoder.harmful(TinyChatHarmful("validation", limit=6).rows())
         self.rows = [*rows, rows[0]] if repeat else rows
         self.examples = {"harmful": self.rows}

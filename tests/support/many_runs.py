@@ -10,8 +10,8 @@ training; half of them are of one set, as a benchmark's are. Prints the figures.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def run_folders(root: Path, runs: int, rows: int) -> list[Path]:
     began = next(own for own in announced if own["stage"] == "fit" and own["step"] == 0)
     tested = [own for own in announced if own["stage"] == "test"]
     sets: dict[tuple[str, int], Lines] = defaultdict(list)
-    with gzip.open(SOURCE / "rows" / "rows_rank0.jsonl.gz", "rt", encoding="ascii") as stream:
+    with lzma.open(SOURCE / "rows" / "rows_rank0.jsonl.xz", "rt", encoding="ascii") as stream:
         for row in map(json.loads, stream):
             if row["stage"] == "test":
                 sets[row["settings"], row["step"]].append(row)
