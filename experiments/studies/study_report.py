@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -142,13 +143,21 @@ def judges(study: Study, rows: Mapping[str, Compared]) -> list[str]:
     return lines(own[metric].judge for metric in metrics for own in told if metric in own)
 
 
+def _passes(study: Study, name: str, own: Compared) -> Cell:
+    """Of a checkpoint on the way none are counted: its training's counters are of the whole."""
+    run = study.runs.get(name)
+    if run is not None and run.checkpoint_of:
+        return Cell(MISSING, math.nan)
+    return Cell(f"{own.passes:.0f}", own.passes)
+
+
 def cells(study: Study, rows: Mapping[str, Compared]) -> Table:
     """A row per run."""
     table = [
         [
             Cell(name),
             *(_cell(own.cell(label), label in own.means) for label in study.columns),
-            Cell(f"{own.passes:.0f}", own.passes),
+            _passes(study, name, own),
         ]
         for name, own in rows.items()
     ]

@@ -23,7 +23,8 @@ from experiments.config.errors import ConfigError
 from experiments.studies.categories import by_category, tail
 from experiments.studies.comparison import Compared
 from experiments.studies.correlation import correlation
-from experiments.studies.definition import Column, Study
+from experiments.studies.definition import Column, Study, StudyRun
+from experiments.studies.study_report import cells
 from tests.support.rows import measurement, row
 
 BASE = "configs/experiment/methods_tinychat.yaml"
@@ -191,3 +192,10 @@ def test_a_correlation_needs_points_that_vary() -> None:
     assert found is not None and (found.n, found.r, found.rank) == (5, pytest.approx(0.8), pytest.approx(0.8))
     # Fisher: tanh(atanh(0.8) -+ 1.96 / sqrt(2)).
     assert (found.low, found.high) == (pytest.approx(-0.2798, abs=1e-3), pytest.approx(0.9862, abs=1e-3))
+
+
+def test_a_checkpoint_on_the_way_is_not_said_to_have_cost_nothing() -> None:
+    runs = {"cat": StudyRun(["a.yaml"]), "early": StudyRun(["a.yaml"], checkpoint_of="cat", step=5)}
+    rows = {name: Compared({}, {}, 120.0 if name == "cat" else 0.0) for name in runs}
+    table = cells(Study(title="t", runs=runs, columns={}), rows)
+    assert [row[-1].text for row in table.rows] == ["120", "-"]
