@@ -25,7 +25,7 @@ from typing import Protocol
 from datamodules.fields import Count, Share, checked
 from datamodules.rows import ChatRow
 from datamodules.sources.base import DEFAULT_SAFE_REPLY, ChatSource
-from lightning_modules.attacks.suffix.through_defence import Seen
+from lightning_modules.attacks.suffix.through_defence import Seen, Unguarded
 from lightning_modules.defences.base import ROWS_AT_ONCE, Answer, Defence, Defended, Marked, spent
 from lightning_modules.defences.calibrated import Threshold
 from lightning_modules.defences.exchange import Exchange, request_of
@@ -39,7 +39,7 @@ class Inner(Defence, Seen, Protocol):
     """A defence that can be attacked adaptively."""
 
 
-class _Alone:
+class _Alone(Unguarded):
     """No further defence: the model's own replies."""
 
     name = "none"
@@ -50,16 +50,6 @@ class _Alone:
         replies = model.reply(requests, decoding, seed)
         tokens = spent(model, requests, replies)
         return [Answer(reply, 1, count) for reply, count in zip(replies, tokens, strict=True)]
-
-    def seen_through(
-        self, model: LanguageModel, requests: Sequence[Request], draws: int, seed: int
-    ) -> list[list[Request]]:
-        return [[request] for request in requests]
-
-    def excesses(
-        self, model: LanguageModel, requests: Sequence[Request], replies: Sequence[str]
-    ) -> list[float] | None:
-        return None
 
 
 @checked

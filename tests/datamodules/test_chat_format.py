@@ -32,7 +32,14 @@ TEXTS = [
     "<<SYS>> inside",
     "a\tb",
 ]
-REPLIES = ["Sure, here is a story", "I can't help with that.", "東京 😀", "0", "<unk> literally", "a\n\nb"]
+REPLIES = [
+    "Sure, here is a story",
+    "I can't help with that.",
+    "東京 😀",
+    "0",
+    "<unk> literally",
+    "a\n\nb",
+]
 
 
 @pytest.fixture(scope="module", params=["tinychat", "llama2", "llama2_glued", "phi3"])

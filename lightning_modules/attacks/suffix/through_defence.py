@@ -166,7 +166,7 @@ class ThroughDefence:
             candidates: suffixes that can be typed.
             seeds: of the draws of each behaviour.
         """
-        requests, defence = _requests(search, owners, candidates), self.defence or _Plain()
+        requests, defence = _requests(search, owners, candidates), self.defence or Unguarded()
         model, flat, owner = search.model, list[Request](), list[int]()
         for row in dict.fromkeys(owners):
             own = [i for i, other in enumerate(owners) if other == row]
@@ -208,7 +208,7 @@ def _mean(losses: Float[Tensor, "row reply"], mask: Bool[Tensor, "row reply"]) -
     return mean_cross_entropy(-losses, mask)
 
 
-class _Plain:
+class Unguarded:
     """No defence: the request itself, and nothing is stopped."""
 
     def seen_through(
