@@ -59,7 +59,9 @@ def study(call: StudyCall) -> int:
     own = load_study(call.study)
     unknown = [name for name in call.only if name not in own.runs]
     if unknown:
-        raise ConfigError(f"--only: expected runs of the study ({', '.join(own.runs)}), got {unknown[0]!r}")
+        raise ConfigError(
+            f"--only: expected runs of the study ({', '.join(map(repr, own.runs))}), got {unknown[0]!r}"
+        )
     if call.recorded is not None:
         return _recorded(own, Path(call.recorded), _out(call), call.only)
     jobs = jobs_of(own, Path(call.runs))
