@@ -177,6 +177,19 @@ def test_success_of_the_first_table_s_attacks_is_what_the_composed_judge_says() 
     assert "success 78.0 → 4.0 %" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("method", ["no_defence", "cat", "lat", "er_cat"])
+def test_in_the_ball_a_target_prefix_counts_what_the_composed_judge_does(method: str) -> None:
+    """What the README says of the comparison's embedding attack; under suffixes it would not hold."""
+    found = []
+    for seed in sorted((METHODS / "runs" / method).iterdir()):
+        found += [row for row in read_rows(seed) if (row.stage, row.attack) == ("test", "embedding")]
+    rows = [row for row in found if row.subject == "harmful"]
+    asked = ([getattr(row, name) for row in rows] for name in ("prompt", "reply", "expected"))
+    judged = sum(given.verdict for given in judge_all(Success(), *asked))
+    prefix = sum(row.verdict("target_prefix@1") for row in rows)
+    assert len(rows) >= 100 and abs(judged - prefix) <= 0.03 * len(rows)
+
+
 def plain(cell: str) -> str:
     return re.sub(r"\*\*", "", cell)
 
