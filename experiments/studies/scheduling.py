@@ -65,6 +65,11 @@ class Job:
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}"
 
+    @property
+    def digest(self) -> str:
+        """What its folder's name says of the weights."""
+        return self.folder.name.rpartition("-")[2]
+
     def state(self) -> State:
         done = self._done()
         if done.get("test") == self.judged_by:
@@ -133,7 +138,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     if run.checkpoint_of and run.step is not None:
         of = earlier[needs[0]]
         judged = [f"--ckpt_path={_checkpoint(of, run.step)}"]
-        weights = digest([weights, of.folder.name.rpartition("-")[2], run.step])
+        weights = digest([weights, of.digest, run.step])
     folder = _folder(runs, name, seed, weights)
     words = [f"--config={file}" for file in run.config] + [f"--{key}={value}" for key, value in overrides]
     place = f"--trainer.default_root_dir={folder}"
@@ -275,10 +280,11 @@ def _folder(runs: Path, name: str, seed: int, digest: str) -> Path:
 
 
 def _refuse_doubles(jobs: Iterable[Job]) -> None:
-    """Two names for one training would be one row told twice. Raises: ConfigError."""
-    seen: dict[Path, Job] = {}
+    """Two names for one training would be one row told twice. By their digests: while no folder is there,
+    theirs would have a name each. Raises: ConfigError."""
+    seen: dict[str, Job] = {}
     for job in jobs:
-        twin = seen.setdefault(job.folder, job)
+        twin = seen.setdefault(job.digest, job)
         if twin is not job:
             raise ConfigError(
                 f"runs: {twin.title!r} and {job.title!r} are the same training; leave one of them out"

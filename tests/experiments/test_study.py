@@ -125,8 +125,19 @@ def test_a_run_is_named_by_what_decides_its_weights(in_root: Path, tmp_path: Pat
     second = {job.title: job for job in jobs_of(read(tmp_path, other), tmp_path)}
     assert second["again, seed 0"].folder == first["cat, seed 0"].folder
     assert second["wider, seed 0"].folder != first["cat, seed 0"].folder
-    with pytest.raises(ConfigError, match="'one, seed 0' and 'two, seed 0' are the same training"):
-        jobs_of(read(tmp_path, {"one": {"config": CAT}, "two": {"config": CAT}}), tmp_path)
+
+
+def test_two_names_of_one_training_are_refused_before_any_run(in_root: Path, tmp_path: Path) -> None:
+    """Whether a folder of it is there already, as where a kill ended the study, or none."""
+    kept = {"trainer.max_steps": 10, "vars.checkpoint_steps": 5}
+    cat, early = {"config": CAT, "set": kept}, {"config": CAT, "checkpoint_of": "cat", "step": 5}
+    said = "runs: 'one, seed 0' and 'two, seed 0' are the same training; leave one of them out"
+    for runs in ({"one": cat, "two": cat}, {"cat": cat, "one": early, "two": early}):
+        alone = {name: own for name, own in runs.items() if name != "two"}
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=said):
+                jobs_of(read(tmp_path, runs), tmp_path / "runs")
+            jobs_of(read(tmp_path, alone), tmp_path / "runs")[-1].folder.mkdir(parents=True, exist_ok=True)
 
 
 def test_a_checkpoint_of_another_run_is_judged_in_a_folder_of_its_own(in_root: Path, tmp_path: Path) -> None:
