@@ -214,7 +214,8 @@ def _check(study: Study) -> None:
 
 
 def _check_checkpoint(study: Study, name: str) -> None:
-    """Raises: ConfigError for a checkpoint that is not told whole, or of what has none of its own."""
+    """Raises: ConfigError for a checkpoint that is not told whole, or of what has none of its own, or none of
+    these seeds: another one's would be told twice."""
     run, place = study.runs[name], f"runs.{name}"
     if bool(run.checkpoint_of) != (run.step is not None):
         raise ConfigError(
@@ -226,6 +227,13 @@ def _check_checkpoint(study: Study, name: str) -> None:
     if of.checkpoint_of or not of.trained:
         raise ConfigError(
             f"{place}.checkpoint_of: expected a run that is trained, got {run.checkpoint_of!r}, which is not"
+        )
+    there = study.seeds_of(run.checkpoint_of)
+    lacking = [str(seed) for seed in study.seeds_of(name) if seed not in there]
+    if lacking:
+        raise ConfigError(
+            f"{place}.seeds: {run.checkpoint_of!r} has no checkpoints of the seeds {', '.join(lacking)}, "
+            f"only of {', '.join(map(str, there))}; leave them out, or add them to its own"
         )
 
 

@@ -97,6 +97,16 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
             },
             "runs.b.checkpoint_of: expected a run that is trained, got 'a'",
         ),
+        (
+            {
+                "seeds": [0, 1],
+                "runs": {
+                    "a": {"config": CAT, "seeds": [1]},
+                    "b": {"config": CAT, "checkpoint_of": "a", "step": 5, "seeds": [0, 1, 2]},
+                },
+            },
+            r"runs.b.seeds: 'a' has no checkpoints of the seeds 0, 2, only of 1; leave them out, or add them",
+        ),
         ({"seeds": 3}, "seeds: expected a list of .* got 3"),
         ({"titel": "x"}, "titel: unknown field, did you mean 'title'"),
     ],
