@@ -16,8 +16,8 @@
 `runs/sweeps/NAME/best.yaml` behind them, or `best_config.yaml` alone.
 
 `${run.NAME}` in a value of `set` is the folder of another run of the study (of the same seed, where it has
-it), which is trained before. `{config: [...], checkpoint_of: cat, step: 10}` trains nothing: it judges what
-another run was after so many steps.
+it), which is trained before. `{checkpoint_of: cat, step: 10}` trains nothing: it judges what another run was
+after so many steps, by that run's `config` and `set`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ REFERENCE = re.compile(r"\$\{run\.([^}]+)\}")
 class StudyRun:
     """One training, or a model as it is, with its repetitions over seeds."""
 
-    config: list[str]
-    """YAML files, as `thundercat fit --config` takes them."""
+    config: list[str] = field(default_factory=list)
+    """YAML files, as `thundercat fit --config` takes them; none for a checkpoint."""
     set: dict[str, Any] = field(default_factory=dict)
     """Dotted key -> value, as overrides on the command line."""
     seeds: list[NonNegativeInt] | None = None
@@ -66,15 +66,20 @@ class StudyRun:
     """What a paper says that this training cost, by the names of PUBLISHED; it stands beside what was counted
     here."""
     checkpoint_of: str = ""
-    """Run of the study that is judged as it was at `step`; '' for a training of its own."""
+    """Run of the study that is judged as it was at `step`, with its `config` and `set`; '' for a training of
+    its own."""
     step: Count | None = None
     """Optimiser step of a checkpoint that the other run leaves (its `vars.checkpoint_steps`, `_keep`)."""
 
     @property
     def needs(self) -> list[str]:
         """Names of the runs whose folders it reads."""
-        named = REFERENCE.findall(str(self.set))
-        return list(dict.fromkeys([self.checkpoint_of, *named] if self.checkpoint_of else named))
+        return [self.checkpoint_of] if self.checkpoint_of else list(dict.fromkeys(self.references))
+
+    @property
+    def references(self) -> list[str]:
+        """Names of the runs whose folders its values name."""
+        return REFERENCE.findall(str(self.set))
 
 
 @checked
@@ -183,7 +188,7 @@ def _check(study: Study) -> None:
             raise ConfigError(f"runs: {twin!r} and {name!r} would share a folder; rename one of them")
         for key in sorted(OWN.keys() & run.set.keys()):
             raise ConfigError(f"runs.{name}.set.{key}: the study sets it itself; {OWN[key]}")
-        if not run.config:
+        if not run.config and not run.checkpoint_of:
             raise ConfigError(f"runs.{name}.config: expected at least one file, got none")
         if not study.seeds_of(name):
             raise ConfigError(f"runs.{name}.seeds: expected at least one seed, got none")
@@ -223,6 +228,12 @@ def _check_checkpoint(study: Study, name: str) -> None:
         )
     if not run.checkpoint_of:
         return
+    for field_name, given in (("config", run.config), ("set", run.set), ("trained", not run.trained)):
+        if given:
+            raise ConfigError(
+                f"{place}.{field_name}: a checkpoint is judged by what trained it, {run.checkpoint_of!r}; "
+                "leave the field out, and say what else to measure in `test`"
+            )
     of = study.runs[run.checkpoint_of]
     if of.checkpoint_of or not of.trained:
         raise ConfigError(

@@ -128,32 +128,31 @@ def _ordered(study: Study) -> Iterator[str]:
 def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[str, int], Job]) -> Job:
     run = study.runs[name]
     needs = tuple((other, _seed_of(study, other, seed)) for other in run.needs)
-    folders = {own: earlier[own, number].folder for own, number in needs}
-    overrides = [(key, text_of(_filled(value, folders))) for key, value in run.set.items()]
+    of = earlier[needs[0]] if run.checkpoint_of else None
+    own = study.runs[run.checkpoint_of or name]  # whose training it is of
+    folders = {other: earlier[other, number].folder for other, number in (of.needs if of else needs)}
+    overrides = [(key, text_of(_filled(value, folders))) for key, value in own.set.items()]
     overrides.append(("seed_everything", str(seed)))
-    config = compose(run.config, overrides)
-    trains = run.trained and not run.checkpoint_of
+    config = compose(own.config, overrides)
+    trains = run.trained and of is None
     check(config, "fit" if trains else "test")
     weights, judged = _of_weights(config, runs, run), ["--ckpt_path=last"] if trains else []
-    if run.checkpoint_of and run.step is not None:
-        of = earlier[needs[0]]
-        judged = [f"--ckpt_path={_checkpoint(of, run.step)}"]
-        weights = digest([weights, of.digest, run.step])
+    if of is not None and run.step is not None:
+        weights, judged = digest([of.digest, run.step]), [f"--ckpt_path={_checkpoint(of, run.step)}"]
     folder = _folder(runs, name, seed, weights)
-    words = [f"--config={file}" for file in run.config] + [f"--{key}={value}" for key, value in overrides]
-    place = f"--trainer.default_root_dir={folder}"
+    files = [f"--config={file}" for file in own.config]
     more = [f"--config={file}" for file in (*study.test, *run.test)]
-    test_words = [f"--config={file}" for file in run.config] + more
-    test_words += [f"--{key}={value}" for key, value in overrides]
-    judging = compose([*run.config, *study.test, *run.test], overrides)
+    options = [f"--{key}={value}" for key, value in overrides]
+    options.append(f"--trainer.default_root_dir={folder}")
+    judging = compose([*own.config, *study.test, *run.test], overrides)
     check(judging, "test")
     check_attacks(study.columns, judging)
     return Job(
         name=name,
         seed=seed,
         folder=folder,
-        fit=("fit", *words, place, "--ckpt_path=last") if trains else (),
-        test=("test", *test_words, place, *judged),
+        fit=("fit", *files, *options, "--ckpt_path=last") if trains else (),
+        test=("test", *files, *more, *options, *judged),
         needs=needs,
         judged_by=of_all(judging, runs),
         config=config,

@@ -42,7 +42,7 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
         ({"runs": {}}, "runs: expected names with fields, got {}"),
         ({"runs": {"a": {"config": []}}}, "runs.a.config: expected at least one file, got none"),
         ({"runs": {"a": {"confg": CAT}}}, "runs.a.confg: unknown field, did you mean 'config'?"),
-        ({"runs": {"a": {"set": {}}}}, "runs.a: expected the field 'config', it is missing"),
+        ({"runs": {"a": {"set": {}}}}, "runs.a.config: expected at least one file, got none"),
         ({"runs": {"a": {"config": CAT, "seeds": []}}}, "runs.a.seeds: expected at least one seed"),
         ({"runs": {"a": {"config": CAT, "seeds": [-1]}}}, "runs.a.seeds: item 0: expected an integer >= 0"),
         (
@@ -85,24 +85,31 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
         ),
         ({"runs": {"a": {"config": CAT, "step": 5}}}, "runs.a: expected checkpoint_of and step together"),
         (
-            {"runs": {"a": {"config": CAT, "checkpoint_of": "b", "step": 5}}},
+            {"runs": {"a": {"checkpoint_of": "b", "step": 5}}},
             "runs.a.checkpoint_of: expected one of a, got 'b'",
         ),
         (
             {
                 "runs": {
                     "a": {"config": CAT, "trained": False},
-                    "b": {"config": CAT, "checkpoint_of": "a", "step": 5},
+                    "b": {"checkpoint_of": "a", "step": 5},
                 }
             },
             "runs.b.checkpoint_of: expected a run that is trained, got 'a'",
+        ),
+        *(
+            (
+                {"runs": {"a": {"config": CAT}, "b": {"checkpoint_of": "a", "step": 5, name: value}}},
+                f"runs.b.{name}: a checkpoint is judged by what trained it, 'a'; leave the field out",
+            )
+            for name, value in (("config", CAT), ("set", {"vars.epsilon": 0.2}), ("trained", False))
         ),
         (
             {
                 "seeds": [0, 1],
                 "runs": {
                     "a": {"config": CAT, "seeds": [1]},
-                    "b": {"config": CAT, "checkpoint_of": "a", "step": 5, "seeds": [0, 1, 2]},
+                    "b": {"checkpoint_of": "a", "step": 5, "seeds": [0, 1, 2]},
                 },
             },
             r"runs.b.seeds: 'a' has no checkpoints of the seeds 0, 2, only of 1; leave them out, or add them",
@@ -140,7 +147,7 @@ def test_a_run_is_named_by_what_decides_its_weights(in_root: Path, tmp_path: Pat
 def test_two_names_of_one_training_are_refused_before_any_run(in_root: Path, tmp_path: Path) -> None:
     """Whether a folder of it is there already, as where a kill ended the study, or none."""
     kept = {"trainer.max_steps": 10, "vars.checkpoint_steps": 5}
-    cat, early = {"config": CAT, "set": kept}, {"config": CAT, "checkpoint_of": "cat", "step": 5}
+    cat, early = {"config": CAT, "set": kept}, {"checkpoint_of": "cat", "step": 5}
     said = "runs: 'one, seed 0' and 'two, seed 0' are the same training; leave one of them out"
     for runs in ({"one": cat, "two": cat}, {"cat": cat, "one": early, "two": early}):
         alone = {name: own for name, own in runs.items() if name != "two"}
@@ -152,9 +159,12 @@ def test_two_names_of_one_training_are_refused_before_any_run(in_root: Path, tmp
 
 def test_a_checkpoint_of_another_run_is_judged_in_a_folder_of_its_own(in_root: Path, tmp_path: Path) -> None:
     kept = {"trainer.max_steps": 12, "vars.checkpoint_steps": 5, "vars.checkpoint_keep": 3}
-    early = {"config": CAT, "checkpoint_of": "cat", "step": 5}
+    kept |= {"model.base.name_or_path": "${run.base}/model"}
+    early = {"checkpoint_of": "cat", "step": 5}
     runs = {"early": early, "cat": {"config": CAT, "set": kept, "seeds": [0, 1]}}
-    by_title = {job.title: job for job in jobs_of(read(tmp_path, runs), tmp_path)}
+    runs["base"] = {"config": CAT, "trained": False}
+    base, *jobs = jobs_of(read(tmp_path, runs), tmp_path)
+    by_title = {job.title: job for job in jobs}
     # Behind its training, and of all its seeds.
     assert [*by_title] == ["cat, seed 0", "cat, seed 1", "early, seed 0", "early, seed 1"]
     own, of = by_title["early, seed 1"], by_title["cat, seed 1"]
@@ -162,6 +172,9 @@ def test_a_checkpoint_of_another_run_is_judged_in_a_folder_of_its_own(in_root: P
     assert of.keeps == (5, 10, 12)
     assert own.test[-1] == f"--ckpt_path={of.folder}/checkpoints/step_000005.ckpt"
     assert own.folder != of.folder and f"--trainer.default_root_dir={own.folder}" in own.test
+    # By its training's own configuration, down to the folders of others that it names.
+    assert own.test[1:-2] == of.fit[1:-2]  # all but the folder and the checkpoint
+    assert f"--model.base.name_or_path={base.folder}/model" in own.test
     # Of another training, or another step, it is another one.
     runs["cat"] = {"config": CAT, "set": kept, "seeds": [1]}
     wider = {"config": CAT, "set": kept | {"vars.epsilon": 0.2}, "seeds": [1]}

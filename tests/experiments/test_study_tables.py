@@ -195,7 +195,7 @@ def test_a_correlation_needs_points_that_vary() -> None:
 
 
 def test_a_checkpoint_on_the_way_is_not_said_to_have_cost_nothing() -> None:
-    runs = {"cat": StudyRun(["a.yaml"]), "early": StudyRun(["a.yaml"], checkpoint_of="cat", step=5)}
+    runs = {"cat": StudyRun(["a.yaml"]), "early": StudyRun(checkpoint_of="cat", step=5)}
     rows = {name: Compared({}, {}, 120.0 if name == "cat" else 0.0) for name in runs}
     table = cells(Study(title="t", runs=runs, columns={}), rows)
     assert [row[-1].text for row in table.rows] == ["120", "-"]
