@@ -27,7 +27,7 @@ from experiments.studies.archive import archived
 from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
 from experiments.studies.processes import PROGRAM, Running
-from experiments.studies.scheduling import Job, jobs_of, threads
+from experiments.studies.scheduling import Job, jobs_of, refuse_lost, threads
 from experiments.studies.study_report import write_study
 
 
@@ -65,10 +65,12 @@ def study(call: StudyCall) -> int:
     if call.recorded is not None:
         return _recorded(own, Path(call.recorded), _out(call), call.only)
     jobs = jobs_of(own, Path(call.runs))
+    wanted = _with_needed(jobs, call.only)
+    if not call.report_only:
+        refuse_lost(wanted)
     if call.dry_run:
         return _listed(jobs)
     if not call.report_only:
-        wanted = _with_needed(jobs, call.only)
         try:
             failed = Runner(wanted, call.workers).run()
         except Stopped as stop:

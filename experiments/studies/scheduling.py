@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,8 @@ class Job:
     """The resolved configuration of its training."""
     keeps: tuple[int, ...] | None = None
     """Steps whose checkpoints its training leaves; null where that is not known beforehand."""
+    checkpoint: Path | None = None
+    """Of the first run that it needs, where that one is judged as it was on its way."""
 
     @property
     def title(self) -> str:
@@ -136,9 +138,10 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     config = compose(own.config, overrides)
     trains = run.trained and of is None
     check(config, "fit" if trains else "test")
-    weights, judged = _of_weights(config, runs, run), ["--ckpt_path=last"] if trains else []
+    weights, checkpoint = _of_weights(config, runs, run), None
     if of is not None and run.step is not None:
-        weights, judged = digest([of.digest, run.step]), [f"--ckpt_path={_checkpoint(of, run.step)}"]
+        weights, checkpoint = digest([of.digest, run.step]), _checkpoint(of, run.step)
+    judged = [f"--ckpt_path={checkpoint or 'last'}"] if trains or checkpoint else []
     folder = _folder(runs, name, seed, weights)
     files = [f"--config={file}" for file in own.config]
     more = [f"--config={file}" for file in (*study.test, *run.test)]
@@ -157,6 +160,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
         judged_by=of_all(judging, runs),
         config=config,
         keeps=kept_steps(config) if trains else (),
+        checkpoint=checkpoint,
     )
 
 
@@ -288,6 +292,29 @@ def _refuse_doubles(jobs: Iterable[Job]) -> None:
             raise ConfigError(
                 f"runs: {twin.title!r} and {job.title!r} are the same training; leave one of them out"
             )
+
+
+def refuse_lost(jobs: Sequence[Job]) -> None:
+    """Raises: ConfigError for a checkpoint that is yet to be judged and is not there, though its training is
+    past that step: which ones stay is no part of what names a run, and that one kept others."""
+    by_key = {(job.name, job.seed): job for job in jobs}
+    for job in jobs:
+        path = job.checkpoint
+        if path is None or path.exists() or job.state() == "done":
+            continue
+        of = by_key[job.needs[0]]
+        later = [own for own in path.parent.glob("step_*.ckpt") if _in_order(own) > _in_order(path)]
+        if later or of.state() in ("to be judged", "done"):
+            raise ConfigError(
+                f"runs.{job.name}.step: {of.title!r} is past that step, and {path} is not there: it was "
+                f"trained to keep other checkpoints; move {of.folder} aside, to train it again, or name "
+                "another --runs"
+            )
+
+
+def _in_order(checkpoint: Path) -> tuple[int, str]:
+    """Of more than six digits, too."""
+    return len(checkpoint.name), checkpoint.name
 
 
 def threads(workers: int) -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 
 from callbacks.run_folder.stopping import Stopped
 from experiments.commands.study import Runner, StudyCall, study
+from experiments.commands.study_cost import Costs
 from experiments.config.errors import ConfigError
 from experiments.studies.definition import Study, load_study
 from experiments.studies.scheduling import DONE, Job, jobs_of, threads
@@ -182,6 +184,34 @@ def test_a_checkpoint_of_another_run_is_judged_in_a_folder_of_its_own(in_root: P
         assert jobs_of(read(tmp_path, runs | changed), tmp_path)[-1].folder != own.folder
     with pytest.raises(ConfigError, match=r"runs.early: step: 'cat' leaves .* steps 5, 10, 12, got 7; set"):
         jobs_of(read(tmp_path, {**runs, "early": {**early, "step": 7}}), tmp_path)
+
+
+def test_a_checkpoint_that_its_training_did_not_keep_is_told_before_any_run(
+    in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training is the same whichever checkpoints it keeps: this one was done for a study that kept two."""
+    kept = {"trainer.max_steps": 12, "vars.checkpoint_steps": 5, "vars.checkpoint_keep": 3}
+    runs = {"cat": {"config": CAT, "set": kept}, "early": {"checkpoint_of": "cat", "step": 5}}
+    call = StudyCall(str(given(tmp_path / "study.yaml", runs)), runs=str(tmp_path / "runs"))
+    cat, early = jobs_of(load_study(call.study), tmp_path / "runs")
+    later = cat.folder / "checkpoints" / "step_000010.ckpt"
+    later.parent.mkdir(parents=True)
+    monkeypatch.setattr(Runner, "run", lambda self: {})
+    monkeypatch.setattr(Costs, "_plan", lambda self, job: "")
+    said = (
+        f"runs.early.step: 'cat, seed 0' is past that step, and .*/step_000005.ckpt is .* move {cat.folder} "
+    )
+    assert study(replace(call, dry_run=True)) == 0  # it may be on its way there
+    for note in (later.touch, lambda: (later.unlink(), cat.finish("fit"))):
+        note()
+        for own in (call, replace(call, dry_run=True)):
+            with pytest.raises(ConfigError, match=said):
+                study(own)
+    # What needs it not, and what is judged, goes on without it; and what is there is reported.
+    assert study(replace(call, report_only=True)) == study(replace(call, only=["cat"])) == 1
+    early.folder.mkdir()
+    early.finish("test")
+    assert study(replace(call, dry_run=True)) == 0
 
 
 def test_an_impossible_run_fails_before_the_first(in_root: Path, tmp_path: Path) -> None:
