@@ -27,7 +27,7 @@ from experiments.studies.archive import archived
 from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
 from experiments.studies.processes import PROGRAM, Running
-from experiments.studies.scheduling import Job, jobs_of, refuse_lost, threads
+from experiments.studies.scheduling import Job, jobs_of, refuse_lost, standings, threads
 from experiments.studies.study_report import write_study
 
 
@@ -86,9 +86,9 @@ def study(call: StudyCall) -> int:
 
 def _listed(jobs: Sequence[Job]) -> int:
     """A line a run, as soon as its plan is made: what is done, where, what it costs; and what is left."""
-    costs = Costs(jobs)
+    costs, states = Costs(jobs), standings(jobs)
     for job in jobs:
-        print(f"{job.state():<12}  {job.title}  {job.folder}  {costs.text(job)}", flush=True)
+        print(f"{states[job.name, job.seed]:<12}  {job.title}  {job.folder}  {costs.text(job)}", flush=True)
     print(costs.total())
     return 0
 
@@ -137,9 +137,10 @@ def _report(own: Study, jobs: Sequence[Job], out: Path, failed: Mapping[str, str
     there is one."""
     folders: dict[str, dict[int, Path]] = {}
     missing: dict[str, str] = {}
+    standing = standings(jobs)
     for name in own.runs:
         seeds = [job for job in jobs if job.name == name]
-        states = [(job, failed.get(job.title, job.state())) for job in seeds]
+        states = [(job, failed.get(job.title, standing[name, job.seed])) for job in seeds]
         lacking = [f"seed {job.seed}: {state}" for job, state in states if state != "done"]
         found = {job.seed: job.folder for job in seeds}
         if not lacking:

@@ -294,6 +294,22 @@ def _refuse_doubles(jobs: Iterable[Job]) -> None:
             )
 
 
+def standings(jobs: Iterable[Job]) -> dict[tuple[str, int], str]:
+    """Name and seed of every run -> its state; of one that trains nothing, too, which training it waits for.
+
+    Args:
+        jobs: each behind those that it needs.
+    """
+    found: dict[tuple[str, int], str] = {}
+    for job in jobs:
+        state: str = job.state()
+        waits = [key for key in job.needs if found[key] not in ("to be judged", "done")]
+        if waits and state == "to be judged" and not job.fit:
+            state = f"waits for {waits[0][0]}"
+        found[job.name, job.seed] = state
+    return found
+
+
 def refuse_lost(jobs: Sequence[Job]) -> None:
     """Raises: ConfigError for a checkpoint that is yet to be judged and is not there, though its training is
     past that step: which ones stay is no part of what names a run, and that one kept others."""

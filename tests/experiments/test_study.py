@@ -187,7 +187,7 @@ def test_a_checkpoint_of_another_run_is_judged_in_a_folder_of_its_own(in_root: P
 
 
 def test_a_checkpoint_that_its_training_did_not_keep_is_told_before_any_run(
-    in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A training is the same whichever checkpoints it keeps: this one was done for a study that kept two."""
     kept = {"trainer.max_steps": 12, "vars.checkpoint_steps": 5, "vars.checkpoint_keep": 3}
@@ -202,6 +202,8 @@ def test_a_checkpoint_that_its_training_did_not_keep_is_told_before_any_run(
         f"runs.early.step: 'cat, seed 0' is past that step, and .*/step_000005.ckpt is .* move {cat.folder} "
     )
     assert study(replace(call, dry_run=True)) == 0  # it may be on its way there
+    listed = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed[:2] == ["begun", "waits for cat"]
     for note in (later.touch, lambda: (later.unlink(), cat.finish("fit"))):
         note()
         for own in (call, replace(call, dry_run=True)):
@@ -209,6 +211,7 @@ def test_a_checkpoint_that_its_training_did_not_keep_is_told_before_any_run(
                 study(own)
     # What needs it not, and what is judged, goes on without it; and what is there is reported.
     assert study(replace(call, report_only=True)) == study(replace(call, only=["cat"])) == 1
+    assert "not reported: early (seed 0: to be judged)" in capsys.readouterr().err
     early.folder.mkdir()
     early.finish("test")
     assert study(replace(call, dry_run=True)) == 0
