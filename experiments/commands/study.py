@@ -63,6 +63,12 @@ def study(call: StudyCall) -> int:
             f"--only: expected runs of the study ({', '.join(map(repr, own.runs))}), got {unknown[0]!r}"
         )
     if call.recorded is not None:
+        for option, given in (("--dry_run", call.dry_run), ("--report_only", call.report_only)):
+            if given:
+                raise ConfigError(
+                    f"--recorded: it runs nothing and writes a report of recorded rows, got {option} beside "
+                    "it; leave one of them out"
+                )
         return _recorded(own, Path(call.recorded), _out(call), call.only)
     jobs = jobs_of(own, Path(call.runs))
     wanted = _with_needed(jobs, call.only)

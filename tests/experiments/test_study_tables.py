@@ -99,6 +99,14 @@ def test_recorded_rows_answer_another_study(
         study(replace(asked, only=["run 0", "run 2"]))
 
 
+@pytest.mark.parametrize("option", ["dry_run", "report_only"])
+def test_recorded_rows_are_reported_or_nothing_is(option: str, tmp_path: Path, in_root: Path) -> None:
+    place = recorded(tmp_path / "report")
+    with pytest.raises(ConfigError, match=f"--recorded: .*, got --{option} beside it; leave one of them"):
+        study(replace(call(tmp_path, place), **{option: True}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_cell_of_every_table_is_in_a_file_for_other_programs(tmp_path: Path, in_root: Path) -> None:
     claims = [{"question": "More?", "first": "run 1", "second": "run 3", "columns": ["GCG", "GCG: loss"]}]
     runs = {name: dict(own) for name, own in STUDY["runs"].items()}
