@@ -69,7 +69,7 @@ def write_study(
     found = answers(rows, study.claims, study.columns)
     facts = environment_facts() | {"revisions_of_runs": revisions(runs)}
     (out / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    results = {"schema": 3, "title": study.title, "runs": exported(rows, settings or {})}
+    results = {"schema": 3, "title": study.title, "runs": exported(study, rows, settings or {})}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_cells(out / "cells.csv", rows)
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
@@ -143,21 +143,20 @@ def judges(study: Study, rows: Mapping[str, Compared]) -> list[str]:
     return lines(own[metric].judge for metric in metrics for own in told if metric in own)
 
 
-def _passes(study: Study, name: str, own: Compared) -> Cell:
+def _passes(study: Study, name: str, own: Compared) -> float | None:
     """Of a checkpoint on the way none are counted: its training's counters are of the whole."""
     run = study.runs.get(name)
-    if run is not None and run.checkpoint_of:
-        return Cell(MISSING, math.nan)
-    return Cell(f"{own.passes:.0f}", own.passes)
+    return None if run is not None and run.checkpoint_of else own.passes
 
 
 def cells(study: Study, rows: Mapping[str, Compared]) -> Table:
     """A row per run."""
+    passes = {name: _passes(study, name, own) for name, own in rows.items()}
     table = [
         [
             Cell(name),
             *(_cell(own.cell(label), label in own.means) for label in study.columns),
-            _passes(study, name, own),
+            Cell(MISSING, math.nan) if (spent := passes[name]) is None else Cell(f"{spent:.0f}", spent),
         ]
         for name, own in rows.items()
     ]
@@ -250,8 +249,8 @@ def draw(rows: Mapping[str, Compared], figure: TradeOff) -> Drawing:
     )
 
 
-def exported(rows: Mapping[str, Compared], settings: Mapping[str, str]) -> dict[str, Any]:
-    """What results.json holds of the runs."""
+def exported(study: Study, rows: Mapping[str, Compared], settings: Mapping[str, str]) -> dict[str, Any]:
+    """What results.json holds of the runs; `passes` are null where none are counted, as of a checkpoint."""
     found = {}
     for name, own in rows.items():
         rates, means = (
@@ -261,6 +260,6 @@ def exported(rows: Mapping[str, Compared], settings: Mapping[str, str]) -> dict[
             "setting": settings.get(name),
             "rates": rates,
             "means": means,
-            "passes": own.passes,
+            "passes": _passes(study, name, own),
         }
     return found

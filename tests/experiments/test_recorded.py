@@ -137,7 +137,7 @@ def test_the_comparison_of_methods_can_be_computed_again_from_its_rows() -> None
     chosen = {name: own["setting"] for name, own in recorded.items() if own["setting"]}
     study = comparison([*recorded], [0, 1, 2], chosen)
     rows = read(archived(METHODS, recorded), study.columns, OPTIONAL)
-    assert numbers(json.dumps(exported(rows, chosen))) == recorded
+    assert numbers(json.dumps(exported(study, rows, chosen))) == recorded
     report = (METHODS / "report.md").read_text(encoding="utf-8")
     for table in (cells(study, rows), replies(study, answers(rows, study.claims, study.columns), rows)):
         assert len(table.rows) > 5
@@ -205,7 +205,7 @@ def test_every_cell_of_a_study_can_be_computed_again(name: str, in_root: Path, t
             run: study.seeds_of(run) for run in study.runs
         }
     rows = read(folders, study.columns)
-    assert numbers(json.dumps(exported(rows, {}))) == recorded
+    assert numbers(json.dumps(exported(study, rows, {}))) == recorded
     report = (folder / "report.md").read_text(encoding="utf-8")
     tables = tables_of(study, folders, rows, answers(rows, study.claims, study.columns))
     for table in tables:

@@ -24,7 +24,7 @@ from experiments.studies.categories import by_category, tail
 from experiments.studies.comparison import Compared
 from experiments.studies.correlation import correlation
 from experiments.studies.definition import Column, Study, StudyRun
-from experiments.studies.study_report import cells
+from experiments.studies.study_report import cells, exported
 from tests.support.rows import measurement, row
 
 BASE = "configs/experiment/methods_tinychat.yaml"
@@ -205,5 +205,6 @@ def test_a_correlation_needs_points_that_vary() -> None:
 def test_a_checkpoint_on_the_way_is_not_said_to_have_cost_nothing() -> None:
     runs = {"cat": StudyRun(["a.yaml"]), "early": StudyRun(checkpoint_of="cat", step=5)}
     rows = {name: Compared({}, {}, 120.0 if name == "cat" else 0.0) for name in runs}
-    table = cells(Study(title="t", runs=runs, columns={}), rows)
-    assert [row[-1].text for row in table.rows] == ["120", "-"]
+    own = Study(title="t", runs=runs, columns={})
+    assert [row[-1].text for row in cells(own, rows).rows] == ["120", "-"]
+    assert [run["passes"] for run in exported(own, rows, {}).values()] == [120.0, None]
