@@ -74,6 +74,8 @@ def write_study(
     write_cells(out / "cells.csv", rows)
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
     drawings |= curves(study, runs)
+    for old in (*out.glob("figure_*.svg"), *out.glob("curve_*.svg")):
+        old.unlink()  # of an earlier study, or of fewer figures: nothing of it is in this report
     for stem, drawing in drawings.items():
         save(drawing, out / f"{stem}.svg")
     tables = tables_of(study, runs, rows, found)
