@@ -8,7 +8,7 @@ A method is attack x objective x terms x data: nothing here knows any by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from datamodules.fields import NonNegativeInt, checked
 from lightning_modules.attacks.base import Attack, AttackedPrompt, load_attack_state, share, state_of
 from lightning_modules.base import FineTuning, OptimizerConfig
 from lightning_modules.defences.base import Defence
-from lightning_modules.losses.base import LossTerms, Objective, Step, Term
+from lightning_modules.losses.base import LossTerms, Objective, ReferenceScores, Step, Term
 from lightning_modules.models.agreement import Agreement
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.loading import ModelConfig
@@ -71,7 +71,7 @@ class AdversarialFineTuning(FineTuning):
         self.objective = objective
         self.terms = terms or []
         self.reference_cache = reference_cache
-        self._reference_table: ReferenceTable | None = None
+        self._reference_scores: Callable[[AdversarialBatch], ReferenceScores] | None = None
         self._passes = PassCounter()
         self._attacked: AttackedPrompt | None = None
         """Of several micro-batches, those that have had their turn left out."""
@@ -88,11 +88,14 @@ class AdversarialFineTuning(FineTuning):
         this model's."""
         self._attacked, self._told, self._finite = None, _Told(), None
         self._agree = Agreement()
-        if self.objective is None or not self.objective.needs_reference:
-            return
+        if self.objective is not None and self.objective.needs_reference:
+            self._reference_scores = self._scored_by_reference()
+
+    def _scored_by_reference(self) -> Callable[[AdversarialBatch], ReferenceScores]:
+        """What the objective compares with, of every training row."""
         assert self._harmful_batches is not None, "attach() has not been called"
         folder = Path(self.reference_cache or Path(self.trainer.default_root_dir) / "reference")
-        self._reference_table = ReferenceTable(folder, self.reference)
+        table = ReferenceTable(folder, self.reference)
         silent = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
         batches = tqdm(
             self._harmful_batches(),
@@ -102,11 +105,10 @@ class AdversarialFineTuning(FineTuning):
             disable=True if silent else None,
         )
         with self._passes, self.language_model.gathered():
-            self._reference_table.fill(batches, self.device, write=self.trainer.is_global_zero)
+            table.fill(batches, self.device, write=self.trainer.is_global_zero)
             if self.global_step == 0:
-                self._reference_table.check_start(
-                    self.language_model, next(self._harmful_batches()).to(self.device)
-                )
+                table.check_start(self.language_model, next(self._harmful_batches()).to(self.device))
+        return table
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: attack the harmful prompts, those of the whole step at once, then all losses under
@@ -165,7 +167,7 @@ class AdversarialFineTuning(FineTuning):
         terms: list[tuple[float, LossTerms]] = []
         objective, rows, utility = self.objective, batch.adversarial, batch.utility
         if objective is not None and rows is not None and attacked is not None:
-            reference = self._reference_table(rows) if self._reference_table is not None else None
+            reference = self._reference_scores(rows) if self._reference_scores is not None else None
             scores = score_replies(self.language_model, rows, attacked, reference)
             terms.append((batch.weights[0], objective.adversarial(scores)))
         if objective is not None and utility is not None and objective.weight_utility > 0:

@@ -29,11 +29,16 @@ from experiments.planning.memory import ATTACK, MERGED
 from experiments.planning.recipe import without_machine
 from experiments.planning.step import StepCost
 
+MODELS = {
+    "Zephyr-7B (and Mistral-7B)": "zephyr_7b",
+    "Gemma-1.1-2B": "gemma_2b",
+    "Llama-2-7B": "llama2_7b",
+    "Phi-3-mini (3.8 B)": "phi3_mini",
+}
 RECIPES = {
-    "Zephyr-7B (and Mistral-7B)": "configs/experiment/cat_zephyr_7b.yaml",
-    "Gemma-1.1-2B": "configs/experiment/cat_gemma_2b.yaml",
-    "Llama-2-7B": "configs/experiment/cat_llama2_7b.yaml",
-    "Phi-3-mini (3.8 B)": "configs/experiment/cat_phi3_mini.yaml",
+    f"{method}, {name}": f"configs/experiment/{method.lower()}_{stem}.yaml"
+    for method in ("CAT", "CAPO")
+    for name, stem in MODELS.items()
 }
 BF16 = {"model.base.quantization": "null", "model.base.gradient_checkpointing": "false"}
 SETTINGS: dict[str, dict[str, str]] = {

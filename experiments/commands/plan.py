@@ -80,6 +80,8 @@ class Executed:
     together: int
     """Rows of the largest micro-batch."""
     saving: RunCheckpoints | None
+    compares: bool
+    """Whether a reference scores every training row before the first step."""
 
 
 def executed(config: Mapping[str, Any], settings: PlanSettings, steps: int = 2) -> Executed:
@@ -142,6 +144,7 @@ def executed(config: Mapping[str, Any], settings: PlanSettings, steps: int = 2) 
         {**rows, "prompt_tokens": prompt, "reply_tokens": reply},
         max(kind.harmful + kind.utility for kind in kinds),
         next((c for c in callbacks_of(cli.trainer) if isinstance(c, RunCheckpoints)), None),
+        module.objective is not None and module.objective.needs_reference,
     )
 
 
@@ -153,7 +156,7 @@ def figures(config: Mapping[str, Any], settings: PlanSettings, memory: int, done
     found["largest_attack"] = largest_rows(done.cost, memory, done.rows["attacked"], attack=True)
     if settings.devices > 1:
         found["communication"] = communication(done.cost, settings.devices)
-    found["assumptions"] = assumptions(config, settings, done.rows)
+    found["assumptions"] = assumptions(config, settings, done)
     return found
 
 
@@ -220,8 +223,9 @@ def communication(cost: StepCost, devices: int) -> dict[str, int]:
     return {name: volume * (devices - 1) // devices for name, volume in volumes.items()}
 
 
-def assumptions(config: Mapping[str, Any], settings: PlanSettings, counts: Mapping[str, int]) -> list[str]:
+def assumptions(config: Mapping[str, Any], settings: PlanSettings, done: Executed) -> list[str]:
     """What stands in for what a plan does not know."""
+    counts = done.rows
     prompt, reply = counts["prompt_tokens"], counts["reply_tokens"]
     said = [
         f"{counts['attacked']} rows are attacked at once, and micro-batches hold up to {counts['harmful']} "
@@ -234,6 +238,11 @@ def assumptions(config: Mapping[str, Any], settings: PlanSettings, counts: Mappi
         "a checkpoint holds what learns and two moments of it, in fp32",
         "no example reaches the attack's stop_loss, and all losses are finite",
     ]
+    if done.compares:
+        said.append(
+            "what the objective compares with, a forward pass of both replies of every harmful training row, "
+            "is computed before the first step and is not in the hours"
+        )
     if quantised(config):
         said.append(
             "4-bit weights take half a byte and their scales, all else of the base is fp32; 4-bit layers "

@@ -31,11 +31,6 @@ def check_plannable(module: AdversarialFineTuning) -> None:
             "model.base.lora: a plan cannot hold the copy of the model that this recipe compares with where "
             "all weights learn; set model.base.lora, or model.terms=[] for the rest of the plan"
         )
-    if module.objective is not None and module.objective.needs_reference:
-        raise ConfigError(
-            "model.objective: reference scores are computed from weights before training, which a plan has "
-            "not; plan the recipe with --model.objective=TowardAwayUtility, whose step costs the same"
-        )
 
 
 def without_machine(config: Mapping[str, Any], folder: str) -> dict[str, Any]:

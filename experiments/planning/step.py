@@ -26,6 +26,7 @@ from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.progress import observed
+from lightning_modules.losses.base import ReferenceScores
 from lightning_modules.models.decoder import causal_lm, text_config
 from lightning_modules.models.language_model import LanguageModel
 
@@ -195,6 +196,8 @@ def fit(
     module._apply = lambda *_, **__: module  # type: ignore[method-assign, assignment]
     # What is logged is read from tensors, of which a plan's hold nothing.
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    # Before the first step, from weights: only their number counts here.
+    module._scored_by_reference = lambda: _no_scores  # type: ignore[method-assign]
     own = Trainer(
         accelerator="cpu",
         devices=1,
@@ -209,6 +212,11 @@ def fit(
         **{name: trainer[name] for name in TRAINER if trainer.get(name) is not None},
     )
     own.fit(module, train_dataloaders=DataLoader(_Batches(micro_batches), batch_size=None))
+
+
+def _no_scores(rows: AdversarialBatch) -> ReferenceScores:
+    nothing = torch.zeros(len(rows), dtype=torch.float64)
+    return ReferenceScores(nothing, nothing)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from experiments.planning.shapes_only import ShapesOnly, UnknownValue, built_wit
 from experiments.planning.step import StepCost, calm, count_step, fit
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.losses.preference import Preference
 from lightning_modules.losses.toward_away import TowardAwayUtility
 from lightning_modules.models.loading import LoraSettings, ModelConfig
 from tests.conftest import VOCABULARY, ragged_batch, utility
@@ -47,6 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 0.3},
         "rows": (2, 6),
         "layers": 2,
+        "objective": Preference(weight_utility=1.0),  # compared with scores that a plan has not
     },
     "adapters on fp32, merged, recomputed": {
         "base": {"dtype": "float32", "lora": LoraSettings(r=8), "gradient_checkpointing": True},
@@ -65,12 +67,12 @@ def folder_of(path: Path, layers: int) -> str:
     return str(path)
 
 
-def module(folder: str, base: dict[str, Any], **attack: Any) -> AdversarialFineTuning:
+def module(folder: str, shape: dict[str, Any], **attack: Any) -> AdversarialFineTuning:
     settings = {"epsilon": 0.1, "num_steps": 5, "step_size": 0.3, "keep": "last"} | attack
     return AdversarialFineTuning(
-        ModelConfig(folder, **{"from_scratch": True} | base),
+        ModelConfig(folder, **{"from_scratch": True} | shape["base"]),
         EmbeddingPGD(**settings),
-        TowardAwayUtility(),
+        shape.get("objective", TowardAwayUtility()),
         seed=0,
     )
 
@@ -78,7 +80,7 @@ def module(folder: str, base: dict[str, Any], **attack: Any) -> AdversarialFineT
 def planned(
     shape: dict[str, Any], folder: str, batches: list[TrainingBatch], steps: int = 2, attack_steps: int = 3
 ) -> Any:
-    own = module(folder, shape["base"], num_steps=attack_steps)
+    own = module(folder, shape, num_steps=attack_steps)
     own.attach(object())  # type: ignore[arg-type]
     with built_without_weights():
         own.configure_model()
@@ -87,7 +89,7 @@ def planned(
 
 def measured(shape: dict[str, Any], folder: str, batches: list[TrainingBatch], steps: int = 2) -> int:
     """Peak of what the CPU allocator had handed out, weights included, by torch's profiler."""
-    own = module(folder, shape["base"], num_steps=3)
+    own = module(folder, shape, num_steps=3)
     own.attach(object())  # type: ignore[arg-type]
     own.configure_model()
     held = {
@@ -124,7 +126,7 @@ def test_operations_are_those_of_torch_s_counter(name: str, tmp_path: Path) -> N
     folder = folder_of(tmp_path, shape["layers"])
     batch = TrainingBatch(ragged_batch(size=3, prompt=30), utility(size=4))
     plan = planned(shape, folder, [batch], steps=1, attack_steps=5)
-    own = module(folder, shape["base"])
+    own = module(folder, shape)
     own.attach(object())  # type: ignore[arg-type]
     own.configure_model()
     # torch's counter leaves out attention on a CPU, which a GPU's kernels would count.
@@ -166,7 +168,7 @@ def test_a_base_in_four_bits(tmp_path: Path) -> None:
     """128 x 64 weights: 4,096 bytes of two each, 128 blocks' scales, one block of those."""
     assert nf4_bytes(128 * 64) == 4096 + 128 + 4
     shape = SHAPES["adapters on bf16, mixed"]
-    own = module(folder_of(tmp_path, 2), shape["base"], num_steps=3)
+    own = module(folder_of(tmp_path, 2), shape, num_steps=3)
     own.attach(object())  # type: ignore[arg-type]
     with built_without_weights():
         own.configure_model()
@@ -194,7 +196,7 @@ def test_a_peak_in_four_bits_is_the_allocator_s(tmp_path: Path) -> None:
     base = {"dtype": "bfloat16", "lora": LoraSettings(r=8), "gradient_checkpointing": True}
     trainer = {"precision": "bf16-mixed", "gradient_clip_val": 0.3}
     batches = [full_rows({"harmful": 2, "utility": 2}, 20, 20, 512)]
-    own = module(str(tmp_path), base, num_steps=3)
+    own = module(str(tmp_path), {"base": base}, num_steps=3)
     own.attach(object())  # type: ignore[arg-type]
     with built_without_weights():
         own.configure_model()
@@ -218,7 +220,7 @@ def test_a_card_takes_the_first_settings_that_fit(memory: int, rate: float, want
         peaks = {ATTACK: Counter({WEIGHTS: 200, ATTACK: attack}), ACTIVATIONS: Counter({WEIGHTS: 300})}
         persistent, counts = Counter({WEIGHTS: 200}), Counter({ATTACK: flops})
         cost = StepCost(peaks, persistent=persistent, flops=counts)
-        return Executed(cost, {"attacked": 8}, 8, None)
+        return Executed(cost, {"attacked": 8}, 8, None, False)
 
     plans = {"wide": done(700, 1), "narrow": done(400, 2)}
     found = choose(plans, Division(8, 56, 8), 1000, memory, rate)

@@ -46,6 +46,11 @@ def test_links_lead_somewhere(target: Path) -> None:
     assert target.exists()
 
 
+def unplanned(*_: object, **__: object) -> None:
+    """What runs cost is asked of studies elsewhere."""
+    raise ValueError("not planned")
+
+
 @pytest.mark.parametrize(("path", "call"), CALLS)
 def test_commands_are_accepted(
     path: Path, call: str, thundercat: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -60,6 +65,7 @@ def test_commands_are_accepted(
         rest.append("--help")
     if command in ("study", "sweep"):
         rest.append("--dry_run")
+        monkeypatch.setattr("experiments.commands.plan.executed", unplanned)
     if command == "report":
         # Of the recorded quickstart, which has a run's own files.
         for folder in rest:
