@@ -67,6 +67,8 @@ class Choice(NamedTuple):
     settings: str
     attacked: int
     """Rows at once."""
+    of: int
+    """Rows of a step."""
     peak: int
     hours: float
 
@@ -81,8 +83,8 @@ def choose(
         if rows == 0:
             continue
         seconds = done.cost.flops.total() / (tflops * 1e12 * UTILISATION)
-        choice = Choice(name, rows, _peak(done, rows), seconds * steps / 3600)
-        if rows == division.harmful_per_step:
+        choice = Choice(name, rows, division.harmful_per_step, _peak(done, rows), seconds * steps / 3600)
+        if rows == choice.of:
             return choice
         fewer = choice if fewer is None or rows > fewer.attacked else fewer
     return fewer
@@ -172,18 +174,18 @@ def sent(recipe: str, devices: int) -> dict[str, dict[str, int]]:
     return volumes
 
 
-def cell(choice: Choice | None, rows: int) -> str:
+def cell(choice: Choice | None) -> str:
     """A card's way as text."""
     if choice is None:
         return "-"
-    at_once = "" if choice.attacked == rows else f", {choice.attacked} at once"
+    at_once = "" if choice.attacked == choice.of else f", {choice.attacked} of {choice.of} at once"
     return f"{choice.settings}{at_once}: {gib(choice.peak)}, {choice.hours:.1f} h"
 
 
-def table(choices: Mapping[str, Mapping[str, Choice | None]], rows: int = 8) -> str:
+def table(choices: Mapping[str, Mapping[str, Choice | None]]) -> str:
     """Recipe by card, in Markdown."""
     lines = [("recipe, predicted", *CARDS), ("---",) * (1 + len(CARDS))]
-    lines += [(name, *(cell(own[card], rows) for card in CARDS)) for name, own in choices.items()]
+    lines += [(name, *(cell(own[card]) for card in CARDS)) for name, own in choices.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -192,8 +194,9 @@ def volumes_table(volumes: Mapping[str, Mapping[str, int]], devices: int) -> str
     columns = {
         "sweeps": "passes over the layers",
         "ddp": "DDP",
-        "sharded": "FSDP2",
-        "sharded_weights_kept": "FSDP2, gathered once a step",
+        "fsdp2": "FSDP2",
+        "gathered_each_pass": "gathered for each pass",
+        "gathered_once_a_step": "gathered once a step",
         "peak": "peak of a replica",
     }
     lines: list[Sequence[str]] = [

@@ -212,13 +212,17 @@ def largest_rows(cost: StepCost, memory: int, rows: int, attack: bool) -> int:
 
 def communication(cost: StepCost, devices: int) -> dict[str, int]:
     """Bytes that a device sends in a step, by how the devices share the work, collectives in rings: replicas
-    add up what learns (DDP); shards (FSDP2) gather all weights for each pass over the layers, or once a step
-    where they are kept, and each takes its part of the summed gradients."""
+    add up what learns (DDP); shards gather all weights once for the attack and for each of the outer passes
+    over the layers (`lightning_modules.sharded.FSDP2`), for each pass of the attack too, or once a step where
+    they are kept, and each takes its part of the summed gradients."""
     weights, gradients = cost.persistent[WEIGHTS] + cost.persistent[ADAPTERS], cost.persistent[GRADIENTS]
+    attack = cost.sweeps[ATTACK]
+    outer = cost.sweeps.total() - attack
     volumes = {
         "ddp": 2 * gradients,
-        "sharded": cost.sweeps.total() * weights + gradients,
-        "sharded_weights_kept": weights + gradients,
+        "fsdp2": (min(attack, 1) + outer) * weights + gradients,
+        "gathered_each_pass": (attack + outer) * weights + gradients,
+        "gathered_once_a_step": weights + gradients,
     }
     return {name: volume * (devices - 1) // devices for name, volume in volumes.items()}
 
@@ -250,8 +254,8 @@ def assumptions(config: Mapping[str, Any], settings: PlanSettings, done: Execute
         )
     if settings.devices > 1:
         said.append(
-            "sharded training is on paper: it is refused at present; its weights are gathered in the dtype "
-            "that they are held in"
+            "of several devices: FSDP2's weights are gathered in the dtype that they are held in, for the "
+            "attack all at once; the memory is a replica's"
         )
     return said
 

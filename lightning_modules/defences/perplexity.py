@@ -140,18 +140,22 @@ class PerplexityFilter:
         self._threshold = Threshold(type(self).__name__, benign, false_positive_rate, num_calibration)
 
     def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
-        """The score's distance from the threshold, in nats per token; earlier turns are not looked at.
+        """The score's distance from the threshold, in nats per token, of the worst of all that the user has
+        said; the benign requests that calibrate it are single ones, so that of k turns up to k times the
+        stated rate is flagged.
 
         Raises: ValueError for a request with a document.
         """
         without_documents(type(self).__name__, requests)
         limit = self.threshold(model)
-        texts = [request.text for request in requests]
+        turns = [[*(said for said, _ in request.history), request.text] for request in requests]
+        scored = zip(*self._scored(model, [text for own in turns for text in own]), strict=True)
         asked = self.scorer.asks_model
-        return [
-            Check(score - limit, int(asked), count if asked else 0)
-            for score, count in zip(*self._scored(model, texts), strict=True)
-        ]
+        found = []
+        for own in turns:
+            scores, counts = zip(*itertools.islice(scored, len(own)), strict=True)
+            found.append(Check(max(scores) - limit, asked * len(own), asked * sum(counts)))
+        return found
 
     def scores(self, model: LanguageModel, texts: Sequence[str]) -> list[float]:
         """Mean nats per token of the whole text, or of its worst window."""

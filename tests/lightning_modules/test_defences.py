@@ -176,6 +176,29 @@ def test_a_window_finds_what_a_mean_hides() -> None:
     assert worst_window([1.0, 3.0], 5) == 2.0 and worst_window([], None) == 0.0
 
 
+def test_what_was_said_in_earlier_turns_is_judged_too() -> None:
+    """By the worst of the user's turns, whatever stands in the replies between them."""
+    own = PerplexityFilter(TinyChatBenign("validation", num_rows=30), 0.1, 30, scorer=Lengths())
+    own.threshold = lambda _: float(ord("m"))  # type: ignore[method-assign, assignment]
+    asked = [
+        Request("aaa", history=(("bb", "zzz"),)),
+        Request("aaa", history=(("bb", "ok"), ("zz", "ok"))),
+        Request("zzz", history=(("bb", "ok"),)),
+        Request("aaa"),
+    ]
+    found = own.checks(chat_model(), asked)
+    assert [check.excess for check in found] == [ord(worst) - ord("m") for worst in "bzza"]
+    assert {(check.queries, check.tokens) for check in found} == {(0, 0)}
+
+    class Model(Lengths):
+        asks_model = True
+
+    own.scorer = Model()
+    assert [(check.queries, check.tokens) for check in own.checks(chat_model(), asked)] == [
+        (2, 5), (3, 7), (2, 5), (1, 3),
+    ]  # fmt: skip
+
+
 def test_bigrams_are_a_distribution_and_dislike_random_tokens() -> None:
     chat = chat_model()
     scorer = NgramNats(TinyChatBenign("train", num_rows=300), 300)
