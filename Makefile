@@ -54,7 +54,7 @@ runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
 	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
 
 # Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
-RECORDED := attacks_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat long_tail_tinychat noise_and_mix_tinychat one_step_tinychat
+RECORDED := attacks_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat
 ABLATED := aligned cat 'cat, one step' 'cat, no attack' capo 'capo, one step' 'capo, no attack' 'capo, utility' 'cat 0.025'
 RESULTS := experiments/results
 pages: $(VENV)/.installed
@@ -64,8 +64,6 @@ pages: $(VENV)/.installed
 	done
 	$(BIN)/thundercat study configs/study/smollm2.yaml --only aligned cat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
 	$(BIN)/thundercat study configs/study/ablations_smollm2.yaml --only $(ABLATED) --recorded $(RESULTS)/smollm2_ablations_cpu_202611 --out $(RESULTS)/smollm2_ablations_cpu_202611
-	$(BIN)/thundercat study configs/study/methods_recorded.yaml --recorded $(RESULTS)/methods_cpu_202611 --out $(RESULTS)/methods_recorded_cpu_202611
-	$(BIN)/python -m experiments.studies.methods --report_only
 
 test-real: $(VENV)/.installed-smollm2 $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/real

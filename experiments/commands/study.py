@@ -106,8 +106,8 @@ def _out(call: StudyCall) -> Path:
 def _recorded(own: Study, place: Path, out: Path, only: Sequence[str]) -> int:
     """Other tables of rows that are recorded. Raises: ConfigError where a run that is asked for is not
     there."""
-    found = archived(place, only or own.runs)
-    missing = {name: "not recorded" for name in own.runs if name not in found}
+    found = archived(place, only or own.reported)
+    missing = {name: "not recorded" for name in own.reported if name not in found}
     for name, folders in found.items():
         if not folders:
             raise ConfigError(
@@ -144,7 +144,7 @@ def _report(own: Study, jobs: Sequence[Job], out: Path, failed: Mapping[str, str
     folders: dict[str, dict[int, Path]] = {}
     missing: dict[str, str] = {}
     standing = standings(jobs)
-    for name in own.runs:
+    for name in own.reported:
         seeds = [job for job in jobs if job.name == name]
         states = [(job, failed.get(job.title, standing[name, job.seed])) for job in seeds]
         lacking = [f"seed {job.seed}: {state}" for job, state in states if state != "done"]

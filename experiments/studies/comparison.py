@@ -13,10 +13,11 @@ from callbacks.metrics.estimates import Difference, Estimate, paired_difference
 from callbacks.metrics.hierarchical import SeedDifference, SeedRate, seed_difference, seed_rate, stacked
 from callbacks.metrics.names import Metric
 from callbacks.report.events import Events, events
-from callbacks.report.load import load, text_differences
+from callbacks.report.load import text_differences
 from callbacks.report.measured import Measured, select
 from callbacks.report.perplexities import UNITS
 from callbacks.report.results import Measure, PerplexityDifference
+from callbacks.report.snapshots import snapshot
 from callbacks.report.under_attack import under_attack
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import last_step, read_measurements, read_rows
@@ -66,9 +67,8 @@ class Answer:
     is_rate: bool
 
 
-def happened(folder: Path) -> tuple[Happened, list[str], list[Measured]]:
-    """What occurred on every test example of a run, the attacks that its model refuses, or fails, benign
-    prompts for carrying, and the texts that it scored. Raises: ValueError where not all of it was tested."""
+def tested(folder: Path) -> tuple[int, list[Measured]]:
+    """The step of a run's last test, and its rows. Raises: ValueError where not all of it was tested."""
     step = last_step(folder, "test")
     if step is None:
         raise ValueError(f"{folder}: no results of `test`; run the study again")
@@ -80,49 +80,50 @@ def happened(folder: Path) -> tuple[Happened, list[str], list[Measured]]:
             raise ValueError(
                 f"{folder}: {len(own.rows)} of {n} replies of {name}; test it again, or bring it back"
             )
-    signs = [name for name, own in under_attack(measured).items() if own.refuses_what_carries_it]
-    texts = [own for own in measured if own.measurement.quantity in UNITS]
-    return {event.metric: event for event in events(measured)}, signs, texts
+    return step, measured
 
 
-def read(
-    runs: Mapping[str, Mapping[int, Path]],
-    columns: Mapping[str, Column],
-    optional: Mapping[str, tuple[str, ...]] | None = None,
-) -> dict[str, Compared]:
+def read(runs: Mapping[str, Mapping[int, Path]], columns: Mapping[str, Column]) -> dict[str, Compared]:
     """Results of finished runs by name.
 
     Args:
         runs: name -> seed -> run folder.
         columns: what is read of them.
-        optional: further columns that a run may lack, by its name.
 
     Raises: ValueError where a run lacks a column.
     """
     found = {}
     for name, folders in runs.items():
-        told = {seed: happened(folder) for seed, folder in folders.items()}
-        by_seed = {seed: own for seed, (own, _, _) in told.items()}
-        carrying = Counter(attack for _, signs, _ in told.values() for attack in signs)
+        told = {seed: tested(folder) for seed, folder in folders.items()}
+        by_seed = {seed: {e.metric: e for e in events(own)} for seed, (_, own) in told.items()}
+        carrying = Counter(
+            attack
+            for _, own in told.values()
+            for attack, sign in under_attack(own).items()
+            if sign.refuses_what_carries_it
+        )
         rates, means = {}, {}
-        loaded: dict[Path, Mapping[Metric, Measure]] = {}
+        measures: list[Mapping[Metric, Measure]] = []
         for label, column in columns.items():
             metric = column.metric
             missing = [folders[seed] for seed, own in by_seed.items() if metric not in own]
             if not missing:
                 rates[label] = _rate(name, label, [own[metric] for own in by_seed.values()])
                 continue
-            loaded = loaded or {folder: _measures(folder) for folder in folders.values()}
-            estimates = [_mean(own.get(metric)) for own in loaded.values()]
+            measures = measures or [snapshot(own, "test", step).measures for step, own in told.values()]
+            estimates = [_mean(own.get(metric)) for own in measures]
             known = [own for own in estimates if own is not None]
             if len(known) == len(estimates):
                 means[label] = _over_seeds(known)
-            elif not (column.optional or label in (optional or {}).get(name, ())):
+            elif not column.optional:
                 raise ValueError(
                     f"{missing[0]}: no {label!r} ({metric.key}) among its results of `test`; test it again "
                     "with the evaluation that measures it, or make the column optional"
                 )
-        texts = {seed: own for seed, (_, _, own) in told.items()}
+        texts = {
+            seed: [item for item in own if item.measurement.quantity in UNITS]
+            for seed, (_, own) in told.items()
+        }
         spent = passes(folders.values())
         found[name] = Compared(rates, means, spent, by_seed, dict(carrying), texts)
     return found
@@ -142,11 +143,6 @@ def _rate(name: str, label: str, by_seed: Sequence[Events]) -> SeedRate:
             "them again on the same"
         )
     return seed_rate(stacked([own.outcome for own in by_seed]))
-
-
-def _measures(folder: Path) -> Mapping[Metric, Measure]:
-    after = load(folder, "test").after
-    return {} if after is None else after.measures
 
 
 def _mean(measure: Measure | None) -> Estimate | None:

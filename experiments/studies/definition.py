@@ -17,7 +17,8 @@
 
 `${run.NAME}` in a value of `set` is the folder of another run of the study (of the same seed, where it has
 it), which is trained before. `{checkpoint_of: cat, step: 10}` trains nothing: it judges what another run was
-after so many steps, by that run's `config` and `set`.
+after so many steps, by that run's `config` and `set`. `{config: [...], trained: false, reported: false}` is
+what other runs read and no table shows: the attacks of a red team, say.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class StudyRun:
     """false: the model before any training is judged, once."""
     test: list[str] = field(default_factory=list)
     """Files on top of the study's `test`."""
+    reported: bool = True
+    """false: other runs read its folder. It is judged by its own files alone, and no table has it."""
+    setting: str = ""
+    """In a word, what a search chose for it: told in a table. `set` says it in fields."""
     paper: dict[str, Positive] = field(default_factory=dict)
     """What a paper says that this training cost, by the names of PUBLISHED; it stands beside what was counted
     here."""
@@ -148,6 +153,16 @@ class Study:
     """As a share (0.05: five points). Differences within it are of no interest: `equivalent` means that all
     of the interval is."""
 
+    @property
+    def reported(self) -> list[str]:
+        """Names of the runs that tables show."""
+        return [name for name, run in self.runs.items() if run.reported]
+
+    def judged_by(self, name: str) -> list[str]:
+        """Files on top of a run's configuration in `thundercat test`."""
+        run = self.runs[name]
+        return [*self.test, *run.test] if run.reported else run.test
+
     def seeds_of(self, name: str) -> list[int]:
         """The seeds of a run; a model that is not trained has one."""
         own = self.runs[name]
@@ -204,8 +219,8 @@ def _check(study: Study) -> None:
     _refuse_circles(study)
     check_columns(study.columns)
     for number, claim in enumerate(study.claims):
-        known(claim.first, study.runs, f"claims.{number}.first")
-        known(claim.second, study.runs, f"claims.{number}.second")
+        known(claim.first, study.reported, f"claims.{number}.first")
+        known(claim.second, study.reported, f"claims.{number}.second")
         if claim.first == claim.second:
             raise ConfigError(f"claims.{number}.second: expected another run than `first`, got the same")
         for label in claim.columns:

@@ -144,12 +144,14 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     judged = [f"--ckpt_path={checkpoint or 'last'}"] if trains or checkpoint else []
     folder = _folder(runs, name, seed, weights)
     files = [f"--config={file}" for file in own.config]
-    more = [f"--config={file}" for file in (*study.test, *run.test)]
+    judged_by = study.judged_by(name)
+    more = [f"--config={file}" for file in judged_by]
     options = [f"--{key}={value}" for key, value in overrides]
     options.append(f"--trainer.default_root_dir={folder}")
-    judging = compose([*own.config, *study.test, *run.test], overrides)
+    judging = compose([*own.config, *judged_by], overrides)
     check(judging, "test")
-    check_attacks(study.columns, judging)
+    if run.reported:
+        check_attacks(study.columns, judging)
     return Job(
         name=name,
         seed=seed,

@@ -40,8 +40,6 @@ def write_study(
     study: Study,
     runs: Mapping[str, Mapping[int, Path]],
     out: Path,
-    optional: Mapping[str, tuple[str, ...]] | None = None,
-    settings: Mapping[str, str] | None = None,
     missing: Mapping[str, str] | None = None,
     links: Mapping[str, str] | None = None,
     copies: bool = True,
@@ -53,8 +51,6 @@ def write_study(
         study: columns, questions and figures.
         runs: name -> seed -> folder, of the runs that are finished.
         out: folder that is written to.
-        optional: columns that a run may lack, by its name.
-        settings: what was chosen for a run, by its name, where a search chose it.
         missing: runs of the study that are not among `runs`, and why.
         links: what the page leads to, text -> path relative to it.
         copies: put the raw rows beside the report; they are read where they are otherwise.
@@ -65,11 +61,11 @@ def write_study(
         raise ValueError("expected finished runs, got none")
     out.mkdir(parents=True, exist_ok=True)
     runs = archive(runs, out) if copies else runs
-    rows = read(runs, study.columns, optional)
+    rows = read(runs, study.columns)
     found = answers(rows, study.claims, study.columns)
     facts = environment_facts() | {"revisions_of_runs": revisions(runs)}
     (out / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    results = {"schema": 3, "title": study.title, "runs": exported(study, rows, settings or {})}
+    results = {"schema": 3, "title": study.title, "runs": exported(study, rows)}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_cells(out / "cells.csv", rows)
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
@@ -96,7 +92,8 @@ def tables_of(
 ) -> list[Table]:
     """All tables of a report, in their order; `runs` are where the costs are read."""
     tables = [cells(study, rows)] + ([replies(study, found, rows)] if study.claims else [])
-    tables += [own for own in (correlations(study, rows), cost_table(study, runs)) if own is not None]
+    further = (settings(study, rows), correlations(study, rows), cost_table(study, runs))
+    tables += [own for own in further if own is not None]
     return tables + by_category(study, rows)
 
 
@@ -227,6 +224,12 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
     return Table("Questions", columns, table)
 
 
+def settings(study: Study, rows: Mapping[str, Compared]) -> Table | None:
+    """What a search chose, a row per run that it chose something for; None where it chose nothing."""
+    told = [[Cell(name), Cell(own)] for name in rows if (own := study.runs[name].setting)]
+    return Table("Settings", ["run", "chosen"], told) if told else None
+
+
 def draw(rows: Mapping[str, Compared], figure: TradeOff) -> Drawing:
     """One column against another, a point per run with both intervals."""
     points = []
@@ -251,7 +254,7 @@ def draw(rows: Mapping[str, Compared], figure: TradeOff) -> Drawing:
     )
 
 
-def exported(study: Study, rows: Mapping[str, Compared], settings: Mapping[str, str]) -> dict[str, Any]:
+def exported(study: Study, rows: Mapping[str, Compared]) -> dict[str, Any]:
     """What results.json holds of the runs; `passes` are null where none are counted, as of a checkpoint."""
     found = {}
     for name, own in rows.items():
@@ -259,7 +262,7 @@ def exported(study: Study, rows: Mapping[str, Compared], settings: Mapping[str, 
             {label: asdict(cell) for label, cell in cells.items()} for cells in (own.rates, own.means)
         )
         found[name] = {
-            "setting": settings.get(name),
+            "setting": study.runs[name].setting or None,
             "rates": rates,
             "means": means,
             "passes": _passes(study, name, own),

@@ -1,42 +1,27 @@
-"""The comparison of training methods: what is run, how a setting is chosen, how seeds become intervals."""
+"""Finished runs side by side: how seeds become intervals, and questions are answered."""
 
 from __future__ import annotations
 
 import json
-import lzma
 import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from callbacks.metrics.names import Metric
 from callbacks.report.markdown import table_text
 from datamodules.results import ResultsStore
-from experiments.config.compose import compose
-from experiments.studies import methods
 from experiments.studies.archive import archive, archived
 from experiments.studies.comparison import Compared, answers
 from experiments.studies.comparison import read as compared
-from experiments.studies.definition import Claim, Column
-from experiments.studies.methods import RATES as LEARNING_RATES
-from experiments.studies.methods import VARIANTS, Setting, Study
-from experiments.studies.methods_search import (
-    ADAPTIVE,
-    CLAIMS,
-    EMBEDDING,
-    NO_DEFENCE,
-    OPTIONAL,
-    RATES,
-    comparison,
-    search_table,
-    validation_score,
-)
+from experiments.studies.definition import Claim, Column, Study, load_study
 from experiments.studies.study_report import cells, replies, write_study
+from tests.conftest import ROOT
 from tests.support.rows import measurement, row
 
+METHODS = load_study(ROOT / "configs" / "study" / "methods_tinychat.yaml")
+NO_DEFENCE, EMBEDDING, ADAPTIVE = "no defence", "embedding 0.1", "adaptive GCG"
+RATES = {label: own for label, own in METHODS.columns.items() if own.quantity != "loss_best"}
 UNDER_ATTACK = ("prefilling", "embedding", "soft prompt", "adaptive")
 GOOD = {"refuses": 1.0, "utility": 1.0} | {f"utility, {attack}": 1.0 for attack in UNDER_ATTACK}
 
@@ -73,17 +58,24 @@ def runs(folder: Path) -> dict[str, dict[int, Path]]:
     }
 
 
+def comparison(names: Iterable[str], seeds: Iterable[int] = (0, 1)) -> Study:
+    """The shipped comparison of methods: its rates, of some of its runs."""
+    own = {name: METHODS.runs[name] for name in names}
+    asked = {"claims": METHODS.claims, "figures": METHODS.figures[:1]}
+    return Study(METHODS.title, own, RATES, METHODS.about, [*seeds], **asked)  # type: ignore[arg-type]
+
+
 def read(folders: Mapping[str, Mapping[int, Path]]) -> dict[str, Compared]:
-    return compared(folders, RATES, OPTIONAL)
+    return compared(folders, RATES)
 
 
 def table(rows: Mapping[str, Compared]) -> str:
-    return table_text(cells(comparison([*rows], [0, 1], {}), rows))
+    return table_text(cells(comparison(rows), rows))
 
 
 def claims(rows: Mapping[str, Compared]) -> str:
-    study = comparison([*rows], [0, 1], {})
-    return table_text(replies(study, answers(rows, CLAIMS, RATES), rows))
+    study = comparison(rows)
+    return table_text(replies(study, answers(rows, METHODS.claims, RATES), rows))
 
 
 def test_seeds_become_one_rate_with_its_interval_and_both_seeds_are_shown(tmp_path: Path) -> None:
@@ -105,7 +97,7 @@ def test_who_judged_and_who_refuses_what_carries_an_attack_stand_beneath_the_tab
     folders = {"cat": {s: finished(tmp_path / str(s), "test", GOOD | own) for s, own in told.items()}}
     rows = read(folders)
     assert rows["cat"].carrying == {"embedding": 2}
-    text = write_study(comparison(["cat"], [0, 1, 2], {}), folders, tmp_path / "out", OPTIONAL)
+    text = write_study(comparison(["cat"], [0, 1, 2]), folders, tmp_path / "out")
     for written in (text, (tmp_path / "out" / "report.html").read_text()):
         assert written.count("cat: embedding (2 of 3)") == 1
         assert written.count("target prefix alone is called a trend, not success; not calibrated") == 1
@@ -205,18 +197,6 @@ def test_names_that_an_earlier_archive_had_are_gone(tmp_path: Path) -> None:
     assert not (copy / "cost.json").exists()
 
 
-def test_a_setting_that_gives_up_the_model_is_not_chosen_for_its_robustness(tmp_path: Path) -> None:
-    kept = finished(tmp_path / "kept", "fit", GOOD | {EMBEDDING: 0.5})
-    better = finished(tmp_path / "better", "fit", GOOD | {EMBEDDING: 0.3, "utility": 0.92})
-    lost = finished(tmp_path / "lost", "fit", GOOD | {"utility": 0.4})
-    refusing = finished(tmp_path / "refusing", "fit", GOOD | {"over-refusal": 0.2})
-    order = sorted([lost, refusing, kept, better], key=validation_score)
-    assert [path.name for path in order] == ["lost", "refusing", "kept", "better"]
-    found = search_table({"cat": {"1e-4": kept, "1e-3": better}}, {"cat": "1e-3"})
-    assert found["cat"]["chosen"] == "1e-3"
-    assert found["cat"]["1e-4"][EMBEDDING] == 0.5
-
-
 def test_what_collecting_the_data_took_is_part_of_the_cost(tmp_path: Path) -> None:
     folder = finished(tmp_path / "cat_0", "test", GOOD, passes=100.0)
     cost = json.loads((folder / "cost.json").read_text())
@@ -225,16 +205,14 @@ def test_what_collecting_the_data_took_is_part_of_the_cost(tmp_path: Path) -> No
 
 
 def test_report_and_figure_are_written(tmp_path: Path) -> None:
-    chosen, out = {"cat": "6e-4"}, tmp_path / "out"
-    study = comparison([*runs(tmp_path)], [0, 1], chosen)
-    text = write_study(study, runs(tmp_path), out, OPTIONAL, chosen)
-    assert "cat 6e-4" in text
+    out, study = tmp_path / "out", comparison([*runs(tmp_path)])
+    text = write_study(study, runs(tmp_path), out)
+    assert "| cat | 1.5e-3 stronger |" in text and "| no defence |  |" not in text
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [
         "cells.csv",
         "environment.json",
         "figure_0.svg",
-        "figure_1.svg",
         "report.html",
         "report.md",
         "results.json",
@@ -247,7 +225,8 @@ def test_report_and_figure_are_written(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert facts["revisions_of_runs"] == ["abc", "abc modified"]
     content = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert content["runs"]["cat"]["setting"] == "6e-4"
+    assert content["runs"]["cat"]["setting"] == "1.5e-3 stronger"
+    assert content["runs"][NO_DEFENCE]["setting"] is None
     with pytest.raises(ValueError, match="expected finished runs, got none"):
         write_study(study, {}, tmp_path / "none")
     with pytest.raises(ValueError, match=r"no results of `test`"):
@@ -257,173 +236,3 @@ def test_report_and_figure_are_written(tmp_path: Path) -> None:
         store.announce([plan])
         store.add([row("0", plan, True)])
         read({"cat": {0: tmp_path / "few"}})
-
-
-@pytest.mark.parametrize("name", [NO_DEFENCE, *VARIANTS])
-def test_every_run_is_a_command_line_that_composes(
-    name: str, in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[list[str]] = []
-    monkeypatch.setattr(methods, "_run", lambda words, log: calls.append(list(words)))
-    tries = [*map(Setting, LEARNING_RATES), Setting("6e-4", "stronger"), Setting("6e-4", "tied")]
-    monkeypatch.setattr(Study, "chosen", lambda self, own: tries[4])
-    study = Study(tmp_path, 7, (0, 1), ("--data.bucket_window=2",))
-    search = [] if name == NO_DEFENCE else study.search(name, tries)
-    for job in (*search, *study.final(name)):
-        job()
-    # Five tries, then a training and a test for each seed; without a defence there is a test alone.
-    assert len(calls) == (1 if name == NO_DEFENCE else 5 + 2 * 2)
-    configs = [compose(*parts(words[4:])) for words in calls]
-    models = [json.dumps(config["model"]) for config in configs]
-    # Every try is another, and what is judged is the one that was chosen.
-    assert len({*models[:5]}) == len(models[:5])
-    assert {*models[5:]} <= {models[-1]} and (name == NO_DEFENCE or models[-1] == models[4])
-    for words, config in zip(calls, configs, strict=True):
-        assert config["trainer"]["max_steps"] == 7
-        test_rows = "split: test" in json.dumps(config["data"]).replace('"', "")
-        assert test_rows == (words[3] == "test")
-        if name != NO_DEFENCE:
-            assert config["model"]["init_args"]["optimizer"]["lr"] == float(
-                words_of(parts(words[4:])[1])["lr"]
-            )
-
-
-def test_a_choice_that_changes_does_not_take_over_what_was_judged(tmp_path: Path) -> None:
-    study = Study(tmp_path, 7, (0,))
-    told = dict(zip(LEARNING_RATES, (0.5, 0.2, 0.6), strict=True))
-    assert study.finished("cat") is None
-    for rate, success in told.items():
-        finished(study.searched("cat", Setting(rate)), "fit", GOOD | {EMBEDDING: success})
-        (study.searched("cat", Setting(rate)) / "results.json").write_text("{}")
-    best = LEARNING_RATES[1]
-    assert study.tries("cat")[3:] == [Setting(best, "stronger"), Setting(best, "tied")]
-    assert study.finished("cat") is None
-    for change, success in (("stronger", 0.3), ("tied", 0.1)):
-        folder = study.searched("cat", Setting(best, change))  # type: ignore[arg-type]
-        finished(folder, "fit", GOOD | {EMBEDDING: success})
-        (folder / "results.json").write_text("{}")
-    assert str(study.chosen("cat")) == f"{best} tied"
-    old = study.folder("cat", f"seed0_{best}")
-    old.mkdir(parents=True)
-    (old / "test_results.json").write_text("{}")
-    assert study.finished("cat") is None
-    (judged,) = study.judged("cat").values()
-    judged.mkdir(parents=True)
-    (judged / "test_results.json").write_text("{}")
-    assert study.finished("cat") == {0: judged}
-
-
-def test_what_is_recorded_is_neither_trained_nor_judged_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Another machine goes on with the methods that a comparison's folder lacks."""
-    out, runs = tmp_path / "out", tmp_path / "runs"
-
-    def call(where: Path, *words: str) -> None:
-        fixed = ["methods", "--out", str(out), "--runs", str(where), "--seeds", "0", "--steps", "7"]
-        monkeypatch.setattr("sys.argv", [*fixed, *words])
-        methods.main()
-
-    def made(where: Path, name: str) -> None:
-        study = Study(where, 7, (0,))
-        for rate in LEARNING_RATES:
-            for own in (Setting(rate), Setting(rate, "stronger"), Setting(rate, "tied")):
-                finished(study.searched(name, own), "fit", GOOD)
-                (study.searched(name, own) / "results.json").write_text("{}")
-        judge(study.judged(name)[0])
-
-    def judge(folder: Path) -> None:
-        finished(folder, "test", dict.fromkeys(RATES, 0.5), steps=7)
-        (folder / "test_results.json").write_text("{}")
-
-    judge(Study(runs, 7, (0,)).judged(NO_DEFENCE)[0])
-    made(runs, "cat")
-    call(runs, "--methods", "cat", "--report_only")
-    first = {path: path.read_bytes() for path in out.rglob("*.xz")}
-    # Elsewhere: nothing of the first machine's runs is there.
-    jobs: list[str] = []
-    monkeypatch.setattr(methods, "work", lambda own, workers, title: jobs.append(title))
-    made(tmp_path / "elsewhere", "capo")
-    call(tmp_path / "elsewhere", "--methods", "cat", "capo")
-    assert {own.partition(":")[0] for own in jobs} == {"capo"}
-    report = (out / "report.md").read_text()
-    assert all(f"| {name} |" in report for name in (NO_DEFENCE, "cat", "capo"))
-    assert list(json.loads((out / "search.json").read_text())) == ["cat", "capo"]
-    assert {path: path.read_bytes() for path in first} == first
-    with pytest.raises(SystemExit, match=r"out: cat has \{7\} steps, expected 8; name another --out"):
-        call(runs, "--steps", "8")
-    refuses_what_is_not_whole(out, call, runs)
-    with pytest.raises(SystemExit):
-        call(runs, "--override", "data.bucket_window=2")
-    assert "name another --out for a trial" in capsys.readouterr().err
-
-
-def refuses_what_is_not_whole(out: Path, call: Any, runs: Path) -> None:
-    """In one line that names the remedy, whatever of a recorded comparison is missing or damaged."""
-    cat = out / "runs" / "cat" / "seed0"
-    rows = cat / "rows" / "rows_rank0.jsonl.xz"
-    lines = lzma.decompress(rows.read_bytes()).splitlines(keepends=True)
-    results = json.loads((out / "results.json").read_text())
-    search = json.loads((out / "search.json").read_text())
-    renamed = {("kat" if name == "cat" else name): own for name, own in results["runs"].items()}
-    shutil.copytree(out / "runs" / "cat", out / "runs" / "kat")
-    cases: list[tuple[Path, bytes | None, str]] = [
-        (cat / "cost.json", None, r"cost.json: missing; bring .*out back whole .* or name another --out"),
-        (cat / "cost.json", b"{}", "cost.json: no number of steps in it; bring"),
-        (out / "search.json", None, "search.json: missing beside results.json; bring"),
-        (
-            out / "search.json",
-            json.dumps({"capo": search["capo"]}).encode(),
-            "nothing of cat, which results.json has",
-        ),
-        (out / "search.json", b'{"cat": ', "search.json: not JSON"),
-        (out / "results.json", b'{"runs"', "results.json: not the results of a comparison"),
-        (out / "results.json", b"{}", "results.json: not the results of a comparison"),
-        (out / "results.json", json.dumps({"runs": renamed}).encode(), "no method is called 'kat'; bring"),
-        (
-            out / "results.json",
-            json.dumps({"runs": {"r2d2": 0}}).encode(),
-            "r2d2 is in results.json, and its",
-        ),
-        (rows, lzma.compress(b"".join(lines[:-1])), "49 of 50 replies of .*; test it again"),
-        (rows, None, "0 of 50 replies of .*; test it again"),
-    ]
-    for path, content, said in cases:
-        before = path.read_bytes()
-        path.unlink() if content is None else path.write_bytes(content)
-        with pytest.raises(SystemExit, match=said) as caught:
-            call(runs, "--methods", "cat", "--report_only")
-        assert "\n" not in str(caught.value)
-        path.write_bytes(before)
-    shutil.rmtree(out / "runs" / "kat")
-
-
-def parts(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    files, overrides = [], []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--config":
-            files.append(rest.pop(0))
-        elif word.startswith("--config="):
-            files.append(word.partition("=")[2])
-        else:
-            key, _, value = word[2:].partition("=")
-            overrides.append((key, value))
-    return files, overrides
-
-
-def words_of(overrides: list[tuple[str, str]]) -> dict[str, Any]:
-    return {key.rpartition(".")[2]: value for key, value in overrides}
-
-
-def test_names_of_rates_are_measured_by_the_suite(in_root: Path) -> None:
-    config = compose(
-        [methods.BASE, "configs/method/cat.yaml", methods.TRANSFER], [("vars.transfer_from", "x")]
-    )
-    suites = [
-        own for own in config["trainer"]["callbacks"] if own["class_path"].endswith("RobustnessEvaluation")
-    ]
-    attacks = {name for own in suites for name in own["init_args"]["attacks"]}
-    assert {column.attack for column in RATES.values() if column.attack} <= attacks
-    assert Metric("success_rate", "harmful", "transfer") in [column.metric for column in RATES.values()]

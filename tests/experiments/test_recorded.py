@@ -15,19 +15,16 @@ import pytest
 from callbacks.judges.base import judge_all
 from callbacks.judges.injection import InjectedText, TaskKept
 from callbacks.judges.success import Success
-from callbacks.metrics.hierarchical import SeedRate
 from callbacks.report.load import export, load
 from callbacks.report.markdown import document, table_text
 from callbacks.report.results import Stage
 from datamodules.results import read_rows
 from experiments.studies.archive import archived
-from experiments.studies.comparison import Compared, answers, read
-from experiments.studies.correlation import correlations
+from experiments.studies.comparison import answers, read
 from experiments.studies.costs import cost_table
 from experiments.studies.definition import load_study
-from experiments.studies.methods_search import OPTIONAL, comparison
 from experiments.studies.spreadsheet import write_tables
-from experiments.studies.study_report import carrying, cells, exported, judges, replies, tables_of
+from experiments.studies.study_report import carrying, exported, judges, tables_of
 from tests.conftest import ROOT
 
 RECORDED = sorted(path.parent.parent for path in ROOT.glob("experiments/results/*/rows/rows_rank0.jsonl.xz"))
@@ -43,7 +40,7 @@ STUDIES = {
         name: f"{name}_tinychat"
         for name in (
             *("injection", "one_step", "noise_and_mix", "epsilon_beta", "attacks", "failure_modes"),
-            "long_tail",
+            *("long_tail", "methods"),
         )
     },
 }
@@ -130,23 +127,6 @@ def test_what_the_packaged_model_is_before_any_defence() -> None:
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 12 * 2**20
 
 
-def test_the_comparison_of_methods_can_be_computed_again_from_its_rows() -> None:
-    if not (METHODS / "results.json").is_file():
-        pytest.skip("the comparison of methods is not recorded")
-    recorded = numbers((METHODS / "results.json").read_text(encoding="utf-8"))["runs"]
-    chosen = {name: own["setting"] for name, own in recorded.items() if own["setting"]}
-    study = comparison([*recorded], [0, 1, 2], chosen)
-    rows = read(archived(METHODS, recorded), study.columns, OPTIONAL)
-    assert numbers(json.dumps(exported(study, rows, chosen))) == recorded
-    report = (METHODS / "report.md").read_text(encoding="utf-8")
-    for table in (cells(study, rows), replies(study, answers(rows, study.claims, study.columns), rows)):
-        assert len(table.rows) > 5
-        assert table_text(table) in report
-    assert "\n".join(f"- {sign}" for sign in [*carrying(rows), *judges(study, rows)]) in report.replace(
-        "\\", ""
-    )
-
-
 def test_the_readme_s_first_table_is_the_recorded_one() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Running it")[0]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
@@ -202,12 +182,14 @@ def test_every_cell_of_a_study_can_be_computed_again(name: str, in_root: Path, t
     folders = archived(folder, recorded)
     if not name.startswith("smollm2"):  # recorded in part so far
         assert {run: [*own] for run, own in folders.items()} == {
-            run: study.seeds_of(run) for run in study.runs
+            run: study.seeds_of(run) for run in study.reported
         }
     rows = read(folders, study.columns)
-    assert numbers(json.dumps(exported(study, rows, {}))) == recorded
+    assert numbers(json.dumps(exported(study, rows))) == recorded
     report = (folder / "report.md").read_text(encoding="utf-8")
     tables = tables_of(study, folders, rows, answers(rows, study.claims, study.columns))
+    signs = [*carrying(rows), *judges(study, rows)]
+    assert "\n".join(f"- {sign}" for sign in signs) in report.replace("\\", "")
     for table in tables:
         assert len(table.rows) >= 1
         assert table_text(table) in report
@@ -233,22 +215,9 @@ def test_a_recorded_page_shows_every_cell_and_needs_nothing_beside_it(folder: Pa
 
 
 def test_the_cost_beside_the_paper_s_is_counted_by_the_comparison_s_runs(in_root: Path) -> None:
-    """And its correlations are those of its own cells."""
-    folder, study = RESULTS / "methods_recorded_cpu_202611", load_study("configs/study/methods_recorded.yaml")
-    report = (folder / "report.md").read_text(encoding="utf-8")
-    recorded = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
-    assert list(recorded) == list(study.runs)
-    cost = cost_table(study, archived(METHODS, recorded))
-    assert cost is not None and table_text(cost) in report
-    rows = {
-        name: Compared(
-            *({label: SeedRate(**cell) for label, cell in own[kind].items()} for kind in ("rates", "means")),
-            passes=own["passes"],
-        )
-        for name, own in recorded.items()
-    }
-    table = correlations(study, rows)
-    assert table is not None and table_text(table) in report
+    study = load_study("configs/study/methods_tinychat.yaml")
+    cost = cost_table(study, archived(METHODS, study.reported))
+    assert cost is not None
     of_paper = {row[0].text: [cell.text for cell in row[-4:]] for row in cost.rows if row[-1].text != "-"}
     assert of_paper == {
         "r2d2": ["2,565", "5", "165,632,000", "1,567.8"],

@@ -64,6 +64,13 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
             "claims.0.second: expected one of a, got 'c'",
         ),
         (
+            {
+                "runs": {"a": {"config": CAT}, "b": {"config": CAT, "trained": False, "reported": False}},
+                "claims": [{"question": "q", "first": "b", "second": "a", "columns": ["utility"]}],
+            },
+            "claims.0.first: expected one of a, got 'b'",
+        ),
+        (
             {"figures": [{"x": "utility", "y": "robust"}]},
             "figures.0.y: expected one of utility, got 'robust'",
         ),
@@ -318,6 +325,31 @@ def test_a_run_that_is_needed_comes_first_and_its_folder_is_filled_in(in_root: P
         assert f"--vars.transfer_from={base.folder}" in job.test
         assert job.needs == (("base", 0),)
         assert job.fit[-1] == "--ckpt_path=last" == job.test[-1]
+
+
+def test_a_run_that_others_read_is_judged_by_its_own_files_and_not_reported(
+    in_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = [CAT[0], "configs/method/red_team_replay.yaml"]
+    runs = {
+        "replay": {"config": method, "set": {"vars.red_team": "${run.red team}"}},
+        "red team": {
+            "config": ["configs/experiment/red_team_tinychat.yaml"],
+            "trained": False,
+            "reported": False,
+        },
+    }
+    # An attack of its own evaluation that the red team's has not.
+    columns = {"e": {"quantity": "success_rate", "subject": "harmful", "attack": "embedding"}}
+    test = ["configs/data/tinychat_test.yaml"]
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"title": "A study", "runs": runs, "columns": columns, "test": test}))
+    source, trained = jobs_of(load_study(path), tmp_path)
+    assert (source.title, source.fit, trained.needs) == ("red team, seed 0", (), (("red team", 0),))
+    assert f"--vars.red_team={source.folder}" in trained.fit
+    assert [f"--config={test[0]}" in job.test for job in (source, trained)] == [False, True]
+    assert study(StudyCall(str(path), runs=str(tmp_path), report_only=True)) == 1
+    assert capsys.readouterr().err == "thundercat: not reported: replay (seed 0: not begun)\n"
 
 
 def test_a_sweeps_best_trial_is_a_run(in_root: Path, tmp_path: Path) -> None:

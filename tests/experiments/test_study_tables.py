@@ -32,7 +32,10 @@ SUCCESS = {"quantity": "success_rate", "subject": "harmful", "attack": "gcg"}
 LOSS = {"quantity": "loss_best", "subject": "harmful", "attack": "gcg"}
 STUDY: dict[str, Any] = {
     "title": "Recorded",
-    "runs": {f"run {i}": {"config": [BASE]} for i in range(4)},
+    "runs": {
+        **{f"run {i}": {"config": [BASE]} for i in range(4)},
+        "read by others": {"config": [BASE], "trained": False, "reported": False},
+    },
     "columns": {"GCG": SUCCESS, "GCG: loss": LOSS},
     "correlations": [{"x": "GCG", "y": "GCG: loss"}, {"x": "GCG", "y": "GCG"}],
     "categories": ["GCG"],
@@ -73,6 +76,7 @@ def test_recorded_rows_answer_another_study(
     assert study(call(tmp_path, place)) == 0
     assert not any(path.exists() for path in stale)
     said = capsys.readouterr().out
+    assert "read by others" not in said
     # 3 of 8; flood has 4 examples, which are too few for a category.
     assert "## GCG, by category; of fewer than 5 examples, left out: flood (4)" in said
     assert "| run | fire (n = 8) | CVaR: mean of the worst 25 % of categories |" in said
@@ -212,4 +216,4 @@ def test_a_checkpoint_on_the_way_is_not_said_to_have_cost_nothing() -> None:
     rows = {name: Compared({}, {}, 120.0 if name == "cat" else 0.0) for name in runs}
     own = Study(title="t", runs=runs, columns={})
     assert [row[-1].text for row in cells(own, rows).rows] == ["120", "-"]
-    assert [run["passes"] for run in exported(own, rows, {}).values()] == [120.0, None]
+    assert [run["passes"] for run in exported(own, rows).values()] == [120.0, None]
