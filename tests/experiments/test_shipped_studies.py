@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_runs_compose_and_columns_are_measured(path: Path, in_root: Path, tmp_path: Path) -> None:
     study = load_study(path)
+    # Its first seed stands for all: the others differ in a number.
+    first = {name: replace(run, seeds=study.seeds_of(name)[:1]) for name, run in study.runs.items()}
     # Composes and checks each run, also as it is tested, and misses no attack of a column.
-    assert len(jobs_of(study, tmp_path)) >= len(study.runs)
+    assert len(jobs_of(replace(study, runs=first), tmp_path)) == len(study.runs)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
