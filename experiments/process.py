@@ -26,9 +26,14 @@ class Ended(BaseException):
 
 
 def listen() -> None:
-    """Note SIGINT and SIGTERM from here on; at a second one the process ends as it is."""
+    """Note SIGINT and SIGTERM from here on, at a second one the process ends as it is; in a job of Slurm's,
+    hold back the signal that the job must make room."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _note)
+    if "SLURM_JOB_ID" in os.environ:
+        # It waits, in all threads to come, for the one that puts a job back into the queue; it would end the
+        # process before there is one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 
 
 def end_if_asked() -> None:

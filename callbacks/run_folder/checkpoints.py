@@ -100,11 +100,10 @@ class RunCheckpoints(Checkpoint):
             return
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         if by_steps or self._is_time(trainer):
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._saved_step:
-            self._save(trainer)
+        self.save(trainer)
 
     def _is_time(self, trainer: Trainer) -> bool:
         if self.every_minutes is None:
@@ -113,8 +112,10 @@ class RunCheckpoints(Checkpoint):
         due = time.monotonic() - self._saved_at >= 60 * self.every_minutes
         return bool(trainer.strategy.broadcast(due))
 
-    def _save(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of this step, unless it stands already. All processes call it together, between
+        two steps."""
+        if trainer.fast_dev_run or trainer.global_step == self._saved_step:
             return
         folder = RunFolder.of(trainer.default_root_dir)
         # Said aloud, or Lightning says at every step that it was not.

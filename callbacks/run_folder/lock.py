@@ -14,13 +14,15 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.run_folder.folder import RunError, RunFolder
+from callbacks.run_folder.slurm_job import job_id, restarts
 
 
 class RunLock:
     """Holds a run folder while a context lasts. Only the first process of a run takes it.
 
-    A dead owner's lock is taken over: its host is this one and no process has its number and start time.
-    Whether a process of another host lives cannot be known from here, so its lock is refused.
+    A dead owner's lock is taken over: its host is this one and no process has its number and start time, or
+    it was of this very job before Slurm put it back into the queue. Whether another process of another host
+    lives cannot be known from here, so its lock is refused.
 
     Args:
         folder: the run folder; made if it is missing.
@@ -60,6 +62,8 @@ class RunLock:
 
     def _refuse_living(self, owner: dict[str, Any]) -> None:
         host, pid = owner.get("host"), owner.get("pid")
+        if _before_requeue(owner):
+            return
         if host != socket.gethostname():
             raise RunError(
                 f"{self.path.parent}: in use by process {pid} on {host}; wait for it, choose another folder, "
@@ -111,8 +115,16 @@ def _start_without_proc(pid: int) -> str | None:
     return "alive"
 
 
+def _before_requeue(owner: dict[str, Any]) -> bool:
+    """Whether the owner was of this job of Slurm's, in an earlier start of it: a job begins again, maybe on
+    another host, when all of its processes are gone."""
+    job, restart = owner.get("job"), owner.get("restart")
+    return job is not None and job == job_id() and isinstance(restart, int) and restart < restarts()
+
+
 def _own() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid())}
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid())}
+    return own if job_id() is None else own | {"job": job_id(), "restart": restarts()}
 
 
 def _record(text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -34,12 +35,14 @@ from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.loggers import LastLogRow, LogConfiguration
 from callbacks.run_folder.monitors import ChecksMonitors
 from callbacks.run_folder.provenance import Provenance
+from callbacks.run_folder.requeue import Preempted
 from callbacks.run_folder.stopping import Stopped, StopsAtOnce, end_with_parent, stoppable
 from datamodules.evaluation import EvaluationData
 from experiments.commands.predictions import WritesPredictions
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults, with_plain_defaults
+from experiments.config.job import check_started, check_tasks
 from experiments.config.seeds import seeds_of, with_seeds
 from experiments.process import ENDS_WITH, STARTED_BY, end_if_asked
 from experiments.studies.processes import NO_SPACE
@@ -105,7 +108,9 @@ def _begin(command: str, config: dict[str, Any], folder: RunFolder, overwrite: b
     begins = command == "fit" and config.get("ckpt_path") is None and not rank_zero_only.rank
     if begins and not overwrite:
         folder.refuse_used()
+    check_started()
     cli = instantiate(config)
+    check_tasks(cli.trainer.num_devices, cli.trainer.num_nodes)
     if begins and overwrite:
         # Only now: a configuration that a constructor refuses must leave the old run where it is.
         make_room(folder)
@@ -150,6 +155,9 @@ def instantiate(config: dict[str, Any]) -> ThundercatCLI:
 def prepare(trainer: Trainer, command: str, config: dict[str, Any]) -> None:
     """What every run has: its record, its signals, and checkpoints that are whole."""
     trainer.strategy.checkpoint_io = RunCheckpointIO(decisive(config))
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False  # `RequeuesJob` says why
     if command == "fit":
         # The evaluation callbacks keep their own clock inside `fit`; Lightning's validation loop is for
         # `validate`.
@@ -212,6 +220,9 @@ def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) 
         with stoppable():
             end_if_asked()
             return action()
+    except Preempted as stop:
+        _say(f"{stop}; {folder.path} is whole: {stop.put_back()}")
+        return stop.exit_status
     except Stopped as stop:
         _say(
             f"{stop}; {folder.path} is whole: go on with --ckpt_path last (fit) or the same command (others)"

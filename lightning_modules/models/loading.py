@@ -118,6 +118,11 @@ def load_model(config: ModelConfig) -> nn.Module:
     model: nn.Module = _base_model(path, config)
     if config.quantization:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            # At the first pass without gradients bitsandbytes would put a CPU's weights into a layout for
+            # inference, through which nothing is differentiated ever after, and only warn of it.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                vars(module)["support_avx512bf16_for_cpu"] = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if adapters is not None:

@@ -121,7 +121,7 @@ def test_the_newest_checkpoints_stay_beyond_a_million_steps(tmp_path: Path) -> N
     trainer: Any = Steps()
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
         trainer.global_step = step
-        writer._save(trainer)
+        writer.save(trainer)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_1000000.ckpt", "step_1000001.ckpt"]
 
