@@ -1,5 +1,5 @@
 #!/bin/bash
-# Copy it, change what is in capitals, and: sbatch slurm.sh
+# Copy it, write your RECIPE and what you want of the cluster, and submit it from the project's folder: sbatch slurm.sh
 #SBATCH --job-name=thundercat
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8        # one process a device
@@ -13,7 +13,7 @@
 #SBATCH --output=slurm_%x_%j.log
 # A name of `bash` or `interactive` would mean a shell: Lightning then starts the processes by itself.
 
-# One word for all nodes: the run folder, and the files that the recipe reads, must lie on a file system that all of them see.
+# The run folder and the files that the recipe reads must lie on a file system that all nodes see.
 cd "$SLURM_SUBMIT_DIR" || exit 1
 # `last` is the newest whole checkpoint of the run's folder; the first start finds none, says so and begins.
 exec srun --kill-on-bad-exit=1 thundercat fit --config RECIPE --config configs/trainer/slurm.yaml --ckpt_path=last "$@"
