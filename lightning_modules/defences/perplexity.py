@@ -149,11 +149,13 @@ class PerplexityFilter:
         without_documents(type(self).__name__, requests)
         limit = self.threshold(model)
         turns = [[*(said for said, _ in request.history), request.text] for request in requests]
-        scored = zip(*self._scored(model, [text for own in turns for text in own]), strict=True)
+        # Each text once: a request with tokens erased (erase-and-check) has the earlier turns of all others.
+        texts = list(dict.fromkeys(text for own in turns for text in own))
+        known = dict(zip(texts, zip(*self._scored(model, texts), strict=True), strict=True))
         asked = self.scorer.asks_model
         found = []
         for own in turns:
-            scores, counts = zip(*itertools.islice(scored, len(own)), strict=True)
+            scores, counts = zip(*(known[text] for text in own), strict=True)
             found.append(Check(max(scores) - limit, asked * len(own), asked * sum(counts)))
         return found
 

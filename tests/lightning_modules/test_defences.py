@@ -190,13 +190,20 @@ def test_what_was_said_in_earlier_turns_is_judged_too() -> None:
     assert [check.excess for check in found] == [ord(worst) - ord("m") for worst in "bzza"]
     assert {(check.queries, check.tokens) for check in found} == {(0, 0)}
 
+    scored: list[str] = []
+
     class Model(Lengths):
         asks_model = True
+
+        def nats(self, model: LanguageModel, texts: Sequence[str]) -> list[list[float]]:
+            scored.extend(texts)
+            return super().nats(model, texts)
 
     own.scorer = Model()
     assert [(check.queries, check.tokens) for check in own.checks(chat_model(), asked)] == [
         (2, 5), (3, 7), (2, 5), (1, 3),
     ]  # fmt: skip
+    assert scored == ["bb", "aaa", "zz", "zzz"]  # each text once, whoever said it
 
 
 def test_bigrams_are_a_distribution_and_dislike_random_tokens() -> None:
