@@ -26,7 +26,8 @@ def quantised(config: Mapping[str, Any]) -> bool:
 
 def check_plannable(module: AdversarialFineTuning) -> None:
     """Raises: ConfigError for what would read weights while a plan has none."""
-    if module.base.lora is None and (module.terms or getattr(module.objective, "needs_reference", False)):
+    # Objectives compare with scores from before training, and the copy is gone by the first step.
+    if module.base.lora is None and module.terms:
         raise ConfigError(
             "model.base.lora: a plan cannot hold the copy of the model that this recipe compares with where "
             "all weights learn; set model.base.lora, or model.terms=[] for the rest of the plan"

@@ -26,24 +26,30 @@ def test_a_dry_run_plans_what_is_not_trained(thundercat: Run, tmp_path: Path) ->
     """Without loading weights: a step is 2 passes of the attack's one iteration and 4 of what is trained on
     it, and its operations are those of `thundercat plan`."""
     capo = {"config": [*ONE_STEP, "configs/objective/preference.yaml"]}
-    runs = {"cat": {"config": ONE_STEP, "seeds": [0, 1]}, "capo": capo}
+    tied = {"config": [*ONE_STEP, "configs/term/kl_retain.yaml"]}
+    runs = {"cat": {"config": ONE_STEP, "seeds": [0, 1]}, "capo": capo, "tied": tied}
     columns = {"utility": {"quantity": "exact_match", "subject": "utility"}}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump({"title": "A study", "runs": runs, "columns": columns}, sort_keys=False))
     status, said, _ = thundercat("study", str(path), "--runs", str(tmp_path / "runs"), "--dry-run")
-    first, second, third, left = said.splitlines()
+    first, second, compared, held, left = said.splitlines()
     config = compose(ONE_STEP, [])
-    flops = executed(config, PlanSettings()).cost.flops.total()
+    flops, of_capo = (
+        executed(own, PlanSettings()).cost.flops.total() for own in (config, compose(capo["config"], []))
+    )
     length = config["data"]["init_args"]["encoding"]["max_length"]
     planned = f"planned: 40 steps, at most {40 * flops / 1e12:,.2f} TFLOP and {40 * 6} passes over the layers"
     assert status == 0 and flops > 1e9
     assert first.startswith("not begun     cat, seed 0  ") and first.endswith(f"  {planned}")
     assert second.startswith("not begun     cat, seed 1  ") and second.endswith(f"  {planned}")
-    assert "  no plan: model.base.lora: a plan cannot hold the copy of the model" in third
+    # What an objective compares with is scored before the first step; a term needs the copy all the time.
+    assert f"  planned: 40 steps, at most {40 * of_capo / 1e12:,.2f} TFLOP" in compared
+    assert "  no plan: model.base.lora: a plan cannot hold the copy of the model" in held
     assert left == (
-        f"left: 3 of 3 trainings; 2 of them planned, at most {80 * flops / 1e12:,.2f} TFLOP: "
+        "left: 4 of 4 trainings; 3 of them planned, at most "
+        f"{(80 * flops + 40 * of_capo) / 1e12:,.2f} TFLOP: "
         f"all rows of {length} tokens, their longest, and no attack ends by its stop_loss; "
-        "3 of 3 evaluations, whose cost is in no plan"
+        "4 of 4 evaluations, whose cost is in no plan"
     )
     assert not (tmp_path / "runs").exists()
 
