@@ -114,6 +114,9 @@ def _recorded(own: Study, place: Path, out: Path, only: Sequence[str]) -> int:
                 f"--recorded: no run {name!r} in {place}; name the folder of a study's report, and by --only "
                 "the runs that it has"
             )
+        for seed in own.seeds_of(name):
+            if seed not in folders:
+                missing[f"{name}, seed {seed}"] = "not recorded"
     try:
         print(write_study(own, found, out, missing=missing, copies=False))
     except ValueError as error:

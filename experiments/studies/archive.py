@@ -19,6 +19,9 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
     environment of every judged run; returns the copies."""
     copies: dict[str, dict[int, Path]] = {}
     for name, folders in runs.items():
+        for place in _place(out, name).glob("seed*"):
+            if place.name not in {f"seed{seed}" for seed in folders}:
+                shutil.rmtree(place)  # of an earlier call with more seeds: no table of this one has it
         for seed, folder in folders.items():
             target = _place(out, name) / f"seed{seed}"
             copies.setdefault(name, {})[seed] = target

@@ -216,6 +216,10 @@ def _check(study: Study) -> None:
         for figure in run.paper:
             known(figure, PUBLISHED, f"runs.{name}.paper")
         _check_checkpoint(study, name)
+    if not study.reported:
+        raise ConfigError(
+            "runs: expected at least one that is reported, got none; leave out `reported: false`"
+        )
     _refuse_circles(study)
     check_columns(study.columns)
     for number, claim in enumerate(study.claims):

@@ -138,7 +138,8 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     config = compose(own.config, overrides)
     trains = run.trained and of is None
     check(config, "fit" if trains else "test")
-    weights, checkpoint = _of_weights(config, runs, run), None
+    judged_as = {other.folder.name: other.judged_by for other in earlier.values()}
+    weights, checkpoint = _of_weights(config, runs, run, judged_as), None
     if of is not None and run.step is not None:
         weights, checkpoint = digest([of.digest, run.step]), _checkpoint(of, run.step)
     judged = [f"--ckpt_path={checkpoint or 'last'}"] if trains or checkpoint else []
@@ -159,7 +160,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
         fit=("fit", *files, *options, "--ckpt_path=last") if trains else (),
         test=("test", *files, *more, *options, *judged),
         needs=needs,
-        judged_by=of_all(judging, runs),
+        judged_by=of_all(judging, runs, judged_as),
         config=config,
         keeps=kept_steps(config) if trains else (),
         checkpoint=checkpoint,
@@ -232,7 +233,7 @@ def check_attacks(columns: Mapping[str, Column], config: Mapping[str, Any]) -> N
             )
 
 
-def _of_weights(config: dict[str, Any], runs: Path, run: StudyRun) -> str:
+def _of_weights(config: dict[str, Any], runs: Path, run: StudyRun, judged_as: Mapping[str, str]) -> str:
     """What decides the weights, and when training ends."""
     trainer = config.get("trainer") or {}
     ends = {name: trainer.get(name) for name in ENDS}
@@ -240,27 +241,29 @@ def _of_weights(config: dict[str, Any], runs: Path, run: StudyRun) -> str:
         filled(own) for own in trainer.get("callbacks") or [] if own["class_path"].endswith(STOPPING)
     ]
     fields = decisive(with_defaults(config))
-    return digest({"trained": run.trained, "ends": ends, **_settled(fields, runs)})
+    return digest({"trained": run.trained, "ends": ends, **_settled(fields, runs, judged_as)})
 
 
-def of_all(config: dict[str, Any], runs: Path) -> str:
+def of_all(config: dict[str, Any], runs: Path, judged_as: Mapping[str, str] | None = None) -> str:
     """Digest of all of a configuration but the folder, and of what the files that it names hold."""
     fields = flat("", filled(with_defaults(config)))
     fields.pop(".trainer.default_root_dir", None)
-    return digest(_settled({**fields, **fingerprints(fields)}, runs))
+    return digest(_settled({**fields, **fingerprints(fields)}, runs, judged_as or {}))
 
 
-def _settled(fields: Mapping[str, Any], runs: Path) -> dict[str, Any]:
+def _settled(fields: Mapping[str, Any], runs: Path, judged_as: Mapping[str, str]) -> dict[str, Any]:
     """What a digest is of. Of what another run of the study will write, neither the content nor where the
-    folder of runs lies is known when this run is named: its folder's name says what it will be. Other files
-    count by content *and* path: of large weights a sample is read, and rows are keyed by a file's name."""
+    folder of runs lies is known when this run is named: its folder's name says which weights it will have,
+    and its evaluation, by that name in `judged_as`, which rows: a field that names the folder itself reads
+    them. Other files count by content *and* path: of large weights a sample is read, and rows are keyed by a
+    file's name."""
     found: dict[str, Any] = {}
     for key, value in fields.items():
         own = _within_a_run(fields.get(key.removesuffix(f".{CONTENT}")), runs)
         if own is None:
             found[key] = value
         elif not key.endswith(f".{CONTENT}"):
-            found[key] = own
+            found[key] = (own, judged_as[own]) if own in judged_as else own
     return found
 
 

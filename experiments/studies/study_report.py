@@ -70,7 +70,7 @@ def write_study(
     write_cells(out / "cells.csv", rows)
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
     drawings |= curves(study, runs)
-    for old in (*out.glob("figure_*.svg"), *out.glob("curve_*.svg")):
+    for old in (*out.glob("figure_[0-9]*.svg"), *out.glob("curve_[0-9]*.svg")):
         old.unlink()  # of an earlier study, or of fewer figures: nothing of it is in this report
     for stem, drawing in drawings.items():
         save(drawing, out / f"{stem}.svg")
@@ -144,8 +144,7 @@ def judges(study: Study, rows: Mapping[str, Compared]) -> list[str]:
 
 def _passes(study: Study, name: str, own: Compared) -> float | None:
     """Of a checkpoint on the way none are counted: its training's counters are of the whole."""
-    run = study.runs.get(name)
-    return None if run is not None and run.checkpoint_of else own.passes
+    return None if study.runs[name].checkpoint_of else own.passes
 
 
 def cells(study: Study, rows: Mapping[str, Compared]) -> Table:

@@ -190,11 +190,13 @@ def test_a_perplexity_is_a_column(tmp_path: Path) -> None:
 
 def test_names_that_an_earlier_archive_had_are_gone(tmp_path: Path) -> None:
     out, old = tmp_path / "out", finished(tmp_path / "old", "test", GOOD, passes=5000.0)
-    archive({"cat": {0: old}}, out)
+    archive({"cat": {0: old, 1: old}}, out)
     new = finished(tmp_path / "new", "test", GOOD)
     (new / "cost.json").unlink()
     (copy,) = archive({"cat": {0: new}}, out)["cat"].values()
     assert not (copy / "cost.json").exists()
+    # A seed that is not among today's would be told by --recorded.
+    assert archived(out, ["cat"]) == {"cat": {0: copy}}
 
 
 def test_what_collecting_the_data_took_is_part_of_the_cost(tmp_path: Path) -> None:

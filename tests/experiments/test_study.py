@@ -45,6 +45,7 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
         ({"runs": {"a": {"config": []}}}, "runs.a.config: expected at least one file, got none"),
         ({"runs": {"a": {"confg": CAT}}}, "runs.a.confg: unknown field, did you mean 'config'?"),
         ({"runs": {"a": {"set": {}}}}, "runs.a.config: expected at least one file, got none"),
+        ({"runs": {"a": {"config": CAT, "reported": False}}}, "runs: expected at least one that is reported"),
         ({"runs": {"a": {"config": CAT, "seeds": []}}}, "runs.a.seeds: expected at least one seed"),
         ({"runs": {"a": {"config": CAT, "seeds": [-1]}}}, "runs.a.seeds: item 0: expected an integer >= 0"),
         (
@@ -350,6 +351,28 @@ def test_a_run_that_others_read_is_judged_by_its_own_files_and_not_reported(
     assert [f"--config={test[0]}" in job.test for job in (source, trained)] == [False, True]
     assert study(StudyCall(str(path), runs=str(tmp_path), report_only=True)) == 1
     assert capsys.readouterr().err == "thundercat: not reported: replay (seed 0: not begun)\n"
+
+
+def test_what_reads_another_run_s_rows_is_done_again_where_those_are_of_another_evaluation(
+    in_root: Path, tmp_path: Path
+) -> None:
+    method, transfer = "configs/method/red_team_replay.yaml", "configs/evaluation/transfer.yaml"
+    team = {"config": ["configs/experiment/red_team_tinychat.yaml"], "trained": False, "reported": False}
+    runs = {
+        "replay": {"config": [CAT[0], method], "set": {"vars.red_team": "${run.red team}"}},
+        "moved": {"config": [*CAT, transfer], "set": {"vars.transfer_from": "${run.red team}"}},
+        "next": {"config": CAT, "set": {"model.base.name_or_path": "${run.red team}/model"}},
+    }
+    changed = {"trainer.callbacks.0.init_args.attacks.gcg.init_args.num_steps": 5}
+    before, after = (
+        {job.name: job for job in jobs_of(read(tmp_path, {"red team": own, **runs}), tmp_path)}
+        for own in (team, {**team, "set": changed})
+    )
+    assert before["red team"].folder == after["red team"].folder
+    # Its model is as it was, its rows are others: of those that read them, one learns from them.
+    assert [name for name in before if before[name].folder != after[name].folder] == ["replay"]
+    judged_again = {name for name in before if before[name].judged_by != after[name].judged_by}
+    assert judged_again == {"red team", "replay", "moved"}
 
 
 def test_a_sweeps_best_trial_is_a_run(in_root: Path, tmp_path: Path) -> None:

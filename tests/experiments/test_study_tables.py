@@ -70,11 +70,13 @@ def test_recorded_rows_answer_another_study(
 ) -> None:
     place = recorded(tmp_path / "report")
     (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / "figure_of_mine.svg"
+    mine.write_text("of nobody's study")
     stale = [tmp_path / "out" / name for name in ("figure_7.svg", "curve_1.svg")]
     for path in stale:
         path.write_text("of another study")
     assert study(call(tmp_path, place)) == 0
-    assert not any(path.exists() for path in stale)
+    assert not any(path.exists() for path in stale) and mine.exists()
     said = capsys.readouterr().out
     assert "read by others" not in said
     # 3 of 8; flood has 4 examples, which are too few for a category.
@@ -101,6 +103,10 @@ def test_recorded_rows_answer_another_study(
     assert study(replace(call(tmp_path, place), out=str(place), only=["run 0", "run 2"])) == 0
     report = (place / "report.md").read_text()
     assert "| run 3 | not recorded |" in report and "| run 2 | 25 [" in report
+    # So does one that lacks seeds: a mean over fewer is not the study's.
+    assert study(replace(call(tmp_path, place, seeds=[0, 3]), only=["run 0"])) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| run 0 | 0 [" in report and "| run 0, seed 3 | not recorded |" in report
     assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(ConfigError, match="--recorded: .*no 'u' .utility/exact_match."):
         columns = {"u": {"quantity": "exact_match", "subject": "utility"}}
