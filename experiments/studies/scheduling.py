@@ -175,6 +175,8 @@ def _checkpoint(of: Job, step: int) -> Path:
             f"step: {of.name!r} leaves checkpoints of the steps {kept}, got {step}; set "
             "vars.checkpoint_steps and vars.checkpoint_keep of that run"
         )
+    if step == (of.config.get("trainer") or {}).get("max_steps"):
+        raise ConfigError(f"step: {step} is the end of {of.name!r}, which would be told twice; leave it out")
     return RunFolder.of(of.folder).checkpoint(step)
 
 

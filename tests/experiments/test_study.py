@@ -192,6 +192,8 @@ def test_a_checkpoint_of_another_run_is_judged_in_a_folder_of_its_own(in_root: P
         assert jobs_of(read(tmp_path, runs | changed), tmp_path)[-1].folder != own.folder
     with pytest.raises(ConfigError, match=r"runs.early: step: 'cat' leaves .* steps 5, 10, 12, got 7; set"):
         jobs_of(read(tmp_path, {**runs, "early": {**early, "step": 7}}), tmp_path)
+    with pytest.raises(ConfigError, match=r"runs.early: step: 12 is the end of 'cat', .* told twice; leave"):
+        jobs_of(read(tmp_path, {**runs, "early": {**early, "step": 12}}), tmp_path)
 
 
 def test_a_checkpoint_that_its_training_did_not_keep_is_told_before_any_run(
