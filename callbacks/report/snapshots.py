@@ -116,6 +116,12 @@ def _efforts(item: Measured) -> dict[Metric, Measure]:
     return found
 
 
+def lowest_losses(item: Measured) -> dict[str, float]:
+    """By example, in nats per token, of an attack's best repetition; of those that have a loss."""
+    found = {key: _losses(own)[1] for key, own in item.rows.items()}
+    return {key: loss for key, loss in found.items() if loss is not None}
+
+
 def _losses(own: Sequence[Row]) -> tuple[float | None, float | None]:
     """First and lowest attacked loss of the repetition that came lowest."""
     curves = [[loss for loss in row.loss_curve if loss is not None] for row in own]

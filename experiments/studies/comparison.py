@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
+
+from scipy.stats import t
 
 from callbacks.metrics.estimates import Difference, Estimate, paired_difference
 from callbacks.metrics.hierarchical import SeedDifference, SeedRate, seed_difference, seed_rate, stacked
 from callbacks.metrics.names import Metric
 from callbacks.report.events import Events, events
 from callbacks.report.load import text_differences
-from callbacks.report.measured import Measured, select
+from callbacks.report.measured import Measured, attacks_of, select
 from callbacks.report.perplexities import UNITS
 from callbacks.report.results import Measure, PerplexityDifference
-from callbacks.report.snapshots import snapshot
+from callbacks.report.snapshots import lowest_losses, snapshot
 from callbacks.report.under_attack import under_attack
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import last_step, read_measurements, read_rows
@@ -45,6 +47,8 @@ class Compared:
     """Attack -> seeds whose model refuses or fails benign prompts that carry it (report/under_attack.py)."""
     texts: dict[int, list[Measured]] = field(default_factory=dict, repr=False)
     """Scored windows by seed: two runs with one seed are compared window by window."""
+    losses: dict[int, dict[Metric, dict[str, float]]] = field(default_factory=dict, repr=False)
+    """Lowest loss of every attack by seed and example, compared likewise."""
 
     def cell(self, label: str) -> SeedRate | None:
         return self.rates.get(label, self.means.get(label))
@@ -124,8 +128,15 @@ def read(runs: Mapping[str, Mapping[int, Path]], columns: Mapping[str, Column]) 
             seed: [item for item in own if item.measurement.quantity in UNITS]
             for seed, (_, own) in told.items()
         }
+        losses = {
+            seed: {
+                Metric("loss_best", "harmful", item.measurement.attack): lowest_losses(item)
+                for item in attacks_of(own)
+            }
+            for seed, (_, own) in told.items()
+        }
         spent = passes(folders.values())
-        found[name] = Compared(rates, means, spent, by_seed, dict(carrying), texts)
+        found[name] = Compared(rates, means, spent, by_seed, dict(carrying), texts, losses)
     return found
 
 
@@ -180,6 +191,8 @@ def answers(rows: Mapping[str, Compared], claims: list[Claim], columns: Mapping[
                 joined = SeedDifference.of(paired.difference, paired.low, paired.high)
             elif (windows := _by_window(one, other, metric)) is not None:
                 joined = SeedDifference.of(windows.difference, windows.low, windows.high)
+            elif (losses := _by_example(one, other, metric)) is not None:
+                joined = losses
             alike = _alike(one, other, metric)
             found.append(Answer(claim, label, a, b, joined, paired, alike, label in one.rates))
     return found
@@ -203,6 +216,20 @@ def _by_window(one: Compared, other: Compared, metric: Metric) -> PerplexityDiff
         return None
     (first,), (second,) = one.texts.values(), other.texts.values()
     return next((own for own in text_differences(first, second) if own.metric == metric), None)
+
+
+def _by_example(one: Compared, other: Compared, metric: Metric) -> SeedDifference | None:
+    """Of a loss, where both runs have one seed and attacked the same examples, at least two: Student's
+    interval of the mean difference."""
+    if len(one.losses) != 1 or len(other.losses) != 1:
+        return None
+    (first,), (second,) = one.losses.values(), other.losses.values()
+    before, after = first.get(metric, {}), second.get(metric, {})
+    if before.keys() != after.keys() or len(before) < 2:
+        return None
+    changes = [after[key] - loss for key, loss in before.items()]
+    half = float(t.ppf(0.975, len(changes) - 1)) * stdev(changes) / len(changes) ** 0.5
+    return SeedDifference.of(fmean(changes), fmean(changes) - half, fmean(changes) + half)
 
 
 def _alike(one: Compared, other: Compared, metric: Metric) -> bool:

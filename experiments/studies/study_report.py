@@ -112,8 +112,8 @@ def verdicts_line(study: Study) -> str:
     if not study.claims:
         return ""
     return (
-        "The second run's value minus the first's, in points, with a 95 % interval (paired, with the exact "
-        "McNemar p, where both have one seed and the same examples). "
+        "The second run's value minus the first's, in points, with a 95 % interval (paired where both "
+        "have one seed and the same examples: rates with the exact McNemar p, losses by Student's t). "
         f'"Equivalent" is said where all of the interval lies within {100 * study.margin:.0f} points, "not '
         'distinguishable" where it holds 0 and more than that. The last column is the smallest true '
         "difference that would have been found in four of five repetitions."

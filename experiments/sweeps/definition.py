@@ -104,6 +104,15 @@ class EarlyTermination:
         return max(1, int((self.max_iter or 1) / self.eta ** (self.s or 0)))
 
 
+DIGITS = 9
+"""Of what breaks a constraint."""
+
+
+def is_broken(excess: float) -> bool:
+    """Of a constraint's excess, also of one that was written down unrounded."""
+    return round(excess, DIGITS) > 0
+
+
 @checked
 @dataclass(frozen=True)
 class Constraint:
@@ -138,7 +147,8 @@ class Constraint:
             found.append(before - after - self.falls_at_most)
         if before is not None and self.rises_at_most is not None:
             found.append(after - before - self.rises_at_most)
-        return max(found)
+        # 0.97 - 0.94 - 0.03 is 3e-17: as far as is allowed is not too far.
+        return round(max(found), DIGITS)
 
 
 @checked

@@ -21,7 +21,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from experiments.sweeps.definition import Sweep
+from experiments.sweeps.definition import Sweep, is_broken
 from experiments.sweeps.space import Raw, Space
 
 JOURNAL = "journal.jsonl"
@@ -166,7 +166,7 @@ def total(sweep: Sweep, space: Space) -> int:
 
 def feasible(trial: FrozenTrial) -> bool:
     """Whether a complete trial keeps all constraints."""
-    return all(excess <= 0 for excess in trial.constraints.values())
+    return not any(map(is_broken, trial.constraints.values()))
 
 
 def mended(path: Path) -> Path:

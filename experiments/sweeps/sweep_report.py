@@ -20,6 +20,7 @@ from callbacks.report.load import load
 from callbacks.report.markdown import table_text
 from callbacks.report.page import study_page
 from experiments.sweeps.best import BEST, copy_resolved, remove_best, write_best
+from experiments.sweeps.definition import is_broken
 from experiments.sweeps.figures import parallel, trade_off
 from experiments.sweeps.search import CELLS, ERROR, FOLDER, Search, feasible, quiet
 from experiments.sweeps.trials import TRIALS
@@ -134,7 +135,7 @@ def state_of(own: FrozenTrial, best: FrozenTrial | None = None) -> str:
     if own.state == TrialState.COMPLETE:
         if best is not None and own.number == best.number:
             return "best"
-        broken = [text for text, excess in own.constraints.items() if excess > 0]
+        broken = [text for text, excess in own.constraints.items() if is_broken(excess)]
         return f"breaks: {'; '.join(broken)}" if broken else "keeps the constraints"
     if own.state == TrialState.FAIL:
         return f"{NAMES[own.state]}: {own.user_attrs.get(ERROR, '')}"

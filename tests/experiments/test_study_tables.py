@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import yaml
 
+from callbacks.metrics.hierarchical import SeedDifference, SeedRate
 from callbacks.metrics.names import Metric
 from callbacks.report.events import Events
 from datamodules.results import ResultsStore
 from experiments.commands.study import StudyCall, study
 from experiments.config.errors import ConfigError
 from experiments.studies.categories import by_category, tail
-from experiments.studies.comparison import Compared
+from experiments.studies.comparison import Compared, answers
 from experiments.studies.correlation import correlation
-from experiments.studies.definition import Column, Study, StudyRun
+from experiments.studies.definition import Claim, Column, Study, StudyRun
 from experiments.studies.study_report import cells, exported
 from tests.support.rows import measurement, row
 
@@ -223,3 +224,27 @@ def test_a_checkpoint_on_the_way_is_not_said_to_have_cost_nothing() -> None:
     own = Study(title="t", runs=runs, columns={})
     assert [row[-1].text for row in cells(own, rows).rows] == ["120", "-"]
     assert [run["passes"] for run in exported(own, rows).values()] == [120.0, None]
+
+
+def test_losses_of_one_seed_are_compared_example_by_example() -> None:
+    """Changes 1, 2, 3: mean 2, s = 1, t = 4.303 of two degrees of freedom: 2 +- 4.303 / sqrt(3)."""
+    metric = Metric("loss_best", "harmful", "gcg")
+    first, second = {"a": 0.0, "b": 5.0, "c": 9.0}, {"c": 12.0, "a": 1.0, "b": 7.0}
+
+    def one(*by_seed: dict[str, float]) -> Compared:
+        means = {"loss": SeedRate(1.0, 0.0, 2.0, (1.0,) * len(by_seed), 3)}
+        return Compared({}, means, 0.0, losses={seed: {metric: own} for seed, own in enumerate(by_seed)})
+
+    def difference(before: Compared, after: Compared) -> SeedDifference:
+        claim = Claim("?", "x", "y", ["loss"])
+        columns = {"loss": Column("loss_best", "harmful", "gcg")}
+        (answer,) = answers({"x": before, "y": after}, [claim], columns)
+        return answer.difference
+
+    paired = difference(one(first), one(second))
+    assert paired.value == pytest.approx(2.0)
+    assert (paired.low, paired.high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    unpaired = difference(one(first, first), one(second))
+    assert (unpaired.value, unpaired.low, unpaired.high) == pytest.approx((0.0, -(2**0.5), 2**0.5))
+    for other in ({"a": 1.0, "b": 7.0}, {"a": 1.0, "b": 7.0, "d": 12.0}):
+        assert difference(one(first), one(other)).value == pytest.approx(0.0)

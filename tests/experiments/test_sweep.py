@@ -16,7 +16,7 @@ from experiments.config.compose import compose
 from experiments.config.defaults import CSV
 from experiments.config.errors import ConfigError
 from experiments.sweeps.best import copy_resolved, remove_best, write_best
-from experiments.sweeps.definition import Constraint, Sweep, load_sweep
+from experiments.sweeps.definition import Constraint, Sweep, is_broken, load_sweep
 from experiments.sweeps.search import Search
 from experiments.sweeps.space import Space, space_of
 from experiments.sweeps.trials import check_all, configuration, identity, job_of
@@ -288,6 +288,9 @@ def test_constraints_say_how_far_they_are_broken() -> None:
     assert Constraint("u", falls_at_most=0.03).excess(0.97, 0.9) == pytest.approx(0.04)
     assert Constraint("u", at_least=0.9, at_most=0.95).excess(None, 0.97) == pytest.approx(0.02)
     assert Constraint("u", rises_at_most=0.02).excess(0.01, 0.05) == pytest.approx(0.02)
+    # As far as is allowed is kept, whatever the last bit of the difference says.
+    assert 0.97 - 0.94 - 0.03 > 0 and Constraint("u", falls_at_most=0.03).excess(0.97, 0.94) == 0
+    assert not is_broken(0.97 - 0.94 - 0.03) and is_broken(0.001)
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
