@@ -65,6 +65,7 @@ class RequeuesJob(Checkpoint):
         self._asked, self._over = threading.Event(), threading.Event()
         self._once = threading.Lock()
         self.first = True
+        self._listens = False
         self._seen_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -74,7 +75,8 @@ class RequeuesJob(Checkpoint):
                 "trainer.callbacks: RequeuesJob found no RunCheckpoints, whose checkpoint a job goes on "
                 "from; add --config configs/trainer/default.yaml in front"
             )
-        if not started_by_srun():
+        self._listens = started_by_srun()
+        if not self._listens:
             return
         self.first = trainer.is_global_zero
         self._over.clear()
@@ -107,6 +109,8 @@ class RequeuesJob(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
+        if not self._listens:
+            return
         # Between two steps of an accumulation there is nothing to resume from.
         stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
         # The signal reaches the processes one after the other, and they must save together.

@@ -42,10 +42,9 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
 def archived(out: Path, names: Iterable[str]) -> dict[str, dict[int, Path]]:
     """The copies in a study's folder, by name and seed."""
     return {
-        name: {
-            int(folder.name.removeprefix("seed")): folder
-            for folder in sorted(_place(out, name).glob("seed*"))
-        }
+        name: dict(
+            sorted((int(own.name.removeprefix("seed")), own) for own in _place(out, name).glob("seed*"))
+        )
         for name in names
     }
 

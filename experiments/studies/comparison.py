@@ -128,16 +128,17 @@ def read(runs: Mapping[str, Mapping[int, Path]], columns: Mapping[str, Column]) 
             seed: [item for item in own if item.measurement.quantity in UNITS]
             for seed, (_, own) in told.items()
         }
-        losses = {
-            seed: {
-                Metric("loss_best", "harmful", item.measurement.attack): lowest_losses(item)
-                for item in attacks_of(own)
-            }
-            for seed, (_, own) in told.items()
-        }
+        losses = {seed: _losses(own, columns) for seed, (_, own) in told.items()}
         spent = passes(folders.values())
         found[name] = Compared(rates, means, spent, by_seed, dict(carrying), texts, losses)
     return found
+
+
+def _losses(measured: Sequence[Measured], columns: Mapping[str, Column]) -> dict[Metric, dict[str, float]]:
+    """Of the attacks whose lowest loss is a column, by example."""
+    wanted = {own.metric for own in columns.values() if own.quantity == "loss_best"}
+    of = {Metric("loss_best", "harmful", own.measurement.attack): own for own in attacks_of(measured)}
+    return {metric: lowest_losses(own) for metric, own in of.items() if metric in wanted}
 
 
 def _rate(name: str, label: str, by_seed: Sequence[Events]) -> SeedRate:

@@ -197,6 +197,8 @@ def test_names_that_an_earlier_archive_had_are_gone(tmp_path: Path) -> None:
     assert not (copy / "cost.json").exists()
     # A seed that is not among today's would be told by --recorded.
     assert archived(out, ["cat"]) == {"cat": {0: copy}}
+    archive({"cat": {2: old, 10: old}}, out)
+    assert [*archived(out, ["cat"])["cat"]] == [2, 10]  # by number, as they were trained
 
 
 def test_what_collecting_the_data_took_is_part_of_the_cost(tmp_path: Path) -> None:
