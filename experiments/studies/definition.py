@@ -227,6 +227,8 @@ def _check(study: Study) -> None:
         known(claim.second, study.reported, f"claims.{number}.second")
         if claim.first == claim.second:
             raise ConfigError(f"claims.{number}.second: expected another run than `first`, got the same")
+        if not claim.columns:
+            raise ConfigError(f"claims.{number}.columns: expected at least one column, got none")
         for label in claim.columns:
             known(label, study.columns, f"claims.{number}.columns")
     for name, pairs in (("figures", study.figures), ("correlations", study.correlations)):

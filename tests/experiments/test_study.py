@@ -93,6 +93,13 @@ def read(path: Path, runs: dict[str, Any], **more: Any) -> Study:
             {"claims": [{"question": "q", "first": "a", "second": "a", "columns": ["utility"]}]},
             "claims.0.second: expected another run than `first`",
         ),
+        (
+            {
+                "runs": {"a": {"config": CAT}, "b": {"config": CAT, "seeds": [1]}},
+                "claims": [{"question": "q", "first": "a", "second": "b", "columns": []}],
+            },
+            "claims.0.columns: expected at least one column, got none",
+        ),
         ({"runs": {"a": {"config": CAT, "step": 5}}}, "runs.a: expected checkpoint_of and step together"),
         (
             {"runs": {"a": {"checkpoint_of": "b", "step": 5}}},
