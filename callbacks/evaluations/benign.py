@@ -11,10 +11,12 @@ from callbacks.judges.base import Judge
 from callbacks.judges.exact import ExactMatch
 from datamodules.fields import Count, checked
 from lightning_modules.attacks.base import Attack
-from lightning_modules.attacks.transfer import transfer_of, turned_of
+from lightning_modules.attacks.transfer import away_of, transfer_of, turned_of
 
 TOWARDS_REFUSAL = "_towards_refusal"
 """Ends the name of a search for refusals of benign prompts."""
+AWAY_FROM_ANSWER = "_away_from_answer"
+"""Ends the name of a search for wrong answers to benign tasks."""
 
 
 @checked
@@ -31,6 +33,9 @@ class BenignUnderAttack:
     towards_refusal: bool = True
     """For attacks within a ball, also search for perturbations that make the model refuse; for directional
     ablation, also add the direction."""
+    away_from_answer: bool = False
+    """For descents within a ball of embeddings, also search for perturbations that make the model wrong on
+    benign tasks: its robust accuracy."""
 
     def probes(self, attacks: Mapping[str, Attack], refusal: Judge) -> Iterator[Probe]:
         """The benign side of every attack of a suite."""
@@ -54,3 +59,13 @@ class BenignUnderAttack:
             if search is not None:
                 title = f"{name}{TOWARDS_REFUSAL}"
                 yield replace(done, quantity="forced_refusal_rate", name=title, transfer=search)
+            away = away_of(attack) if self.away_from_answer else None
+            if away is not None:
+                yield replace(
+                    done,
+                    subject="utility",
+                    quantity="robust_accuracy",
+                    judge=ExactMatch(),
+                    name=f"{name}{AWAY_FROM_ANSWER}",
+                    transfer=away,
+                )

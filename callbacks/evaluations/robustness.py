@@ -4,7 +4,7 @@ whether to trust it."""
 from __future__ import annotations
 
 from callbacks.evaluations.base import Evaluation
-from callbacks.evaluations.benign import TOWARDS_REFUSAL, BenignUnderAttack
+from callbacks.evaluations.benign import AWAY_FROM_ANSWER, TOWARDS_REFUSAL, BenignUnderAttack
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.sampling import Sampling
 from callbacks.evaluations.schedule import Schedule
@@ -61,12 +61,13 @@ class RobustnessEvaluation(Evaluation):
             raise ValueError(
                 f"{type(self).__name__}.attacks: {sorted(taken)[0]!r} is no name for an attack; rename it"
             )
-        searched = next((name for name in attacks if name.endswith(TOWARDS_REFUSAL)), None)
-        if searched is not None:
-            raise ValueError(
-                f"{type(self).__name__}.attacks: {searched!r} is the name of a search on benign prompts; "
-                f"rename it so that it does not end in {TOWARDS_REFUSAL!r}"
-            )
+        for end in (TOWARDS_REFUSAL, AWAY_FROM_ANSWER):
+            searched = next((name for name in attacks if name.endswith(end)), None)
+            if searched is not None:
+                raise ValueError(
+                    f"{type(self).__name__}.attacks: {searched!r} is the name of a search on benign prompts; "
+                    f"rename it so that it does not end in {end!r}"
+                )
         unknown = set(attack_limits or {}) - set(attacks)
         if unknown:
             raise ValueError(

@@ -2,8 +2,8 @@
 attack's marks has learned the marks, not harm.
 
 A transfer optimises nothing for the benign prompt: suffixes and other frames are those found on other
-requests, rewritings and points of a ball are drawn at random. The one exception is `TowardsRefusal`, a search
-for a perturbation that makes the model refuse.
+requests, rewritings and points of a ball are drawn at random. The exceptions search in an attack's ball:
+`TowardsRefusal` for a perturbation that makes the model refuse, `AwayFromAnswer` for one that makes it wrong.
 """
 
 from __future__ import annotations
@@ -106,6 +106,14 @@ def turned_of(attack: Attack) -> Transfer | None:
     if isinstance(attack, DirectionalAblation):
         return DirectionAdded(attack)
     return TowardsRefusal(attack) if has_ball(attack) else None
+
+
+def away_of(attack: Attack) -> Transfer | None:
+    """The attack turned away from right answers; None for what is no descent in a ball of embeddings."""
+    inner = attack.attack if isinstance(attack, Repeat) else attack
+    if not isinstance(inner, EmbeddingPGD) or inner.epsilon is None:
+        return None
+    return AwayFromAnswer(inner)
 
 
 @dataclass
@@ -218,6 +226,23 @@ class TowardsRefusal:
 
 
 @dataclass
+class AwayFromAnswer:
+    """The attack's own descent on a benign task, away from its right answer: accuracy under this is the
+    robust accuracy of the field (Madry et al. 2018)."""
+
+    descent: EmbeddingPGD
+
+    def __call__(
+        self, model: LanguageModel, batch: EvaluationBatch, found: Found, rng: torch.Generator
+    ) -> AttackedPrompt:
+        """Raises: ValueError for a prompt without a right answer."""
+        unanswered = next((k for k, right in zip(batch.keys, batch.expected, strict=True) if not right), None)
+        if unanswered is not None:
+            raise ValueError(f"{unanswered}: expected a right answer to attack, got none; leave the row out")
+        return self.descent.away(model, _aimed(model, batch, batch.expected, found.attackable), rng)
+
+
+@dataclass
 class Ablated:
     """The same direction removed while the model reads a benign prompt: what the attack costs otherwise."""
 
@@ -300,11 +325,18 @@ def with_targets(
     model: LanguageModel, batch: EvaluationBatch, targets: Sequence[str], attackable: Attackable
 ) -> AdversarialBatch:
     """Benign prompts as a batch that an attack takes, with these texts in turn as what it aims at."""
+    aims = [targets[example_id(key) % len(targets)] for key in batch.keys]
+    return _aimed(model, batch, aims, attackable)
+
+
+def _aimed(
+    model: LanguageModel, batch: EvaluationBatch, aims: Sequence[str], attackable: Attackable
+) -> AdversarialBatch:
+    """Prompts as a batch that an attack takes, each with its own text to aim at."""
     chat, rows = model.chat, []
-    for i, (key, prompt) in enumerate(zip(batch.keys, batch.prompts, strict=True)):
+    for i, (key, prompt, target) in enumerate(zip(batch.keys, batch.prompts, aims, strict=True)):
         text, envelope = batch.written(i, attackable)
         tokens = envelope.prompt(chat, text, batch.histories[i] if batch.histories else ())
-        target = targets[example_id(key) % len(targets)]
         aim = chat.reply(tokens, target)
         rows.append(EncodedHarmful(HarmfulRow(key, prompt, target, target, key), tokens, aim, aim))
     return adversarial_batch(rows, attackable).to(model.device)

@@ -139,6 +139,26 @@ def test_a_search_for_refusals_is_reported_apart_and_raises_no_flag(tmp_path: Pa
         RobustnessEvaluation({"x_towards_refusal": pgd})
 
 
+def test_robust_accuracy_is_of_benign_tasks_that_are_searched_for_wrong_answers(tmp_path: Path) -> None:
+    """It is no mark of an attack on harmful requests, and only asked where it is wanted."""
+    data = corpus(harmful=2, benign=4)
+    pgd = EmbeddingPGD(epsilon=0.1, num_steps=2)
+    free = EmbeddingPGD(epsilon=None, step_unit="absolute")
+    asked = RobustnessEvaluation(
+        {"embedding": pgd, "free": free, "direct": DirectRequest()},
+        benign=BenignUnderAttack(limit=3, away_from_answer=True),
+        max_new_tokens=4,
+    )
+    found = measured(tmp_path, Suspicious(data), data, asked)
+    metrics = [own for own in found.measures if own.quantity == "robust_accuracy"]
+    assert metrics == [Metric("robust_accuracy", "utility", "embedding_away_from_answer")]
+    assert found.measures[metrics[0]].estimate.n == 3
+    assert set(found.benign) == {"direct", "embedding"}
+    assert not [own for own in suite(embedding=pgd).probes() if own.quantity == "robust_accuracy"]
+    with pytest.raises(ValueError, match="'x_away_from_answer' is the name of a search"):
+        RobustnessEvaluation({"x_away_from_answer": pgd})
+
+
 def test_an_attack_that_leaves_nothing_behind_has_no_such_numbers(tmp_path: Path) -> None:
     data = corpus(harmful=2, benign=4)
     mixture = Mixture([EmbeddingPGD(epsilon=0.1, num_steps=1)])

@@ -14,7 +14,7 @@ from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.attacks.embedding.latent import LatentPGD
-from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
+from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, target_loss
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.repeat import Repeat
 from lightning_modules.attacks.suffix.initial_suffix import InitialSuffix
@@ -22,6 +22,7 @@ from lightning_modules.attacks.suffix.random_search import RandomSearch
 from lightning_modules.attacks.suffix.stored import StoredSuffixes
 from lightning_modules.attacks.text.rewrites import DirectRequest, InContext, Noise, Prefilling, Templates
 from lightning_modules.attacks.transfer import (
+    AwayFromAnswer,
     Found,
     NothingCarried,
     RandomPoint,
@@ -30,6 +31,7 @@ from lightning_modules.attacks.transfer import (
     around,
     has_ball,
     transfer_of,
+    with_targets,
 )
 from lightning_modules.models.embeddings import mean_embedding_norm
 from tests.conftest import chat_model, text_batch, tinychat_format
@@ -165,6 +167,22 @@ def test_a_search_towards_a_refusal_makes_it_likelier() -> None:
     attack = EmbeddingPGD(epsilon=0.5, num_steps=5)
     attacked = TowardsRefusal(attack)(chat_model(), benign(), found(), torch.Generator())
     assert (attacked.best_loss < attacked.start_loss).all()
+
+
+def test_a_search_away_from_the_right_answer_makes_it_unlikelier_within_the_ball() -> None:
+    attack, model, batch = EmbeddingPGD(epsilon=0.5, num_steps=5), chat_model(), benign()
+    attacked = AwayFromAnswer(attack)(model, batch, found(), torch.Generator())
+    assert attacked.delta is not None
+    assert (attacked.delta.norm(dim=-1) <= 0.5 * mean_embedding_norm(model) * (1 + 1e-6)).all()
+    # What is minimised is -CE of each prompt's own right answer, not of a borrowed text.
+    aimed = [with_targets(model, benign(i), [right], "user") for i, right in enumerate(batch.expected)]
+    for i, own in enumerate(aimed):
+        plain = target_loss(model, own, model.embed(own.prompt_ids), None)
+        torch.testing.assert_close(attacked.start_loss[i], -plain[0], rtol=1e-4, atol=1e-4)
+    assert (-attacked.best_loss > -attacked.start_loss).all()
+    unanswered = replace(batch, expected=("", *batch.expected[1:]))
+    with pytest.raises(ValueError, match="expected a right answer to attack"):
+        AwayFromAnswer(attack)(model, unanswered, found(), torch.Generator())
 
 
 def test_who_has_a_ball_and_who_can_be_done_to_others() -> None:

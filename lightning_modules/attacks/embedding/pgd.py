@@ -104,6 +104,22 @@ class EmbeddingPGD:
         self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode."""
+        return self._attacked(model, batch, rng, 1)
+
+    @torch.enable_grad()
+    def away(
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
+    ) -> AttackedPrompt:
+        """Attack the batch away from its targets, which are right answers here: the untargeted attack of
+        Madry et al. (2018, eq. 2.1). The losses of the result are -CE, which is what is minimised.
+
+        Raises: RuntimeError in inference mode.
+        """
+        return self._attacked(model, batch, rng, -1)
+
+    def _attacked(
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None, sign: int
+    ) -> AttackedPrompt:
         require_gradients(self)
         radius, step = self.lengths(model)
         with model.frozen():
@@ -119,7 +135,7 @@ class EmbeddingPGD:
                 clean, mask = rows.clean, batch.harmful_mask
                 if own is not None:
                     clean, mask = clean[own], mask[own]
-                return mean_cross_entropy(rows.log_probs(clean + point, own), mask)
+                return sign * mean_cross_entropy(rows.log_probs(clean + point, own), mask)
 
             delta = self._start(rows, batch, radius, rng)
             found = self.descend(loss, delta, rows.placed(batch.attackable_mask)[..., None], radius, step)
