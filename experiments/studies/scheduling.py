@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT
 from callbacks.run_folder.checkpoints import RunCheckpoints
 from callbacks.run_folder.decisive import decisive, filled, flat
 from callbacks.run_folder.folder import RunFolder
@@ -25,9 +24,9 @@ from datamodules.contents import CONTENT, fingerprints
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
-from experiments.config.errors import suggest
 from experiments.studies.archive import slug
-from experiments.studies.definition import REFERENCE, Column, Study, StudyRun
+from experiments.studies.definition import REFERENCE, Study, StudyRun
+from experiments.studies.measurable import attacks_of, check_columns_measured, check_curves
 
 DONE = "done.json"
 DIGITS = 10
@@ -37,8 +36,6 @@ ENDS = ("max_time", "min_steps", "min_epochs")
 """Fields of the trainer by which a training ends, beside its steps."""
 STOPPING = ("EarlyStopping", "Timer")
 """Lightning's callbacks that end one."""
-GCG = "gcg"
-"""The attack of a GCGEvaluation."""
 State = Literal["not begun", "begun", "to be judged", "done"]
 
 
@@ -60,6 +57,8 @@ class Job:
     """The resolved configuration of its training."""
     keeps: tuple[int, ...] | None = None
     """Steps whose checkpoints its training leaves; null where that is not known beforehand."""
+    attacks: frozenset[str] | None = None
+    """Names of the attacks that it is judged by; null where they are not known beforehand."""
     checkpoint: Path | None = None
     """Of the first run that it needs, where that one is judged as it was on its way."""
 
@@ -110,6 +109,7 @@ def jobs_of(study: Study, runs: Path) -> list[Job]:
             except ValueError as error:
                 raise ConfigError(f"runs.{name}: {error}") from error
     _refuse_doubles(found.values())
+    check_curves(study.curves, [own.attacks for own in found.values()])
     return list(found.values())
 
 
@@ -152,7 +152,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
     judging = compose([*own.config, *judged_by], overrides)
     check(judging, "test")
     if run.reported:
-        check_attacks(study.columns, judging)
+        check_columns_measured(study.columns, judging)
     return Job(
         name=name,
         seed=seed,
@@ -164,6 +164,7 @@ def _job(study: Study, name: str, seed: int, runs: Path, earlier: Mapping[tuple[
         config=config,
         keeps=kept_steps(config) if trains else (),
         checkpoint=checkpoint,
+        attacks=attacks_of(judging),
     )
 
 
@@ -213,26 +214,6 @@ def _filled(value: Any, folders: Mapping[str, Path]) -> Any:
 def text_of(value: Any) -> str:
     """As on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def check_attacks(columns: Mapping[str, Column], config: Mapping[str, Any]) -> None:
-    """Raises: ConfigError for a column of an attack that no evaluation of ours has: it would be missed only
-    after the training."""
-    suites = (config.get("trainer") or {}).get("callbacks") or []
-    if any(not str(own.get("class_path")).startswith("callbacks.") for own in suites):
-        return  # somebody's own evaluation may name attacks in its own way
-    arguments = [own.get("init_args") or {} for own in suites]
-    known = {attack for own in arguments for attack in own.get("attacks") or {}} | {
-        WORST_CASE,
-        WORST_CASE_TEXT,
-    }
-    known |= {GCG for own in suites if str(own["class_path"]).endswith("GCGEvaluation")}
-    for label, column in columns.items():
-        if column.attack and not column.optional and column.attack not in known:
-            raise ConfigError(
-                f"columns.{label}.attack: {column.attack!r} is in none of its evaluations"
-                f"{suggest(column.attack, known)}; add it to `test`, or make the column optional"
-            )
 
 
 def _of_weights(config: dict[str, Any], runs: Path, run: StudyRun, judged_as: Mapping[str, str]) -> str:

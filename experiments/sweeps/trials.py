@@ -14,7 +14,8 @@ from typing import Any
 
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
-from experiments.studies.scheduling import Job, check_attacks, digest, of_all, text_of
+from experiments.studies.measurable import check_columns_measured
+from experiments.studies.scheduling import Job, digest, of_all, text_of
 from experiments.sweeps.definition import Sweep
 from experiments.sweeps.space import Dimension, Raw, Space
 
@@ -119,7 +120,7 @@ def _placed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_evaluations(sweep: Sweep, config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    check_attacks(sweep.columns, config)
+    check_columns_measured(sweep.columns, config)
     schedules = [
         (own.get("init_args") or {}).get("schedule") or {}
         for own in (config.get("trainer") or {}).get("callbacks") or []
