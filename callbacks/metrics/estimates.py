@@ -119,15 +119,18 @@ def exact_mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def newcombe_interval(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
-    """95 % interval of p_after - p_before from the four counts of paired outcomes (method 10).
+def newcombe_interval(both: float, gained: float, lost: float, neither: float) -> tuple[float, float]:
+    """95 % interval of p_after - p_before from the four counts of paired outcomes (method 10), which are not
+    whole where they are means over seeds (hierarchical.py).
 
     Written out: SciPy has no interval of a difference of shares, statsmodels one of independent shares alone.
     """
-    n = both + gained + lost + neither
-    after, before = (both + gained) / n, (both + lost) / n
-    low_after, high_after = wilson_interval(both + gained, n)
-    low_before, high_before = wilson_interval(both + lost, n)
+    n = round(both + gained + lost + neither)
+    # Sums of parts may exceed the whole by a rounding.
+    now, then = min(both + gained, n), min(both + lost, n)
+    after, before = now / n, then / n
+    low_after, high_after = wilson_interval(now, n)
+    low_before, high_before = wilson_interval(then, n)
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     agreement = float(both * neither - gained * lost)
     if agreement > 0:

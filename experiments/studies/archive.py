@@ -15,8 +15,8 @@ RUNS = "runs"
 
 
 def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict[int, Path]]:
-    """What the tables are computed from, compressed, beside them: rows, what was to be measured, cost and
-    environment of every judged run; returns the copies."""
+    """What the tables are computed from, compressed, beside them: rows, what was to be measured, cost,
+    environment and resolved configuration of every judged run; returns the copies."""
     copies: dict[str, dict[int, Path]] = {}
     for name, folders in runs.items():
         for place in _place(out, name).glob("seed*"):
@@ -31,7 +31,7 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
             shutil.rmtree(target, ignore_errors=True)
             (target / ROWS).mkdir(parents=True)
             own = RunFolder.of(folder)
-            for path in (folder / ROWS / MEASUREMENTS, own.environment("test"), own.cost):
+            for path in (folder / ROWS / MEASUREMENTS, own.environment("test"), own.config("test"), own.cost):
                 if path.is_file():
                     shutil.copy(path, target / path.relative_to(folder))
             for path in folder.glob(f"{ROWS}/rows_rank*.jsonl"):

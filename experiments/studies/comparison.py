@@ -7,12 +7,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-from scipy.stats import t
+import numpy as np
 
 from callbacks.metrics.estimates import Difference, Estimate, paired_difference
-from callbacks.metrics.hierarchical import SeedDifference, SeedRate, seed_difference, seed_rate, stacked
+from callbacks.metrics.hierarchical import (
+    SeedDifference,
+    SeedRate,
+    paired_rates,
+    paired_values,
+    seed_difference,
+    seed_rate,
+    stacked,
+)
 from callbacks.metrics.names import Metric
 from callbacks.report.events import Events, events
 from callbacks.report.load import text_differences
@@ -42,7 +50,7 @@ class Compared:
     """Forward and backward passes of single examples in training, the reference's and those of collecting
     the data included; mean over seeds."""
     by_seed: dict[int, Happened] = field(default_factory=dict, repr=False)
-    """What occurred on every example: two runs with one seed are compared pair by pair."""
+    """What occurred on every example: two runs are compared example by example."""
     carrying: dict[str, int] = field(default_factory=dict)
     """Attack -> seeds whose model refuses or fails benign prompts that carry it (report/under_attack.py)."""
     texts: dict[int, list[Measured]] = field(default_factory=dict, repr=False)
@@ -64,7 +72,10 @@ class Answer:
     second: SeedRate
     difference: SeedDifference
     paired: Difference | None
-    """Of the same examples, with the exact McNemar p, where both runs have one seed and the same examples."""
+    """With the exact McNemar p, where both runs have one seed and the same examples."""
+    pairs: int
+    """Examples (windows, of a perplexity) that both runs have and that were compared one by one; 0 where the
+    difference is joined from the two runs' own intervals."""
     measured_alike: bool
     """Whether judge, attack, length of replies and rows were the same, as far as a seed that both have
     tells."""
@@ -186,22 +197,38 @@ def answers(rows: Mapping[str, Compared], claims: list[Claim], columns: Mapping[
             if a is None or b is None:
                 continue
             metric = columns[label].metric
-            paired = _paired(one, other, metric)
-            joined = seed_difference(a, b)
-            if paired is not None:
-                joined = SeedDifference.of(paired.difference, paired.low, paired.high)
-            elif (windows := _by_window(one, other, metric)) is not None:
-                joined = SeedDifference.of(windows.difference, windows.low, windows.high)
-            elif (losses := _by_example(one, other, metric)) is not None:
-                joined = losses
+            difference, pairs = _difference(one, other, metric) or (seed_difference(a, b), 0)
             alike = _alike(one, other, metric)
-            found.append(Answer(claim, label, a, b, joined, paired, alike, label in one.rates))
+            paired = _paired(one, other, metric)
+            found.append(Answer(claim, label, a, b, difference, paired, pairs, alike, label in one.rates))
     return found
 
 
+def _difference(one: Compared, other: Compared, metric: Metric) -> tuple[SeedDifference, int] | None:
+    """Example by example, and of how many; None where their examples are not the same: what the few shared
+    ones say could contradict the values beside it."""
+    outcomes = [
+        [own[metric].outcome for own in run.by_seed.values() if metric in own] for run in (one, other)
+    ]
+    if all(outcomes) and _same(outcomes):
+        tables = [stacked(own) for own in outcomes]
+        return paired_rates(*tables), tables[0].shape[1]
+    if (windows := _by_window(one, other, metric)) is not None:
+        return SeedDifference.of(windows.difference, windows.low, windows.high), windows.n
+    losses = [[own[metric] for own in run.losses.values() if metric in own] for run in (one, other)]
+    if all(losses) and _same(losses) and len(losses[0][0]) > 1:
+        keys = sorted(losses[0][0])
+        first, second = (np.array([[own[key] for key in keys] for own in run]) for run in losses)
+        return paired_values(first, second), len(keys)
+    return None
+
+
+def _same(runs: Sequence[Sequence[Mapping[str, object]]]) -> bool:
+    return len({frozenset(own) for run in runs for own in run}) == 1
+
+
 def _paired(one: Compared, other: Compared, metric: Metric) -> Difference | None:
-    """None where a run has several seeds, or one has examples that the other has not: what the few shared
-    ones say could contradict the rates beside it."""
+    """None where a run has several seeds, or one has examples that the other has not."""
     if len(one.by_seed) != 1 or len(other.by_seed) != 1:
         return None
     (first,), (second,) = one.by_seed.values(), other.by_seed.values()
@@ -217,20 +244,6 @@ def _by_window(one: Compared, other: Compared, metric: Metric) -> PerplexityDiff
         return None
     (first,), (second,) = one.texts.values(), other.texts.values()
     return next((own for own in text_differences(first, second) if own.metric == metric), None)
-
-
-def _by_example(one: Compared, other: Compared, metric: Metric) -> SeedDifference | None:
-    """Of a loss, where both runs have one seed and attacked the same examples, at least two: Student's
-    interval of the mean difference."""
-    if len(one.losses) != 1 or len(other.losses) != 1:
-        return None
-    (first,), (second,) = one.losses.values(), other.losses.values()
-    before, after = first.get(metric, {}), second.get(metric, {})
-    if before.keys() != after.keys() or len(before) < 2:
-        return None
-    changes = [after[key] - loss for key, loss in before.items()]
-    half = float(t.ppf(0.975, len(changes) - 1)) * stdev(changes) / len(changes) ** 0.5
-    return SeedDifference.of(fmean(changes), fmean(changes) - half, fmean(changes) + half)
 
 
 def _alike(one: Compared, other: Compared, metric: Metric) -> bool:

@@ -235,8 +235,6 @@ def _check(study: Study) -> None:
         for number, pair in enumerate(pairs):
             known(pair.x, study.columns, f"{name}.{number}.x")
             known(pair.y, study.columns, f"{name}.{number}.y")
-            if pair.x == pair.y:
-                raise ConfigError(f"{name}.{number}.y: expected another column than `x`, got the same")
     for number, label in enumerate(study.categories):
         known(label, study.columns, f"categories.{number}")
 

@@ -112,8 +112,11 @@ def verdicts_line(study: Study) -> str:
     if not study.claims:
         return ""
     return (
-        "The second run's value minus the first's, in points, with a 95 % interval (paired where both "
-        "have one seed and the same examples: rates with the exact McNemar p, losses by Student's t). "
+        "The second run's value minus the first's, in points, with a 95 % interval. Where both were judged "
+        "on the same examples they are compared pair by pair (n pairs): with one seed each by Newcombe's "
+        "interval and the exact McNemar p (losses: Student's), with several by Student's interval over "
+        "examples and seeds, never narrower than one seed's; otherwise joined from the two intervals. A run "
+        "with one seed says nothing of its other seeds, whose chance is in no interval. "
         f'"Equivalent" is said where all of the interval lies within {100 * study.margin:.0f} points, "not '
         'distinguishable" where it holds 0 and more than that. The last column is the smallest true '
         "difference that would have been found in four of five repetitions."
@@ -196,7 +199,8 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
             f"{scale * part:+.0f}" if own.is_rate else f"{part:+.3g}"
             for part in (own.difference.low, own.difference.value, own.difference.high)
         )
-        p = "" if own.paired is None else f", {p_value(own.paired.p_value)} (n = {own.paired.n})"
+        p = "" if own.paired is None else f", {p_value(own.paired.p_value)}"
+        p += f" ({own.pairs} pairs)" if own.pairs else ""
         unlike = "" if own.measured_alike else "; measured in different ways"
         sign = " %" if own.is_rate else ""
         table.append(

@@ -535,7 +535,7 @@ def test_a_study_trains_judges_and_reports(
     out = tmp_path / "runs" / "one_step"
     text = (out / "report.md").read_text()
     assert "| base |" in text and "| cat |" in text
-    assert "| Does a step matter? | utility | base " in text and ", p = 1.000 (n = 4)" in text
+    assert "| Does a step matter? | utility | base " in text and ", p = 1.000 (4 pairs)" in text
     assert "measured in different ways" not in text
     assert (out / "cells.csv").read_text().splitlines()[1].startswith("base,utility,rate,")
     assert {own["setting"] for own in json.loads((out / "results.json").read_text())["runs"].values()} == {

@@ -226,7 +226,7 @@ def test_a_checkpoint_on_the_way_is_not_said_to_have_cost_nothing() -> None:
     assert [run["passes"] for run in exported(own, rows).values()] == [120.0, None]
 
 
-def test_losses_of_one_seed_are_compared_example_by_example() -> None:
+def test_losses_are_compared_example_by_example_over_all_seeds() -> None:
     """Changes 1, 2, 3: mean 2, s = 1, t = 4.303 of two degrees of freedom: 2 +- 4.303 / sqrt(3)."""
     metric = Metric("loss_best", "harmful", "gcg")
     first, second = {"a": 0.0, "b": 5.0, "c": 9.0}, {"c": 12.0, "a": 1.0, "b": 7.0}
@@ -244,7 +244,11 @@ def test_losses_of_one_seed_are_compared_example_by_example() -> None:
     paired = difference(one(first), one(second))
     assert paired.value == pytest.approx(2.0)
     assert (paired.low, paired.high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
-    unpaired = difference(one(first, first), one(second))
-    assert (unpaired.value, unpaired.low, unpaired.high) == pytest.approx((0.0, -(2**0.5), 2**0.5))
+    # Two seeds alike say what one does; two that differ say less.
+    alike = difference(one(first, first), one(second))
+    assert (alike.value, alike.low, alike.high) == pytest.approx((paired.value, paired.low, paired.high))
+    apart = difference(one(first, {"a": 2.0, "b": 7.0, "c": 11.0}), one(second))
+    assert apart.value == pytest.approx(1.0)
+    assert apart.high - apart.low > paired.high - paired.low
     for other in ({"a": 1.0, "b": 7.0}, {"a": 1.0, "b": 7.0, "d": 12.0}):
         assert difference(one(first), one(other)).value == pytest.approx(0.0)
