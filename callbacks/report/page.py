@@ -80,10 +80,11 @@ def study_page(
     figures: Mapping[str, Drawing],
     links: Mapping[str, str] | None = None,
 ) -> str:
-    """The HTML of several runs side by side: notes, tables that can be sorted, figures, and links (text ->
-    path relative to the page)."""
+    """The HTML of several runs side by side: notes, tables that can be sorted and narrowed by words, figures,
+    and links (text -> path relative to the page)."""
     return rendered(
         "study.html.jinja",
+        scripts=["study.js"],
         title=title,
         notes=notes,
         tables=tables,

@@ -19,7 +19,7 @@ from callbacks.report.page import study_page
 from callbacks.report.signs import words
 from callbacks.report.under_attack import FALL, REFUSED
 from callbacks.run_folder.provenance import environment_facts
-from experiments.studies.archive import archive, revisions
+from experiments.studies.archive import RUNS, archive, revisions
 from experiments.studies.categories import by_category
 from experiments.studies.comparison import Answer, Compared, answers, read
 from experiments.studies.correlation import correlations
@@ -33,6 +33,11 @@ INTERVALS = (
     "both, never narrower than one seed's own; of what is no rate, from the lowest to the highest of the "
     "seeds' own); in parentheses each seed's value, where they differ. Passes are forward and backward "
     "passes of single examples in training, the reference's and those of collecting the data included."
+)
+
+
+ROWS_BESIDE = (
+    "Every run's rows, compressed JSON lines (`thundercat compare runs/*/seed*` in this folder shows them)"
 )
 
 
@@ -82,7 +87,8 @@ def write_study(
     signs = [*carrying(rows), *judges(study, rows)]
     text = document(study, tables, signs, {own.title: f"{stem}.svg" for stem, own in drawings.items()})
     (out / "report.md").write_text(text, encoding="utf-8")
-    page = study_page(study.title, [study.about, INTERVALS, *signs], tables, drawings, links)
+    beside = {**(links or {}), **({ROWS_BESIDE: RUNS} if (out / RUNS).is_dir() else {})}
+    page = study_page(study.title, [study.about, INTERVALS, *signs], tables, drawings, beside)
     (out / "report.html").write_text(page, encoding="utf-8")
     return text
 
