@@ -129,6 +129,12 @@ def paired_values(first: Values, second: Values) -> SeedDifference:
         for own in (first, second)
         if len(own) > 1
     ]
+    return student(value, terms)
+
+
+def student(value: float, terms: Sequence[tuple[float, float]]) -> SeedDifference:
+    """A difference whose variance is a sum of independent ones, each with its degrees of freedom: Student's
+    interval, its degrees of freedom by Satterthwaite."""
     variance = math.fsum(own for own, _ in terms)
     if variance == 0.0:
         return SeedDifference.of(value, value, value)

@@ -11,7 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
-from callbacks.metrics.estimates import Difference, Estimate, paired_difference
+from callbacks.metrics.estimates import Z_95, Difference, Estimate, paired_difference
 from callbacks.metrics.hierarchical import (
     SeedDifference,
     SeedRate,
@@ -20,6 +20,7 @@ from callbacks.metrics.hierarchical import (
     seed_difference,
     seed_rate,
     stacked,
+    student,
 )
 from callbacks.metrics.names import Metric
 from callbacks.report.events import Events, events
@@ -54,7 +55,7 @@ class Compared:
     carrying: dict[str, int] = field(default_factory=dict)
     """Attack -> seeds whose model refuses or fails benign prompts that carry it (report/under_attack.py)."""
     texts: dict[int, list[Measured]] = field(default_factory=dict, repr=False)
-    """Scored windows by seed: two runs with one seed are compared window by window."""
+    """Scored windows by seed: two runs are compared window by window."""
     losses: dict[int, dict[Metric, dict[str, float]]] = field(default_factory=dict, repr=False)
     """Lowest loss of every attack by seed and example, compared likewise."""
 
@@ -214,7 +215,7 @@ def _difference(one: Compared, other: Compared, metric: Metric) -> tuple[SeedDif
         tables = [stacked(own) for own in outcomes]
         return paired_rates(*tables), tables[0].shape[1]
     if (windows := _by_window(one, other, metric)) is not None:
-        return SeedDifference.of(windows.difference, windows.low, windows.high), windows.n
+        return windows
     losses = [[own[metric] for own in run.losses.values() if metric in own] for run in (one, other)]
     if all(losses) and _same(losses) and len(losses[0][0]) > 1:
         keys = sorted(losses[0][0])
@@ -238,11 +239,32 @@ def _paired(one: Compared, other: Compared, metric: Metric) -> Difference | None
     return paired_difference(before, after) if before.keys() == after.keys() else None
 
 
-def _by_window(one: Compared, other: Compared, metric: Metric) -> PerplexityDifference | None:
-    """Of a perplexity, where both runs have one seed and scored the same windows."""
-    if len(one.texts) != 1 or len(other.texts) != 1:
+def _by_window(one: Compared, other: Compared, metric: Metric) -> tuple[SeedDifference, int] | None:
+    """Of a perplexity, where all seeds have scored the same windows: their chance by block bootstrap, of the
+    two seeds for which it is widest, beside that of the seeds."""
+    pairs = [
+        [_of_windows(first, second, metric) for second in other.texts.values()]
+        for first in one.texts.values()
+    ]
+    known = [[own for own in row if own is not None] for row in pairs]
+    if not known or [*map(len, known)] != [len(other.texts)] * len(pairs) or not known[0]:
         return None
-    (first,), (second,) = one.texts.values(), other.texts.values()
+    n = min(own.n for row in known for own in row)
+    if len(known) == len(known[0]) == 1:
+        (own,) = known[0]
+        return SeedDifference.of(own.difference, own.low, own.high), n
+    changes = np.array([[own.difference for own in row] for row in known])
+    widest = max(own.high - own.low for row in known for own in row) / 2
+    terms = [((widest / Z_95) ** 2, max(1, n - 1))]
+    for seeds in (changes.mean(axis=1), changes.mean(axis=0)):
+        if len(seeds) > 1:
+            terms.append((float(seeds.var(ddof=1)) / len(seeds), len(seeds) - 1))
+    return student(float(changes.mean()), terms), n
+
+
+def _of_windows(
+    first: Sequence[Measured], second: Sequence[Measured], metric: Metric
+) -> PerplexityDifference | None:
     return next((own for own in text_differences(first, second) if own.metric == metric), None)
 
 

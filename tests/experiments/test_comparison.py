@@ -191,6 +191,17 @@ def test_a_perplexity_is_a_column(tmp_path: Path) -> None:
     assert answer.difference.value == pytest.approx(math.e**2.1 - math.e**2)
     assert answer.difference.low > 0
     assert rows["a"].means["per word"].high > rows["b"].means["per word"].low
+    # A second seed that is as much worse again: Student's of two seeds beside the windows' chance.
+    runs["b"][1] = scored(tmp_path / "c", 2.4, 4.4, 6.4)
+    (wider,) = answers(compared(runs, columns), [Claim("?", "a", "b", ["per word"])], columns)
+    assert wider.difference.value == pytest.approx((math.e**2.1 + math.e**2.2) / 2 - math.e**2)
+    assert wider.pairs == 3
+    # Two seeds half a unit and more apart tell nothing of a third.
+    assert wider.difference.low < 0 < answer.difference.low
+    runs["b"][1] = scored(tmp_path / "d", 2.2, 4.2, 6.2)
+    (alike,) = answers(compared(runs, columns), [Claim("?", "a", "b", ["per word"])], columns)
+    assert alike.difference.value == pytest.approx(answer.difference.value)
+    assert alike.difference.high - alike.difference.low < 0.6 * (wider.difference.high - wider.difference.low)
 
 
 def test_names_that_an_earlier_archive_had_are_gone(tmp_path: Path) -> None:
