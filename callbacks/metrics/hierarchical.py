@@ -139,8 +139,9 @@ def student(value: float, terms: Sequence[tuple[float, float]]) -> SeedDifferenc
     if variance == 0.0:
         return SeedDifference.of(value, value, value)
     freedom = variance**2 / math.fsum(own**2 / degrees for own, degrees in terms)
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return SeedDifference.of(value, value - half, value + half)
+    error = math.sqrt(variance)
+    half, power = (float(t.ppf(chance, freedom)) * error for chance in (0.975, 0.8))
+    return SeedDifference(value, value - half, value + half, half + power)
 
 
 def paired_rates(first: Outcomes, second: Outcomes) -> SeedDifference:
@@ -153,11 +154,12 @@ def paired_rates(first: Outcomes, second: Outcomes) -> SeedDifference:
     a, b = first.mean(axis=0), second.mean(axis=0)
     counts = (a * b, (1 - a) * b, a * (1 - b), (1 - a) * (1 - b))
     least, most = newcombe_interval(*(math.fsum(own) for own in counts))
-    value = float(b.mean() - a.mean())
-    if first.shape[1] > 1 and len(first) + len(second) > 2:
-        own = paired_values(first.astype(float), second.astype(float))
-        least, most = min(least, own.low), max(most, own.high)
-    return SeedDifference.of(value, max(-1.0, least), min(1.0, most))
+    found = SeedDifference.of(float(b.mean() - a.mean()), least, most)
+    if first.shape[1] == 1 or len(first) == len(second) == 1:
+        return found
+    own = paired_values(first.astype(float), second.astype(float))
+    least, most = max(-1.0, min(least, own.low)), min(1.0, max(most, own.high))
+    return SeedDifference(found.value, least, most, max(found.detectable, own.detectable))
 
 
 def stacked(by_seed: Sequence[dict[str, bool]]) -> Outcomes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp, ttest_ind
+from scipy.stats import nct, t, ttest_1samp, ttest_ind
 
 from callbacks.metrics.estimates import paired_difference, wilson_interval
 from callbacks.metrics.hierarchical import (
@@ -15,6 +15,7 @@ from callbacks.metrics.hierarchical import (
     seed_difference,
     seed_rate,
     stacked,
+    student,
 )
 
 
@@ -66,6 +67,13 @@ def test_seeds_alone_are_compared_as_welch_does() -> None:
     expected = ttest_ind(second[:, 0], first[:, 0], equal_var=False).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.value == pytest.approx(0.75 - 0.8 / 3)
+
+
+@pytest.mark.parametrize("degrees", [2, 5, 11, 60])
+def test_what_could_have_been_shown_is_found_in_four_of_five_repetitions(degrees: int) -> None:
+    found = student(0.0, [(4.0, degrees)])  # a standard error of 2
+    power = nct.sf(t.ppf(0.975, degrees), degrees, found.detectable / 2.0)
+    assert power == pytest.approx(0.8, abs=0.04)
 
 
 def test_what_is_hard_for_both_is_no_chance_of_their_difference() -> None:
