@@ -4,7 +4,7 @@ whatever carries an attack?"""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from callbacks.evaluations.probe import Probe
 from callbacks.judges.base import Judge
@@ -33,9 +33,19 @@ class BenignUnderAttack:
     towards_refusal: bool = True
     """For attacks within a ball, also search for perturbations that make the model refuse; for directional
     ablation, also add the direction."""
-    away_from_answer: bool = False
-    """For descents within a ball of embeddings, also search for perturbations that make the model wrong on
-    benign tasks: its robust accuracy."""
+    away_from_answer: list[str] = field(default_factory=list)
+    """Names of descents within a ball of embeddings that also search for perturbations that make the model
+    wrong on benign tasks: an upper bound of its robust accuracy."""
+
+    def check(self, attacks: Mapping[str, Attack]) -> None:
+        """Raises: ValueError for a name of `away_from_answer` that is none of the suite, or cannot search."""
+        for name in self.away_from_answer:
+            known = [own for own, attack in attacks.items() if away_of(attack) is not None]
+            if name not in known:
+                raise ValueError(
+                    f"benign.away_from_answer: expected descents in a ball of embeddings, of this suite: "
+                    f"{', '.join(known) or 'none'}; got {name!r}"
+                )
 
     def probes(self, attacks: Mapping[str, Attack], refusal: Judge) -> Iterator[Probe]:
         """The benign side of every attack of a suite."""
@@ -59,8 +69,9 @@ class BenignUnderAttack:
             if search is not None:
                 title = f"{name}{TOWARDS_REFUSAL}"
                 yield replace(done, quantity="forced_refusal_rate", name=title, transfer=search)
-            away = away_of(attack) if self.away_from_answer else None
-            if away is not None:
+            if name in self.away_from_answer:
+                away = away_of(attack)
+                assert away is not None, "the suite has refused it"
                 yield replace(
                     done,
                     subject="utility",

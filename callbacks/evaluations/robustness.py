@@ -74,6 +74,8 @@ class RobustnessEvaluation(Evaluation):
                 f"{type(self).__name__}.attack_limits: expected names among {sorted(attacks)}, got "
                 f"{sorted(unknown)}"
             )
+        if benign is not None:
+            benign.check(attacks)
         self.attacks = attacks
         self.success: Judge = success or TargetPrefix()
         self.judges = judges or []

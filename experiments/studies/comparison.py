@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -13,12 +13,14 @@ import numpy as np
 
 from callbacks.metrics.estimates import Z_95, Difference, Estimate, paired_difference
 from callbacks.metrics.hierarchical import (
+    Fixed,
     SeedDifference,
     SeedRate,
     paired_rates,
     paired_values,
     seed_difference,
     seed_rate,
+    seed_terms,
     stacked,
     student,
 )
@@ -81,6 +83,9 @@ class Answer:
     """Whether judge, attack, length of replies and rows were the same, as far as a seed that both have
     tells."""
     is_rate: bool
+    single: bool
+    """Whether both runs have one seed, and one of them at least is a training: what is said is of these
+    trainings, not of others."""
 
 
 def tested(folder: Path) -> tuple[int, list[Measured]]:
@@ -186,8 +191,20 @@ def passes(folders: Iterable[Path]) -> float:
     return fmean(cost["passes"] + cost.get("collecting_passes", 0) for cost in costs) if costs else 0.0
 
 
-def answers(rows: Mapping[str, Compared], claims: list[Claim], columns: Mapping[str, Column]) -> list[Answer]:
-    """The differences that the questions ask for, where both of their runs are there."""
+def answers(
+    rows: Mapping[str, Compared],
+    claims: list[Claim],
+    columns: Mapping[str, Column],
+    untrained: Collection[str] = (),
+) -> list[Answer]:
+    """The differences that the questions ask for, where both of their runs are there.
+
+    Args:
+        rows: what was read.
+        claims: the questions.
+        columns: the study's.
+        untrained: runs that are a model as it is: other seeds would be the same.
+    """
     found = []
     for claim in claims:
         if claim.first not in rows or claim.second not in rows:
@@ -198,14 +215,21 @@ def answers(rows: Mapping[str, Compared], claims: list[Claim], columns: Mapping[
             if a is None or b is None:
                 continue
             metric = columns[label].metric
-            difference, pairs = _difference(one, other, metric) or (seed_difference(a, b), 0)
+            fixed = claim.first in untrained, claim.second in untrained
+            difference, pairs = _difference(one, other, metric, fixed) or (seed_difference(a, b), 0)
             alike = _alike(one, other, metric)
             paired = _paired(one, other, metric)
-            found.append(Answer(claim, label, a, b, difference, paired, pairs, alike, label in one.rates))
+            is_rate, single = (
+                label in one.rates,
+                len(one.by_seed) == len(other.by_seed) == 1 and not all(fixed),
+            )
+            found.append(Answer(claim, label, a, b, difference, paired, pairs, alike, is_rate, single))
     return found
 
 
-def _difference(one: Compared, other: Compared, metric: Metric) -> tuple[SeedDifference, int] | None:
+def _difference(
+    one: Compared, other: Compared, metric: Metric, fixed: Fixed
+) -> tuple[SeedDifference, int] | None:
     """Example by example, and of how many; None where their examples are not the same: what the few shared
     ones say could contradict the values beside it."""
     outcomes = [
@@ -213,14 +237,14 @@ def _difference(one: Compared, other: Compared, metric: Metric) -> tuple[SeedDif
     ]
     if all(outcomes) and _same(outcomes):
         tables = [stacked(own) for own in outcomes]
-        return paired_rates(*tables), tables[0].shape[1]
-    if (windows := _by_window(one, other, metric)) is not None:
+        return paired_rates(tables[0], tables[1], fixed), tables[0].shape[1]
+    if (windows := _by_window(one, other, metric, fixed)) is not None:
         return windows
     losses = [[own[metric] for own in run.losses.values() if metric in own] for run in (one, other)]
-    if all(losses) and _same(losses) and len(losses[0][0]) > 1:
+    if all(losses) and _same(losses) and losses[0][0]:
         keys = sorted(losses[0][0])
         first, second = (np.array([[own[key] for key in keys] for own in run]) for run in losses)
-        return paired_values(first, second), len(keys)
+        return paired_values(first, second, fixed), len(keys)
     return None
 
 
@@ -239,7 +263,9 @@ def _paired(one: Compared, other: Compared, metric: Metric) -> Difference | None
     return paired_difference(before, after) if before.keys() == after.keys() else None
 
 
-def _by_window(one: Compared, other: Compared, metric: Metric) -> tuple[SeedDifference, int] | None:
+def _by_window(
+    one: Compared, other: Compared, metric: Metric, fixed: Fixed
+) -> tuple[SeedDifference, int] | None:
     """Of a perplexity, where all seeds have scored the same windows: their chance by block bootstrap, of the
     two seeds for which it is widest, beside that of the seeds."""
     pairs = [
@@ -255,10 +281,7 @@ def _by_window(one: Compared, other: Compared, metric: Metric) -> tuple[SeedDiff
         return SeedDifference.of(own.difference, own.low, own.high), n
     changes = np.array([[own.difference for own in row] for row in known])
     widest = max(own.high - own.low for row in known for own in row) / 2
-    terms = [((widest / Z_95) ** 2, max(1, n - 1))]
-    for seeds in (changes.mean(axis=1), changes.mean(axis=0)):
-        if len(seeds) > 1:
-            terms.append((float(seeds.var(ddof=1)) / len(seeds), len(seeds) - 1))
+    terms = [((widest / Z_95) ** 2, max(1, n - 1)), *seed_terms(changes.mean(1), changes.mean(0), fixed)]
     return student(float(changes.mean()), terms), n
 
 
@@ -269,8 +292,10 @@ def _of_windows(
 
 
 def _alike(one: Compared, other: Compared, metric: Metric) -> bool:
+    """Whether all seeds have one judge; settings hold the attack's seed, and are compared seed by seed."""
+    judges = {own[metric].judge for run in (one, other) for own in run.by_seed.values() if metric in own}
     shared = one.by_seed.keys() & other.by_seed.keys()
     pairs = [(one.by_seed[seed].get(metric), other.by_seed[seed].get(metric)) for seed in shared]
-    return all(
-        (a.judge, a.settings) == (b.judge, b.settings) for a, b in pairs if a is not None and b is not None
+    return len(judges) < 2 and all(
+        a.settings == b.settings for a, b in pairs if a is not None and b is not None
     )

@@ -158,6 +158,11 @@ class Study:
         """Names of the runs that tables show."""
         return [name for name, run in self.runs.items() if run.reported]
 
+    @property
+    def untrained(self) -> list[str]:
+        """Names of the runs that are a model as it is."""
+        return [name for name, run in self.runs.items() if not run.trained]
+
     def judged_by(self, name: str) -> list[str]:
         """Files on top of a run's configuration in `thundercat test`."""
         run = self.runs[name]

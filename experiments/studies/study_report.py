@@ -67,7 +67,7 @@ def write_study(
     out.mkdir(parents=True, exist_ok=True)
     runs = archive(runs, out) if copies else runs
     rows = read(runs, study.columns)
-    found = answers(rows, study.claims, study.columns)
+    found = answers(rows, study.claims, study.columns, study.untrained)
     facts = environment_facts() | {"revisions_of_runs": revisions(runs)}
     (out / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     results = {"schema": 3, "title": study.title, "runs": exported(study, rows)}
@@ -118,11 +118,13 @@ def verdicts_line(study: Study) -> str:
     if not study.claims:
         return ""
     return (
-        "The second run's value minus the first's, in points, with a 95 % interval. Where both were judged "
-        "on the same examples they are compared pair by pair (n pairs): with one seed each by Newcombe's "
-        "interval and the exact McNemar p (losses: Student's), with several by Student's interval over "
-        "examples and seeds, never narrower than one seed's; otherwise joined from the two intervals. A run "
-        "with one seed says nothing of its other seeds, whose chance is in no interval. "
+        "The second run's value minus the first's, in points, with a 95 % interval. Where all of their seeds "
+        "were judged on the same examples they are compared pair by pair (n pairs): with one seed each by "
+        "Newcombe's interval and the exact McNemar p (losses: Student's; perplexities: a block bootstrap), "
+        "with several by Student's interval over examples and seeds, rates never narrower than one seed's n "
+        "allows; otherwise joined from the two intervals. A training with one seed is taken to vary as the "
+        "other run's seeds do; where both have one, the answer is of these trainings alone (\"one training "
+        'each"). '
         f'"Equivalent" is said where all of the interval lies within {100 * study.margin:.0f} points, "not '
         'distinguishable" where it holds 0 and more than that. The last column is the smallest true '
         "difference that would have been found in four of five repetitions."
@@ -207,7 +209,8 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
         )
         p = "" if own.paired is None else f", {p_value(own.paired.p_value)}"
         p += f" ({own.pairs} pairs)" if own.pairs else ""
-        unlike = "" if own.measured_alike else "; measured in different ways"
+        unlike = "; one training each" if own.single else ""
+        unlike += "" if own.measured_alike else "; measured in different ways"
         sign = " %" if own.is_rate else ""
         table.append(
             [
@@ -221,7 +224,7 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
                     (own.difference.low, own.difference.high),
                 ),
                 Cell(own.difference.verdict(study.margin if own.is_rate else 0.0) + unlike),
-                Cell(f"{scale * own.difference.detectable:.3g}{unit}", own.difference.detectable),
+                Cell(_detectable(own.difference.detectable, scale, unit), own.difference.detectable),
             ]
         )
     for claim in study.claims:
@@ -231,6 +234,10 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
             asked = claim.question, ", ".join(claim.columns), claim.first, claim.second
             table.append([*map(Cell, (*asked, MISSING, says, MISSING))])
     return Table("Questions", columns, table)
+
+
+def _detectable(own: float, scale: int, unit: str) -> str:
+    return f"{scale * own:.3g}{unit}" if math.isfinite(own) else "nothing"
 
 
 def settings(study: Study, rows: Mapping[str, Compared]) -> Table | None:

@@ -113,7 +113,20 @@ def away_of(attack: Attack) -> Transfer | None:
     inner = attack.attack if isinstance(attack, Repeat) else attack
     if not isinstance(inner, EmbeddingPGD) or inner.epsilon is None:
         return None
-    return AwayFromAnswer(inner)
+    away = Away(inner)
+    return AwayFromAnswer(Repeat(away, attack.num_repetitions) if isinstance(attack, Repeat) else away)
+
+
+@dataclass
+class Away:
+    """A descent away from its targets, as an attack."""
+
+    descent: EmbeddingPGD
+
+    def __call__(
+        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
+    ) -> AttackedPrompt:
+        return self.descent.away(model, batch, rng)
 
 
 @dataclass
@@ -227,10 +240,11 @@ class TowardsRefusal:
 
 @dataclass
 class AwayFromAnswer:
-    """The attack's own descent on a benign task, away from its right answer: accuracy under this is the
-    robust accuracy of the field (Madry et al. 2018)."""
+    """A search in the attack's ball for what makes the model wrong on a benign task. Accuracy under it is an
+    upper bound of the robust accuracy of Madry et al. (2018): the reply to the point of the highest loss is
+    judged, and a stronger search may find another."""
 
-    descent: EmbeddingPGD
+    attack: Away | Repeat
 
     def __call__(
         self, model: LanguageModel, batch: EvaluationBatch, found: Found, rng: torch.Generator
@@ -239,7 +253,7 @@ class AwayFromAnswer:
         unanswered = next((k for k, right in zip(batch.keys, batch.expected, strict=True) if not right), None)
         if unanswered is not None:
             raise ValueError(f"{unanswered}: expected a right answer to attack, got none; leave the row out")
-        return self.descent.away(model, _aimed(model, batch, batch.expected, found.attackable), rng)
+        return self.attack(model, _aimed(model, batch, batch.expected, found.attackable), rng)
 
 
 @dataclass

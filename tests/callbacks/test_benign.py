@@ -145,15 +145,20 @@ def test_robust_accuracy_is_of_benign_tasks_that_are_searched_for_wrong_answers(
     pgd = EmbeddingPGD(epsilon=0.1, num_steps=2)
     free = EmbeddingPGD(epsilon=None, step_unit="absolute")
     asked = RobustnessEvaluation(
-        {"embedding": pgd, "free": free, "direct": DirectRequest()},
-        benign=BenignUnderAttack(limit=3, away_from_answer=True),
+        {"embedding": pgd, "wide": EmbeddingPGD(epsilon=0.5), "free": free, "direct": DirectRequest()},
+        benign=BenignUnderAttack(limit=3, away_from_answer=["embedding"]),
         max_new_tokens=4,
     )
     found = measured(tmp_path, Suspicious(data), data, asked)
     metrics = [own for own in found.measures if own.quantity == "robust_accuracy"]
     assert metrics == [Metric("robust_accuracy", "utility", "embedding_away_from_answer")]
     assert found.measures[metrics[0]].estimate.n == 3
-    assert set(found.benign) == {"direct", "embedding"}
+    assert set(found.benign) == {"direct", "embedding", "wide"}
+    for name in ("free", "fgsm"):
+        with pytest.raises(ValueError, match=f"of this suite: embedding; got '{name}'"):
+            RobustnessEvaluation(
+                {"embedding": pgd, "free": free}, benign=BenignUnderAttack(away_from_answer=[name])
+            )
     assert not [own for own in suite(embedding=pgd).probes() if own.quantity == "robust_accuracy"]
     with pytest.raises(ValueError, match="'x_away_from_answer' is the name of a search"):
         RobustnessEvaluation({"x_away_from_answer": pgd})

@@ -76,6 +76,19 @@ def test_what_could_have_been_shown_is_found_in_four_of_five_repetitions(degrees
     assert power == pytest.approx(0.8, abs=0.04)
 
 
+def test_a_training_with_one_seed_varies_as_the_other_one_does_and_a_model_as_it_is_does_not() -> None:
+    """Seeds at 0.2 and 0.6: s^2 = 0.08, of their mean 0.04; of one more seed 0.08 beside it."""
+    one, two = np.full((1, 50), 0.5), np.array([[0.2], [0.6]]).repeat(50, axis=1)
+    half = 12.7062 * np.array([0.04, 0.04 + 0.08]) ** 0.5
+    fixed, trained = paired_values(one, two, (True, False)), paired_values(one, two)
+    assert [own.high - own.value for own in (fixed, trained)] == pytest.approx(half, rel=1e-4)
+    turned = paired_values(two, one, (False, True))
+    assert (turned.low, turned.high) == pytest.approx((-fixed.high, -fixed.low))
+    # Nothing at all would have been told of rates.
+    assert paired_rates(one > 0.4, two > 0.4).detectable == np.inf
+    assert paired_values(one[:, :1], two[:, :1]).verdict(0.05) == "not distinguishable"
+
+
 def test_what_is_hard_for_both_is_no_chance_of_their_difference() -> None:
     """30 of 60 examples are hopeless for both: joined from two rates, the second's gain is lost in them."""
     first = np.array([[False] * 30 + [True] * 15 + [False] * 15] * 3)
@@ -100,10 +113,21 @@ def test_pairs_of_several_seeds_are_never_certain() -> None:
     assert paired_rates(alike, apart).high == 1.0
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [((3, 3), 0.1), ((3, 3), 0.8), ((2, 3), 0.8)])
-def test_pairs_cover_as_often_as_they_say(seeds: tuple[int, int], spread: float) -> None:
-    """Logits of seeds and of examples, the examples' shared by both sides: 95 % of 200 studies, less chance.
-    A bootstrap of as few seeds covers 81 to 88 % where they are as far apart."""
+@pytest.mark.parametrize(
+    ("seeds", "spread", "least"),
+    [
+        ((3, 3), 0.1, 0.95),
+        ((3, 3), 0.8, 0.93),
+        ((2, 3), 0.8, 0.91),
+        ((1, 3), 0.3, 0.93),
+        ((1, 3), 0.8, 0.9),
+        ((1, 2), 0.3, 0.91),
+        ((2, 2), 0.8, 0.9),
+    ],
+)
+def test_pairs_cover_as_often_as_they_say(seeds: tuple[int, int], spread: float, least: float) -> None:
+    """Logits of seeds and of examples, the examples' shared by both sides: 200 studies, a standard error of
+    1.5 points. A bootstrap of two or three seeds as far apart as 0.8 covers 81 to 88 %."""
     generator, covered, repetitions = np.random.default_rng(3), 0, 200
 
     def drawn(middle: float, number: int, hard: np.ndarray) -> np.ndarray:
@@ -116,7 +140,7 @@ def test_pairs_cover_as_often_as_they_say(seeds: tuple[int, int], spread: float)
         hard = generator.normal(0, 2.0, size=60)
         found = paired_rates(drawn(0.0, seeds[0], hard), drawn(1.0, seeds[1], hard))
         covered += found.low <= high - low <= found.high
-    assert covered >= 0.91 * repetitions
+    assert covered >= least * repetitions
 
 
 def test_a_difference_by_hand() -> None:

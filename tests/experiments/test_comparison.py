@@ -80,7 +80,7 @@ def table(rows: Mapping[str, Compared]) -> str:
 
 def claims(rows: Mapping[str, Compared]) -> str:
     study = comparison(rows)
-    return table_text(replies(study, answers(rows, METHODS.claims, RATES), rows))
+    return table_text(replies(study, answers(rows, METHODS.claims, RATES, study.untrained), rows))
 
 
 def test_seeds_become_one_rate_with_its_interval_and_both_seeds_are_shown(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_every_cell_of_a_study_can_be_computed_again(name: str, in_root: Path, t
     rows = read(folders, study.columns)
     assert numbers(json.dumps(exported(study, rows))) == recorded
     report = (folder / "report.md").read_text(encoding="utf-8")
-    tables = tables_of(study, folders, rows, answers(rows, study.claims, study.columns))
+    tables = tables_of(study, folders, rows, answers(rows, study.claims, study.columns, study.untrained))
     signs = [*carrying(rows), *judges(study, rows)]
     assert "\n".join(f"- {sign}" for sign in signs) in report.replace("\\", "")
     for table in tables:

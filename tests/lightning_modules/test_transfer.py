@@ -22,13 +22,13 @@ from lightning_modules.attacks.suffix.random_search import RandomSearch
 from lightning_modules.attacks.suffix.stored import StoredSuffixes
 from lightning_modules.attacks.text.rewrites import DirectRequest, InContext, Noise, Prefilling, Templates
 from lightning_modules.attacks.transfer import (
-    AwayFromAnswer,
     Found,
     NothingCarried,
     RandomPoint,
     Surroundings,
     TowardsRefusal,
     around,
+    away_of,
     has_ball,
     transfer_of,
     with_targets,
@@ -170,8 +170,11 @@ def test_a_search_towards_a_refusal_makes_it_likelier() -> None:
 
 
 def test_a_search_away_from_the_right_answer_makes_it_unlikelier_within_the_ball() -> None:
-    attack, model, batch = EmbeddingPGD(epsilon=0.5, num_steps=5), chat_model(), benign()
-    attacked = AwayFromAnswer(attack)(model, batch, found(), torch.Generator())
+    # stop_loss is of the other aim: every -CE is below it.
+    attack, model, batch = EmbeddingPGD(epsilon=0.5, num_steps=5, stop_loss=0.05), chat_model(), benign()
+    away = away_of(attack)
+    assert away is not None
+    attacked = away(model, batch, found(), torch.Generator())
     assert attacked.delta is not None
     assert (attacked.delta.norm(dim=-1) <= 0.5 * mean_embedding_norm(model) * (1 + 1e-6)).all()
     # What is minimised is -CE of each prompt's own right answer, not of a borrowed text.
@@ -182,7 +185,14 @@ def test_a_search_away_from_the_right_answer_makes_it_unlikelier_within_the_ball
     assert (-attacked.best_loss > -attacked.start_loss).all()
     unanswered = replace(batch, expected=("", *batch.expected[1:]))
     with pytest.raises(ValueError, match="expected a right answer to attack"):
-        AwayFromAnswer(attack)(model, unanswered, found(), torch.Generator())
+        away(model, unanswered, found(), torch.Generator())
+    # Restarts are searched away from the answer too, and the worst of them counts.
+    random = EmbeddingPGD(epsilon=0.5, num_steps=2, random_start=True)
+    once, often = away_of(random), away_of(Repeat(random, 4))
+    assert once is not None and often is not None
+    single, several = (own(model, batch, found(), torch.Generator().manual_seed(1)) for own in (once, often))
+    assert (several.forward_passes == 4 * single.forward_passes).all()
+    assert several.best_loss.mean() < single.best_loss.mean()
 
 
 def test_who_has_a_ball_and_who_can_be_done_to_others() -> None:

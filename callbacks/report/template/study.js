@@ -12,7 +12,7 @@ const narrow = () => {
 };
 find.addEventListener("input", narrow);
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "/" || /INPUT|SELECT|TEXTAREA/.test(event.target.tagName)) return;
+  if (event.key !== "/" || event.ctrlKey || event.altKey || event.metaKey || /INPUT|SELECT|TEXTAREA/.test(event.target.tagName)) return;
   event.preventDefault();
   find.focus();
 });

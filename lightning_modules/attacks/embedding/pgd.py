@@ -9,6 +9,7 @@ One step of size epsilon is FGSM. The perturbation and its update are fp32 whate
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,11 +112,14 @@ class EmbeddingPGD:
         self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch away from its targets, which are right answers here: the untargeted attack of
-        Madry et al. (2018, eq. 2.1). The losses of the result are -CE, which is what is minimised.
+        Madry et al. (2018, eq. 2.1). The losses of the result are -CE, which is what is minimised; a
+        `stop_loss`, which is of the other aim, does not apply.
 
         Raises: RuntimeError in inference mode.
         """
-        return self._attacked(model, batch, rng, -1)
+        own = copy(self)
+        own.stop_loss = None
+        return own._attacked(model, batch, rng, -1)
 
     def _attacked(
         self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None, sign: int
