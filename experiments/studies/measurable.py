@@ -1,8 +1,10 @@
-"""Will a study's or a sweep's columns be measured? Asked of the evaluations before the first training."""
+"""Will a study's or a sweep's columns be measured? Asked of evaluations before the first training, by what
+their configuration says: nothing is built. What only a run can tell (an attack that cannot be done to benign
+prompts, a judge with settings of its own) is not refused here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from callbacks.evaluations.benchmark import Benchmark
@@ -16,15 +18,22 @@ from experiments.config.classes import import_class
 from experiments.config.errors import ConfigError, suggest
 from experiments.studies.definition import Column
 
-GCG = "gcg"
-"""The attack of a GCGEvaluation."""
-FIXED = {"CertificationEvaluation": CERTIFIED, "ReplyChangeEvaluation": AGAINST_BASE}
-"""Evaluations whose one set has a name of their own."""
-REMEDY = "add it to `test`, or make the column optional"
+Node = Mapping[str, Any]
+GCG_SUITE = ("direct", "initial_suffix", "gcg")
+"""The attacks of a GCGEvaluation."""
+BENIGN = ("over_refusal_rate", "exact_match")
+"""Quantities of benign prompts that carry an attack."""
+PLAIN = {
+    "refusal_rate": "RefusalEvaluation",
+    "over_refusal_rate": "RefusalEvaluation",
+    "exact_match": "UtilityEvaluation",
+}
+"""Who measures a quantity without an attack, of the data's own rows."""
+REMEDY = "add it to the evaluations (of a study: to `test`), or make the column optional"
 
 
 def check_columns_measured(columns: Mapping[str, Column], config: Mapping[str, Any]) -> None:
-    """Attacks, named sets and judges that columns name; an optional column may be missing.
+    """Attacks, named sets, judges and quantities that columns name; an optional column may be missing.
 
     Args:
         columns: label -> column.
@@ -32,28 +41,32 @@ def check_columns_measured(columns: Mapping[str, Column], config: Mapping[str, A
 
     Raises: ConfigError for one that no evaluation of ours has: it would be missed only after the training.
     """
-    suites, attacks = _suites(config), attacks_of(config)
-    if attacks is None:
+    suites = _suites(config)
+    if suites is None:
         return
-    searched = {f"{attack}{end}" for attack in attacks for end in (TOWARDS_REFUSAL, AWAY_FROM_ANSWER)}
-    sets, judges = {*_sets(suites, config)}, _judges(suites)
+    sets, judges = _sets(suites, config), _judges(suites)
+    classes = {_class(own) for own in suites}
     for name, column in columns.items():
         if column.optional:
             continue
-        _known(f"columns.{name}.attack", column.attack, attacks | searched | {WORST_CASE, WORST_CASE_TEXT})
-        _known(f"columns.{name}.block", column.block, sets)
+        _known(f"columns.{name}.attack", column.attack, _attacks(suites, column.quantity))
+        if sets is not None:
+            _known(f"columns.{name}.block", column.block, sets)
         if judges is not None:
             _known(f"columns.{name}.judge", column.judge, judges)
+        asked = PLAIN.get(column.quantity)
+        if asked is not None and not column.attack and not column.block and asked not in classes:
+            raise ConfigError(
+                f"columns.{name}.quantity: {column.quantity!r} is in none of its evaluations; add a {asked}, "
+                "or make the column optional"
+            )
 
 
 def attacks_of(config: Mapping[str, Any]) -> frozenset[str] | None:
     """Names of the attacks of a configuration's suites; None where somebody's own evaluation may name things
     in its own way."""
     suites = _suites(config)
-    if any(not str(own.get("class_path")).startswith("callbacks.") for own in suites):
-        return None
-    plain = {attack for own in suites for attack in (own.get("init_args") or {}).get("attacks") or {}}
-    return frozenset(plain | {GCG for own in suites if _class(own) == "GCGEvaluation"})
+    return None if suites is None else frozenset(own for suite in suites for own in _named(suite))
 
 
 def check_curves(curves: Iterable[str], attacks: Iterable[frozenset[str] | None]) -> None:
@@ -65,41 +78,98 @@ def check_curves(curves: Iterable[str], attacks: Iterable[frozenset[str] | None]
             _known(f"curves.{number}", attack, there, "name an attack of a suite")
 
 
-def _suites(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [*((config.get("trainer") or {}).get("callbacks") or [])]
-
-
 def _known(place: str, name: str, there: Iterable[str], remedy: str = REMEDY) -> None:
     names = sorted(there)
     if name and name not in names:
         raise ConfigError(f"{place}: {name!r} is in none of its evaluations{suggest(name, names)}; {remedy}")
 
 
-def _class(own: Mapping[str, Any]) -> str:
+def _suites(config: Mapping[str, Any]) -> list[Node] | None:
+    """Our evaluations; None where there may be somebody's own. Lightning's callbacks measure nothing."""
+    found = (config.get("trainer") or {}).get("callbacks") or []
+    every = [found] if isinstance(found, Mapping) else [*found]
+    others = [own for own in every if not str(own.get("class_path")).startswith("lightning.")]
+    ours = all(str(own.get("class_path")).startswith("callbacks.") for own in others)
+    return others if ours else None
+
+
+def _class(own: Node) -> str:
     return str(own.get("class_path")).rpartition(".")[2]
 
 
-def _sets(suites: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Iterator[str]:
-    """Names of sets: of the data's, of benchmarks and texts, and what evaluations call their own."""
-    evaluation = ((config.get("data") or {}).get("init_args") or {}).get("evaluation") or {}
-    yield from evaluation.get("blocks") or {}
-    for own in suites:
-        arguments = own.get("init_args") or {}
-        yield from arguments.get("texts") or {}
-        for benchmark in arguments.get("benchmarks") or []:
-            yield Benchmark(**{key: value for key, value in benchmark.items() if key != "docs"}).name
-        own_name = getattr(import_class("trainer.callbacks", own["class_path"]), "name", "")
-        yield FIXED.get(_class(own)) or str(arguments.get("block") or own_name)
+def _arguments(own: Node) -> Node:
+    found: Node = own.get("init_args") or {}
+    return found
 
 
-def _judges(suites: Iterable[Mapping[str, Any]]) -> set[str] | None:
+def _named(suite: Node) -> list[str]:
+    return [*(GCG_SUITE if _class(suite) == "GCGEvaluation" else _arguments(suite).get("attacks") or {})]
+
+
+def _attacks(suites: Sequence[Node], quantity: str) -> set[str]:
+    """What a column of this quantity may name as its attack."""
+    found: set[str] = set()
+    for suite in suites:
+        names, benign = _named(suite), _arguments(suite).get("benign")
+        if quantity == "forced_refusal_rate":
+            turned = benign is not None and benign.get("towards_refusal", True)
+            found |= {f"{name}{TOWARDS_REFUSAL}" for name in names if turned}
+        elif quantity == "robust_accuracy":
+            found |= {f"{name}{AWAY_FROM_ANSWER}" for name in (benign or {}).get("away_from_answer") or []}
+        elif quantity not in BENIGN or benign is not None:
+            found |= {*names}
+    if quantity not in BENIGN and sum(len(_named(suite)) for suite in suites) > 1:
+        found |= {WORST_CASE, WORST_CASE_TEXT}
+    return found
+
+
+def _sets(suites: Sequence[Node], config: Mapping[str, Any]) -> set[str] | None:
+    """Named sets that some evaluation measures; None where the data is not ours, whose sets are not known."""
+    data = config.get("data") or {}
+    if not str(data.get("class_path")).startswith("datamodules."):
+        return None
+    there = [*(((data.get("init_args") or {}).get("evaluation") or {}).get("blocks") or {})]
+    found: set[str] = set()
+    for suite in suites:
+        own = _class(suite)
+        found |= {*SETS[own](_arguments(suite), there)} if own in SETS else set()
+    return found
+
+
+def _all_or_listed(arguments: Node, there: Sequence[str]) -> Sequence[str]:
+    return there if arguments.get("sets") is None else [own for own in arguments["sets"] if own in there]
+
+
+def _benchmarks(arguments: Node, there: Sequence[str]) -> Sequence[str]:
+    return [
+        Benchmark(**{key: value for key, value in own.items() if key != "docs"}).name
+        for own in arguments.get("benchmarks") or []
+    ]
+
+
+SETS: Mapping[str, Callable[[Node, Sequence[str]], Iterable[str]]] = {
+    "AttributionEvaluation": lambda own, there: ["attribution"],
+    "BenchmarkEvaluation": _benchmarks,
+    "BlockEvaluation": _all_or_listed,
+    "CertificationEvaluation": lambda own, there: [CERTIFIED],
+    "DivergenceEvaluation": lambda own, there: ["divergence"],
+    "MTBenchEvaluation": lambda own, there: [own.get("block", "mt_bench")],
+    "PerplexityEvaluation": lambda own, there: own.get("texts") or (),
+    "ReplyChangeEvaluation": lambda own, there: [AGAINST_BASE],
+    "WordingEvaluation": lambda own, there: [own.get("plain", ""), own.get("reworded", "")],
+    "XSTestEvaluation": lambda own, there: [own.get("block", "xstest")],
+}
+"""Evaluation -> the sets that it measures, of its arguments and of the data's own sets."""
+
+
+def _judges(suites: Iterable[Node]) -> set[str] | None:
     """Labels of the judges beside the deciding ones; None where one has settings, which may change its
     label."""
     found: set[str] = set()
-    for own in suites:
-        if _class(own) == "InjectionEvaluation":
+    for suite in suites:
+        if _class(suite) == "InjectionEvaluation":
             found |= {label(TaskKept()), label(AnswerOverlap())}
-        for node in (own.get("init_args") or {}).get("judges") or []:
+        for node in _arguments(suite).get("judges") or []:
             if node.get("init_args"):
                 return None
             found.add(label(import_class("judges", node["class_path"])()))
