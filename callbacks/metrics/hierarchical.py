@@ -21,6 +21,7 @@ from callbacks.metrics.estimates import newcombe_interval, wilson_interval
 
 Outcomes = Bool[NDArray[np.bool_], "seed example"]
 Values = Float[NDArray[np.float64], "seed example"]
+UNTOLD = "not distinguishable"
 DRAWS = 2000
 POWER = NormalDist().inv_cdf(0.8)
 Z_95 = NormalDist().inv_cdf(0.975)
@@ -63,7 +64,7 @@ class SeedDifference:
             return "higher"
         if -margin < self.low and self.high < margin:
             return "equivalent"
-        return "not distinguishable"
+        return UNTOLD
 
 
 def seed_rate(outcomes: Outcomes, rng: int = 0) -> SeedRate:

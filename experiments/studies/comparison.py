@@ -13,6 +13,7 @@ import numpy as np
 
 from callbacks.metrics.estimates import Z_95, Difference, Estimate, paired_difference
 from callbacks.metrics.hierarchical import (
+    UNTOLD,
     Fixed,
     SeedDifference,
     SeedRate,
@@ -36,6 +37,8 @@ from callbacks.run_folder.folder import RunFolder
 from datamodules.results import last_step, read_measurements, read_rows
 from experiments.studies.definition import Claim, Column
 
+LEVEL = 0.05
+"""Of a test: p values from here on tell no difference."""
 Happened = dict[Metric, Events]
 """Metric -> what occurred on every test example, by whom it was judged and how it was measured."""
 
@@ -86,6 +89,12 @@ class Answer:
     single: bool
     """Whether both runs have one seed, and one of them at least is a training: what is said is of these
     trainings, not of others."""
+
+    def says(self, margin: float) -> str:
+        """The verdict of the interval; no difference is told where the exact test beside it tells none."""
+        found = self.difference.verdict(margin if self.is_rate else 0.0)
+        untold = self.paired is not None and self.paired.p_value >= LEVEL
+        return UNTOLD if untold and found in ("lower", "higher") else found
 
 
 def tested(folder: Path) -> tuple[int, list[Measured]]:

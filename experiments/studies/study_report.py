@@ -124,7 +124,7 @@ def verdicts_line(study: Study) -> str:
         "with several by Student's interval over examples and seeds, rates never narrower than one seed's n "
         "allows; otherwise joined from the two intervals. A training with one seed is taken to vary as the "
         "other run's seeds do; where both have one, the answer is of these trainings alone (\"one training "
-        'each"). '
+        'each"), and no difference is told where the exact p is 0.05 or more. '
         f'"Equivalent" is said where all of the interval lies within {100 * study.margin:.0f} points, "not '
         'distinguishable" where it holds 0 and more than that. The last column is the smallest true '
         "difference that would have been found in four of five repetitions."
@@ -223,7 +223,7 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
                     own.difference.value,
                     (own.difference.low, own.difference.high),
                 ),
-                Cell(own.difference.verdict(study.margin if own.is_rate else 0.0) + unlike),
+                Cell(own.says(study.margin) + unlike),
                 Cell(_detectable(own.difference.detectable, scale, unit), own.difference.detectable),
             ]
         )

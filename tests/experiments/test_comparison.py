@@ -166,6 +166,24 @@ def test_one_seed_each_is_compared_pair_by_pair_where_the_examples_are_the_same(
     # Four shared examples of forty are not told as the difference of the two rates.
     assert apart.paired is None and apart.difference.value == pytest.approx(0.25)
     assert not unlike.measured_alike
+    # Two trainings say nothing of others; a model as it is has no others, and against itself nothing is one.
+    assert paired.single and "higher; one training each" in table_text(
+        replies(comparison(["cat"]), [paired], rows)
+    )
+    fixed = [own.single for own in answers(rows, claims, UTILITY, ["a", "b"])]
+    assert fixed == [False, True, True]
+
+
+def test_no_difference_is_told_where_the_exact_test_tells_none(tmp_path: Path) -> None:
+    """5 of 39 lost, none gained: Newcombe's interval is below 0, McNemar's p is 0.0625."""
+    before, after = [True] * 5 + [False] * 34, [False] * 39
+    rows = compared({"a": told(tmp_path / "a", before), "b": told(tmp_path / "b", after)}, UTILITY)
+    (found,) = answers(rows, [Claim("q", "a", "b", ["utility"])], UTILITY)
+    assert found.paired is not None and found.paired.p_value == 0.0625
+    assert found.difference.verdict(0.05) == "lower" and found.says(0.05) == "not distinguishable"
+    told_apart = told(tmp_path / "c", [True] * 6 + [False] * 33)
+    rows = compared({"a": told_apart, "b": told(tmp_path / "d", after)}, UTILITY)
+    assert answers(rows, [Claim("q", "a", "b", ["utility"])], UTILITY)[0].says(0.05) == "lower"
 
 
 def test_a_perplexity_is_a_column(tmp_path: Path) -> None:
