@@ -63,7 +63,8 @@ def searched(out: Path, known: Collection[str]) -> dict[str, Tries]:
         out: the folder of search.csv.
         known: names of the methods that there are.
 
-    Raises: ValueError where it is damaged, of other methods, or names another setting than did best.
+    Raises: ValueError where it is damaged, of other methods, of more tries of one method than of another, or
+    names another setting than did best.
     """
     path = out / SEARCH
     if not path.is_file():
@@ -88,6 +89,13 @@ def searched(out: Path, known: Collection[str]) -> dict[str, Tries]:
     for name in found:
         if name not in known:
             raise ValueError(f"{path}: no method is called {name!r}; {_remedy(out)}")
+    sizes = {name: len(tries) for name, tries in found.items()}
+    if len({*sizes.values()}) > 1:
+        least, most = min(sizes, key=lambda own: sizes[own]), max(sizes, key=lambda own: sizes[own])
+        raise ValueError(
+            f"{path}: {sizes[least]} tries of {least!r} and {sizes[most]} of {most!r}, where all had as many; "
+            f"{_remedy(out)}"
+        )
     if said != {(name, chosen(tries)) for name, tries in found.items()}:
         raise ValueError(f"{path}: what it calls {CHOSEN} is not what did best; {_remedy(out)}")
     return dict(found)

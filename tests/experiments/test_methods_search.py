@@ -147,6 +147,8 @@ def test_a_search_tries_rates_then_changes_at_the_best_and_goes_on_elsewhere(
         ("cat,", "kat,", "no method is called 'kat'"),
         (",yes,", ",,", "what it calls chosen is not what did best"),
         ("2e-4,,", "2e-4,yes,", "what it calls chosen is not what did best"),
+        # One that did worse is gone: nothing else would tell.
+        ("cat,2e-4,,0.0,0.975,0.0,0.025,1.0,1.0,0.18,0.71,0.175,0.75\n", "", "4 tries of 'cat' and 5 of "),
     ],
 )
 def test_a_damaged_record_is_said_in_one_line(
