@@ -93,7 +93,7 @@ def searched(out: Path, known: Collection[str]) -> dict[str, Tries]:
     if len({*sizes.values()}) > 1:
         least, most = min(sizes, key=lambda own: sizes[own]), max(sizes, key=lambda own: sizes[own])
         raise ValueError(
-            f"{path}: {sizes[least]} tries of {least!r} and {sizes[most]} of {most!r}, where all had as many; "
+            f"{path}: {sizes[least]} tries of {least!r} and {sizes[most]} of {most!r}, all had as many; "
             f"{_remedy(out)}"
         )
     if said != {(name, chosen(tries)) for name, tries in found.items()}:
