@@ -121,8 +121,8 @@ def paired_values(first: Values, second: Values, fixed: Fixed = (False, False)) 
     examples; and of each side's means over its seeds (`seed_terms`). Examples and seeds are crossed random
     effects (Owen 2007, Annals of Applied Statistics 1:386); what is left of a reply beside them counts in all
     terms, on the safe side. With one seed each it is Student's paired interval. One example says nothing of
-    others: its interval is infinite. In simulations 95 % cover 94 to 99 % with three seeds a side, and 90 to
-    97 % with one beside two or three, and with two (tests/callbacks/test_hierarchical.py): two seeds that
+    others: its interval is infinite. In simulations 95 % cover 93 to 99 % with three seeds a side, and 90 to
+    99 % with one beside two or three, and with two (tests/callbacks/test_hierarchical.py): two seeds that
     happen to agree say too much.
     """
     examples = first.shape[1]
