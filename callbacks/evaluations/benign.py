@@ -11,7 +11,8 @@ from callbacks.judges.base import Judge
 from callbacks.judges.exact import ExactMatch
 from datamodules.fields import Count, checked
 from lightning_modules.attacks.base import Attack
-from lightning_modules.attacks.transfer import away_of, transfer_of, turned_of
+from lightning_modules.attacks.benign_search import away_of
+from lightning_modules.attacks.transfer import transfer_of, turned_of
 
 TOWARDS_REFUSAL = "_towards_refusal"
 """Ends the name of a search for refusals of benign prompts."""

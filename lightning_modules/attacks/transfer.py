@@ -2,8 +2,8 @@
 attack's marks has learned the marks, not harm.
 
 A transfer optimises nothing for the benign prompt: suffixes and other frames are those found on other
-requests, rewritings and points of a ball are drawn at random. The exceptions search in an attack's ball:
-`TowardsRefusal` for a perturbation that makes the model refuse, `AwayFromAnswer` for one that makes it wrong.
+requests, rewritings and points of a ball are drawn at random. The one exception here is `TowardsRefusal`, a
+search for a perturbation that makes the model refuse; benign_search.py has another.
 """
 
 from __future__ import annotations
@@ -106,27 +106,6 @@ def turned_of(attack: Attack) -> Transfer | None:
     if isinstance(attack, DirectionalAblation):
         return DirectionAdded(attack)
     return TowardsRefusal(attack) if has_ball(attack) else None
-
-
-def away_of(attack: Attack) -> Transfer | None:
-    """The attack turned away from right answers; None for what is no descent in a ball of embeddings."""
-    inner = attack.attack if isinstance(attack, Repeat) else attack
-    if not isinstance(inner, EmbeddingPGD) or inner.epsilon is None:
-        return None
-    away = Away(inner)
-    return AwayFromAnswer(Repeat(away, attack.num_repetitions) if isinstance(attack, Repeat) else away)
-
-
-@dataclass
-class Away:
-    """A descent away from its targets, as an attack."""
-
-    descent: EmbeddingPGD
-
-    def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
-    ) -> AttackedPrompt:
-        return self.descent.away(model, batch, rng)
 
 
 @dataclass
@@ -239,24 +218,6 @@ class TowardsRefusal:
 
 
 @dataclass
-class AwayFromAnswer:
-    """A search in the attack's ball for what makes the model wrong on a benign task. Accuracy under it is an
-    upper bound of the robust accuracy of Madry et al. (2018): the reply to the point of the highest loss is
-    judged, and a stronger search may find another."""
-
-    attack: Away | Repeat
-
-    def __call__(
-        self, model: LanguageModel, batch: EvaluationBatch, found: Found, rng: torch.Generator
-    ) -> AttackedPrompt:
-        """Raises: ValueError for a prompt without a right answer."""
-        unanswered = next((k for k, right in zip(batch.keys, batch.expected, strict=True) if not right), None)
-        if unanswered is not None:
-            raise ValueError(f"{unanswered}: expected a right answer to attack, got none; leave the row out")
-        return self.attack(model, _aimed(model, batch, batch.expected, found.attackable), rng)
-
-
-@dataclass
 class Ablated:
     """The same direction removed while the model reads a benign prompt: what the attack costs otherwise."""
 
@@ -340,10 +301,10 @@ def with_targets(
 ) -> AdversarialBatch:
     """Benign prompts as a batch that an attack takes, with these texts in turn as what it aims at."""
     aims = [targets[example_id(key) % len(targets)] for key in batch.keys]
-    return _aimed(model, batch, aims, attackable)
+    return aimed(model, batch, aims, attackable)
 
 
-def _aimed(
+def aimed(
     model: LanguageModel, batch: EvaluationBatch, aims: Sequence[str], attackable: Attackable
 ) -> AdversarialBatch:
     """Prompts as a batch that an attack takes, each with its own text to aim at."""

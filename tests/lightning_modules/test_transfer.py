@@ -13,6 +13,7 @@ from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.sources.tinychat.sources import TinyChatBenign, TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
 from lightning_modules.attacks.base import Attack, AttackedPrompt
+from lightning_modules.attacks.benign_search import away_of
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, target_loss
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
@@ -28,7 +29,6 @@ from lightning_modules.attacks.transfer import (
     Surroundings,
     TowardsRefusal,
     around,
-    away_of,
     has_ball,
     transfer_of,
     with_targets,
