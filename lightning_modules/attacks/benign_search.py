@@ -7,33 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from datamodules.batch import AdversarialBatch, EvaluationBatch
+from datamodules.batch import EvaluationBatch
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
-from lightning_modules.attacks.repeat import Repeat
 from lightning_modules.attacks.transfer import Found, Transfer, aimed
 from lightning_modules.models.language_model import LanguageModel
 
 
 def away_of(attack: Attack) -> Transfer | None:
     """The attack turned away from right answers; None for what is no descent in a ball of embeddings."""
-    inner = attack.attack if isinstance(attack, Repeat) else attack
-    if not isinstance(inner, EmbeddingPGD) or inner.epsilon is None:
+    if not isinstance(attack, EmbeddingPGD) or attack.epsilon is None:
         return None
-    away = Away(inner)
-    return AwayFromAnswer(Repeat(away, attack.num_repetitions) if isinstance(attack, Repeat) else away)
-
-
-@dataclass
-class Away:
-    """A descent away from its targets, as an attack."""
-
-    descent: EmbeddingPGD
-
-    def __call__(
-        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
-    ) -> AttackedPrompt:
-        return self.descent.away(model, batch, rng)
+    return AwayFromAnswer(attack)
 
 
 @dataclass
@@ -42,7 +27,7 @@ class AwayFromAnswer:
     upper bound of the robust accuracy of Madry et al. (2018): the reply to the point of the highest loss is
     judged, and a stronger search may find another."""
 
-    attack: Away | Repeat
+    descent: EmbeddingPGD
 
     def __call__(
         self, model: LanguageModel, batch: EvaluationBatch, found: Found, rng: torch.Generator
@@ -51,4 +36,4 @@ class AwayFromAnswer:
         unanswered = next((k for k, right in zip(batch.keys, batch.expected, strict=True) if not right), None)
         if unanswered is not None:
             raise ValueError(f"{unanswered}: expected a right answer to attack, got none; leave the row out")
-        return self.attack(model, aimed(model, batch, batch.expected, found.attackable), rng)
+        return self.descent.away(model, aimed(model, batch, batch.expected, found.attackable), rng)

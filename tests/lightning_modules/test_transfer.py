@@ -186,13 +186,8 @@ def test_a_search_away_from_the_right_answer_makes_it_unlikelier_within_the_ball
     unanswered = replace(batch, expected=("", *batch.expected[1:]))
     with pytest.raises(ValueError, match="expected a right answer to attack"):
         away(model, unanswered, found(), torch.Generator())
-    # Restarts are searched away from the answer too, and the worst of them counts.
-    random = EmbeddingPGD(epsilon=0.5, num_steps=2, random_start=True)
-    once, often = away_of(random), away_of(Repeat(random, 4))
-    assert once is not None and often is not None
-    single, several = (own(model, batch, found(), torch.Generator().manual_seed(1)) for own in (once, often))
-    assert (several.forward_passes == 4 * single.forward_passes).all()
-    assert several.best_loss.mean() < single.best_loss.mean()
+    # Restarts would have to be searched away from the answer too: refused rather than forgotten.
+    assert away_of(Repeat(EmbeddingPGD(epsilon=0.5, random_start=True), 4)) is None
 
 
 def test_who_has_a_ball_and_who_can_be_done_to_others() -> None:
