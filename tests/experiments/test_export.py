@@ -242,9 +242,10 @@ def test_a_finished_run_is_exported_with_all_that_it_has_measured(thundercat: Ru
     status, out, err = thundercat("export", str(run), "--merged", "--folder", str(tmp_path / "whole"))
     assert status == 0, err
     base = AutoModelForCausalLM.from_pretrained(PACKAGED)
-    own = logits(PeftModel.from_pretrained(base, run / "model"))
+    # Of the exported numbers in float64: what float32 makes of them is another one on another processor.
+    own = logits(PeftModel.from_pretrained(base, run / "model").double())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    torch.testing.assert_close(logits(merged), own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(merged.double()), own, rtol=1e-5, atol=1e-5)
     assert not (run / "lock.json").exists()
     for folder, library in ((run / "model", "peft"), (tmp_path / "whole", "transformers")):
         text = (folder / "README.md").read_text()
