@@ -40,8 +40,8 @@ class BenignUnderAttack:
 
     def check(self, attacks: Mapping[str, Attack]) -> None:
         """Raises: ValueError for a name of `away_from_answer` that is none of the suite, or cannot search."""
+        known = [own for own, attack in attacks.items() if away_of(attack) is not None]
         for name in self.away_from_answer:
-            known = [own for own, attack in attacks.items() if away_of(attack) is not None]
             if name not in known:
                 raise ValueError(
                     f"benign.away_from_answer: expected descents in a ball of embeddings, of this suite: "

@@ -19,9 +19,10 @@ from callbacks.report.page import study_page
 from callbacks.report.signs import words
 from callbacks.report.under_attack import FALL, REFUSED
 from callbacks.run_folder.provenance import environment_facts
+from experiments.studies.answers import Answer, answers
 from experiments.studies.archive import RUNS, archive, revisions
 from experiments.studies.categories import by_category
-from experiments.studies.comparison import Answer, Compared, answers, read
+from experiments.studies.comparison import Compared, read
 from experiments.studies.correlation import correlations
 from experiments.studies.costs import cost_table, curves
 from experiments.studies.definition import Study, TradeOff
@@ -209,8 +210,8 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
         )
         p = "" if own.paired is None else f", {p_value(own.paired.p_value)}"
         p += f" ({own.pairs} pairs)" if own.pairs else ""
-        unlike = "; one training each" if own.single else ""
-        unlike += "" if own.measured_alike else "; measured in different ways"
+        limits = "; one training each" if own.single else ""
+        limits += "" if own.measured_alike else "; measured in different ways"
         sign = " %" if own.is_rate else ""
         table.append(
             [
@@ -223,7 +224,7 @@ def replies(study: Study, found: list[Answer], rows: Mapping[str, Compared]) -> 
                     own.difference.value,
                     (own.difference.low, own.difference.high),
                 ),
-                Cell(own.says(study.margin) + unlike),
+                Cell(own.says(study.margin) + limits),
                 Cell(_detectable(own.difference.detectable, scale, unit), own.difference.detectable),
             ]
         )

@@ -12,8 +12,9 @@ import pytest
 from callbacks.report.load import load
 from callbacks.report.markdown import table_text
 from datamodules.results import ResultsStore
+from experiments.studies.answers import answers
 from experiments.studies.archive import archive, archived
-from experiments.studies.comparison import Compared, answers
+from experiments.studies.comparison import Compared
 from experiments.studies.comparison import read as compared
 from experiments.studies.definition import Claim, Column, Study, load_study
 from experiments.studies.study_report import cells, replies, write_study

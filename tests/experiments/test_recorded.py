@@ -19,8 +19,9 @@ from callbacks.report.load import export, load
 from callbacks.report.markdown import document, table_text
 from callbacks.report.results import Stage
 from datamodules.results import read_rows
+from experiments.studies.answers import answers
 from experiments.studies.archive import archived
-from experiments.studies.comparison import answers, read
+from experiments.studies.comparison import read
 from experiments.studies.costs import cost_table
 from experiments.studies.definition import load_study
 from experiments.studies.spreadsheet import write_tables

@@ -21,8 +21,9 @@ from callbacks.report.events import Events
 from datamodules.results import ResultsStore
 from experiments.commands.study import StudyCall, study
 from experiments.config.errors import ConfigError
+from experiments.studies.answers import answers
 from experiments.studies.categories import by_category, tail
-from experiments.studies.comparison import Compared, answers
+from experiments.studies.comparison import Compared
 from experiments.studies.correlation import correlation
 from experiments.studies.definition import Claim, Column, Study, StudyRun
 from experiments.studies.study_report import cells, exported
@@ -224,6 +225,22 @@ def test_a_checkpoint_on_the_way_is_not_said_to_have_cost_nothing() -> None:
     own = Study(title="t", runs=runs, columns={})
     assert [row[-1].text for row in cells(own, rows).rows] == ["120", "-"]
     assert [run["passes"] for run in exported(own, rows).values()] == [120.0, None]
+
+
+def test_a_loss_is_measured_as_its_attack_is() -> None:
+    """Losses of another budget had been compared in silence: they are no events of their own."""
+    loss, won = Metric("loss_best", "harmful", "gcg"), Metric("success_rate", "harmful", "gcg")
+
+    def one(settings: str) -> Compared:
+        attacked = {0: {won: Events(won, "judge", {"a": True, "b": False}, settings=settings)}}
+        means = {"loss": SeedRate(1.0, 0.0, 2.0, (1.0,), 2)}
+        return Compared({}, means, 0.0, attacked, losses={0: {loss: {"a": 1.0, "b": 2.0}}})
+
+    columns = {"loss": Column("loss_best", "harmful", "gcg")}
+    for settings, alike in (("500 steps", True), ("10 steps", False)):
+        runs = {"x": one("500 steps"), "y": one(settings)}
+        (answer,) = answers(runs, [Claim("?", "x", "y", ["loss"])], columns)
+        assert answer.measured_alike is alike
 
 
 def test_losses_are_compared_example_by_example_over_all_seeds() -> None:

@@ -105,7 +105,7 @@ class EmbeddingPGD:
         self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None = None
     ) -> AttackedPrompt:
         """Attack the batch towards its harmful targets. Raises: RuntimeError in inference mode."""
-        return self._attacked(model, batch, rng, 1)
+        return self._attack(model, batch, rng)
 
     @torch.enable_grad()
     def away(
@@ -119,10 +119,14 @@ class EmbeddingPGD:
         """
         own = copy(self)
         own.stop_loss = None
-        return own._attacked(model, batch, rng, -1)
+        return own._attack(model, batch, rng, away=True)
 
-    def _attacked(
-        self, model: LanguageModel, batch: AdversarialBatch, rng: torch.Generator | None, sign: int
+    def _attack(
+        self,
+        model: LanguageModel,
+        batch: AdversarialBatch,
+        rng: torch.Generator | None,
+        away: bool = False,
     ) -> AttackedPrompt:
         require_gradients(self)
         radius, step = self.lengths(model)
@@ -139,7 +143,8 @@ class EmbeddingPGD:
                 clean, mask = rows.clean, batch.harmful_mask
                 if own is not None:
                     clean, mask = clean[own], mask[own]
-                return sign * mean_cross_entropy(rows.log_probs(clean + point, own), mask)
+                found = mean_cross_entropy(rows.log_probs(clean + point, own), mask)
+                return -found if away else found
 
             delta = self._start(rows, batch, radius, rng)
             found = self.descend(loss, delta, rows.placed(batch.attackable_mask)[..., None], radius, step)
