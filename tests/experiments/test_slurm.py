@@ -80,13 +80,20 @@ def job(words: list[str], output: Path, asked: bool = False, **environment: str)
     output."""
 
     def console(arguments: list[str]) -> int:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         listen()
         if asked:
             os.kill(os.getpid(), signal.SIGUSR1)
         return main(arguments)
 
-    with mock.patch("tests.support.forked.main", console):
-        task = forked(words, output, **TASK, **environment)
+    # A real job listens before there are threads. Where an earlier test has used W&B, its threads begin anew
+    # in what is forked, before anything can listen: the signal would reach one that does not hold it back.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with mock.patch("tests.support.forked.main", console):
+            task = forked(words, output, **TASK, **environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     task.join(120)
     return task.exitcode, output.read_text()
 
