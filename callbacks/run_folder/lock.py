@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from callbacks.run_folder.folder import RunError, RunFolder
 from callbacks.run_folder.slurm_job import job_id, restarts
 
@@ -35,6 +33,9 @@ class RunLock:
         self._held = False
 
     def __enter__(self) -> RunLock:
+        # Here, for who only asks about a lock, as each of Ray's actors, would spend five seconds on it.
+        from lightning.pytorch.utilities import rank_zero_only
+
         if rank_zero_only.rank in (0, None):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._take()
@@ -83,6 +84,12 @@ def in_use(folder: str | Path) -> bool:
     except FileNotFoundError:
         return False
     return owner.get("host") == socket.gethostname() and _lives(owner)
+
+
+def release(folder: str | Path) -> None:
+    """Take over from a command that is known to have ended, on whatever node; whether one of this machine
+    lives the caller has asked already."""
+    RunFolder.of(folder).lock.unlink(missing_ok=True)
 
 
 def _lives(owner: dict[str, Any]) -> bool:

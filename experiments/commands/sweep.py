@@ -122,14 +122,19 @@ def _write(call: SweepCall, search: Search, place: Path) -> None:
 
 
 def _run(call: SweepCall, search: Search, place: Path) -> int:
-    from experiments.sweeps.backends import Backend, Local, Ray, Slurm
+    from experiments.sweeps.backends import Backend, Local, Slurm
     from experiments.sweeps.engine import Engine
 
     backend: Backend = Local(call.workers)
     if call.backend == "slurm":
         backend = Slurm(place.resolve(), search.sweep.slurm)
     elif call.backend == "ray":
-        backend = Ray(search.sweep.ray)
+        try:
+            from experiments.sweeps.ray_tune import RayTune
+        except ImportError as error:  # Ray without what Tune needs
+            raise ConfigError(f"--backend ray: {error}; pip install 'ray[tune]'") from error
+
+        backend = RayTune(place, search.sweep.ray)
     engine = Engine(search, backend, call.workers, place)
     try:
         engine.run()

@@ -91,8 +91,8 @@ class Running:
 
 
 class Resumable:
-    """A command in somebody else's process: a job of submitit, a task of Ray. Where a job is preempted or its
-    time is up, it is queued again and goes on from its last checkpoint."""
+    """A command in a job of submitit's. Where a job is preempted or its time is up, it is queued again and
+    goes on from its last checkpoint."""
 
     def __call__(
         self, words: Sequence[str], folder: Path, threads: int, program: Sequence[str], cwd: Path
@@ -107,7 +107,7 @@ class Resumable:
             starting.start()
             running = begun.result()
             while (status := running.status()) is None:
-                time.sleep(POLL_SECONDS)  # Ray interrupts between two of Python's own steps alone
+                time.sleep(POLL_SECONDS)
             return status
         except BaseException:  # the job is asked to end: so is the command
             if starting.ident is not None and _insist(begun.exception) is None:
@@ -126,8 +126,8 @@ class Resumable:
 
 
 def _listen() -> None:
-    """Ray ends a task by an interrupt. A script's background command (`nohup thundercat sweep ... &`) and all
-    that it starts ignore interrupts, until this says otherwise."""
+    """submitit ends a job of this machine by an interrupt. A script's background command (`nohup thundercat
+    sweep ... &`) and all that it starts ignore interrupts, until this says otherwise."""
     if current_thread() is main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from callbacks.run_folder.folder import RunFolder
+from callbacks.run_folder.lock import release
 from experiments.config.errors import ConfigError
 from experiments.studies.processes import PROGRAM, Resumable, Running, failure
 from experiments.studies.scheduling import threads
-
-ASK_AGAIN_SECONDS = 5.0
-"""After which a task of Ray that has been asked to end is asked again."""
 
 
 class Command(Protocol):
@@ -112,92 +108,8 @@ class Slurm:
         if found.status() in (None, 0):
             return found
         # A job that a kill kept from the journal may still be in the folder: it holds the lock, and stops us.
-        _free(folder)
+        release(folder)
         return None
-
-
-class Ray:
-    """Tasks of a Ray cluster, the one of RAY_ADDRESS or one of this machine; they end with this process.
-
-    Args:
-        options: of a task: `num_cpus`, `num_gpus`, `resources`, ...
-        program: what is started with a command's words.
-
-    Raises: ConfigError for an option that Ray does not know.
-    """
-
-    def __init__(self, options: Mapping[str, Any], program: Sequence[str] = PROGRAM) -> None:
-        import ray
-
-        self.program = program
-        self.threads = max(1, int(options.get("num_cpus", 1)))
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        try:
-            # What has ended is begun again here, where it is known how often.
-            self.task = ray.remote(Resumable.__call__).options(**{"max_retries": 0, **options})
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"--backend ray: {' '.join(str(error).split())}") from error
-
-    def start(self, words: Sequence[str], folder: Path) -> Command:
-        _free(folder)
-        # A task has a working directory of its own.
-        where = folder.resolve(), self.threads, [*self.program], Path.cwd()
-        task = self.task.remote(Resumable(), [*words], *where)
-        return RayTask(task, words[0], folder)
-
-    def again(self, name: str, folder: Path) -> None:
-        return None
-
-
-class RayTask:
-    """One task of Ray as a command."""
-
-    name = None
-
-    def __init__(self, task: Any, command: str, folder: Path) -> None:
-        self.task, self.command, self.folder = task, command, folder
-        self._asked: float | None = None
-        """When it was last asked to end."""
-
-    def status(self) -> int | None:
-        import ray
-        from ray.exceptions import RayError, RayTaskError, TaskCancelledError
-
-        done, _ = ray.wait([self.task], timeout=0)
-        if not done:
-            # Ray tells a task once, and the interrupt can be lost where Python ignores exceptions.
-            if self._asked is not None and time.monotonic() > self._asked + ASK_AGAIN_SECONDS:
-                self.stop()
-            return None
-        try:
-            return int(ray.get(self.task))
-        except TaskCancelledError:
-            return -signal.SIGTERM
-        except RayTaskError:
-            return 1
-        except RayError:  # its worker or node is gone
-            return -signal.SIGTERM
-
-    def stop(self) -> None:
-        import ray
-
-        self._asked = time.monotonic()
-        ray.cancel(self.task)
-
-    def kill(self) -> None:
-        import ray
-
-        ray.cancel(self.task, force=True)  # what it has started ends with it
-
-    def failure(self) -> str:
-        return failure(self.command, self.status(), self.folder)
-
-
-def _free(folder: Path) -> None:
-    """Take over from a command that is known to have ended, on whatever node; of this machine's, the caller
-    has asked already."""
-    RunFolder.of(folder).lock.unlink(missing_ok=True)
 
 
 class SlurmJob:

@@ -186,7 +186,7 @@ class Sweep:
     """Parameters of submitit's executor: timeout_min, slurm_partition, gpus_per_node, ...; `cluster: local`
     runs its jobs on this machine, without Slurm."""
     ray: dict[str, Any] = field(default_factory=dict)
-    """Options of Ray's tasks: num_cpus, num_gpus (a part of one, too), resources, ..."""
+    """A trial's share of a Ray cluster: num_cpus, num_gpus (a part of one, too), memory, resources."""
     # For `wandb sweep` alone.
     program: str | None = None
     command: list[str] | None = None

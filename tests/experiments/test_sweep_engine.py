@@ -22,9 +22,9 @@ from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.stopping import Stopped
 from experiments.config.errors import ConfigError
 from experiments.studies.processes import LOG, Resumable
-from experiments.studies.scheduling import DONE, Job
+from experiments.studies.scheduling import DONE
 from experiments.sweeps import engine as engine_module
-from experiments.sweeps.backends import Ray, Slurm
+from experiments.sweeps.backends import Slurm
 from experiments.sweeps.search import COMMAND, ERROR, FOLDER, JOURNAL
 from experiments.sweeps.sweep_report import write_sweep
 from experiments.sweeps.trials import TRIALS
@@ -259,7 +259,7 @@ def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_a_command_that_has_just_been_started_ends_with_its_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupt between the command's start and the name for it, as Ray may send one."""
+    """An interrupt between the command's start and the name for it, as a job that is cancelled gets one."""
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -279,72 +279,3 @@ def test_a_command_that_has_just_been_started_ends_with_its_job(
 def test_a_job_whose_command_cannot_be_started_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no_such_program"):
         Resumable()(["fit"], tmp_path / "run", 1, ("no_such_program",), tmp_path)
-
-
-def check_that_a_gpu_is_shared(sweeping: Sweeping) -> None:
-    """On a cluster with one GPU: two trials that ask for half of it run at once, one that asks for all of it
-    waits for both."""
-    import ray
-
-    halves, whole = (Ray({"num_cpus": 0.1, "num_gpus": share}, sweeping.program) for share in (0.5, 1.0))
-    first, second, third = (sweeping.job("slow", epsilon) for epsilon in (0.1, 0.2, 0.3))
-
-    def runs(job: Job) -> bool:
-        return any(job.folder.glob("checkpoints/*"))
-
-    def free() -> float:
-        return float(ray.available_resources().get("GPU", 0))
-
-    commands = [halves.start(job.fit, job.folder) for job in (first, second)]
-    until = time.monotonic() + 60
-    while not (runs(first) and runs(second) and free() == 0) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert runs(first) and runs(second) and free() == 0
-    commands.append(whole.start(third.fit, third.folder))
-    time.sleep(1)  # as long as a task of the same program takes to begin, and more
-    assert not runs(third) and [command.status() for command in commands] == [None] * 3
-    (sweeping.place.parent / "go").touch()
-    until = time.monotonic() + 60
-    while any(command.status() is None for command in commands) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert runs(third) and [command.status() for command in commands] == [0] * 3
-
-
-def test_tasks_of_ray_run_the_trials(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a cluster of this machine; a stop that Ray loses is said again."""
-    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    # A cluster is believed what it is told: there need be no GPU to share one out.
-    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    tasks = Ray({"num_cpus": 0.5}, sweeping.program)
-    try:
-        engine = sweeping.engine(
-            tasks, workers=2, parameters=parameters(["works", "fails", "killed once"], [0.5])
-        )
-        engine.run()
-        assert states(engine) == ["COMPLETE", "FAIL", "COMPLETE"]
-        assert "fit ended with status 1: broken on purpose (" in engine.search.trials()[1].user_attrs[ERROR]
-        # A command that is stopped has been ended from outside.
-        slow = sweeping.job("slow")
-        command = tasks.start(slow.fit, slow.folder)
-        until = time.monotonic() + 60
-        while not [*slow.folder.glob("checkpoints/*")] and time.monotonic() < until:
-            time.sleep(0.05)
-        cancel, asked = ray.cancel, []
-
-        def losing(task: Any, **how: Any) -> None:
-            asked.append(task)
-            if len(asked) > 1:
-                cancel(task, **how)
-
-        monkeypatch.setattr(ray, "cancel", losing)
-        monkeypatch.setattr("experiments.sweeps.backends.ASK_AGAIN_SECONDS", 0.5)
-        command.stop()
-        until = time.monotonic() + 60
-        while (status := command.status()) is None and time.monotonic() < until:
-            time.sleep(0.05)
-        assert status == -signal.SIGTERM and len(asked) > 1
-        check_that_a_gpu_is_shared(sweeping)
-        with pytest.raises(ConfigError, match="--backend ray: .*num_gpu"):
-            Ray({"num_gpu": 1})
-    finally:
-        ray.shutdown()

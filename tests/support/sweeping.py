@@ -52,6 +52,7 @@ for path in (checkpoint, folder / "model" / "weights", folder / "rows" / "x"):
 checkpoint.touch()
 (folder / "model" / "weights").touch()
 parent = os.getppid()
+(folder / "parent").write_text(str(parent))
 while how == "slow" and not pathlib.Path("go").exists():
     time.sleep(0.05)
     if os.getppid() != parent:  # as a real command does

@@ -1,0 +1,220 @@
+"""Ray Tune as the place of a sweep's commands: each is an actor that holds its share of a cluster.
+
+Tune places, starts and ends them, and starts one again whose worker or node is lost. What is drawn and what
+goes on after a kill the sweep's journal decides, as with every backend; Tune's experiment state is not read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from callbacks.run_folder.lock import in_use
+from experiments.config.errors import ConfigError
+from experiments.studies.processes import PROGRAM, failure
+from experiments.sweeps.backends import Command
+from experiments.sweeps.ray_actor import GRACE_SECONDS, Actor
+
+RESTARTS = 2
+"""How often Tune starts an actor again that was lost; its command goes on from its last checkpoint."""
+SHARES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+"""Option -> what Ray calls it; `resources` names others."""
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+}
+"""The trials' own log and rows say what they do."""
+
+
+class Tuned:
+    """One trial of Tune as a command.
+
+    Args:
+        words: the command and its options.
+        folder: its run folder.
+    """
+
+    name = None
+    """Nobody finds it after this process: it ends with it."""
+
+    def __init__(self, words: Sequence[str], folder: Path) -> None:
+        self.words, self.folder = tuple(words), folder
+        self.asked_to_end = self.taken = False
+        self.ended: int | None = None
+        self.error = ""
+
+    def status(self) -> int | None:
+        if self.asked_to_end and not self.taken:
+            return -signal.SIGTERM
+        # What was asked to end frees its folder last; Tune tells of it before.
+        return None if self.asked_to_end and in_use(self.folder) else self.ended
+
+    def stop(self) -> None:
+        self.asked_to_end = True
+
+    def kill(self) -> None:
+        """The actor kills what does not end in time (`GRACE_SECONDS`)."""
+        self.stop()
+
+    def failure(self) -> str:
+        return self.error or failure(self.words[0], self.ended, self.folder)
+
+
+class RayTune:
+    """Trials of Ray Tune on the cluster of RAY_ADDRESS or one of this machine; they end with this process.
+
+    Args:
+        place: the sweep's folder, on a disk that all nodes see.
+        options: a trial's share: `num_cpus` (1), `num_gpus` (0; 0.5: two trials a GPU), `memory` (bytes),
+            `resources`.
+        program: what is started with a command's words.
+
+    Raises: ConfigError for an option that is none of these, or no number.
+    """
+
+    def __init__(self, place: Path, options: Mapping[str, Any], program: Sequence[str] = PROGRAM) -> None:
+        self.bundle = _bundle(options)
+        self.program = [*program]
+        self.threads = max(1, int(self.bundle["CPU"]))
+        self.storage = place.resolve() / "ray"
+        self.asked: deque[Tuned] = deque()
+        self.running: dict[str, Tuned] = {}
+        self.closing = False
+        self._thread: Thread | None = None
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        atexit.register(self.close)
+
+    def start(self, words: Sequence[str], folder: Path) -> Command:
+        command = Tuned(words, folder)
+        self.asked.append(command)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = Thread(target=self._tune, daemon=True, name="ray_tune")
+            self._thread.start()
+        return command
+
+    def again(self, name: str, folder: Path) -> None:
+        return None
+
+    def close(self) -> None:
+        """End what runs, and Tune."""
+        self.closing = True
+        if self._thread is not None:
+            self._thread.join(GRACE_SECONDS)
+        atexit.unregister(self.close)
+
+    def next(self, trial: str) -> dict[str, Any] | None:
+        """The next command, as the configuration of a trial; None where there is none yet."""
+        while self.asked:
+            command = self.asked.popleft()
+            command.taken = True
+            if command.asked_to_end:
+                command.ended = -signal.SIGTERM
+                continue
+            self.running[trial] = command
+            where = {"threads": self.threads, "program": self.program, "cwd": str(Path.cwd())}
+            return {"words": [*command.words], "folder": str(command.folder.resolve()), **where}
+        return None
+
+    def told(self, trial: str, status: int | None, error: str = "") -> None:
+        """What has become of a trial; the status of a command that was asked to end is None."""
+        if (command := self.running.pop(trial, None)) is not None:
+            command.error = error
+            command.ended = -signal.SIGTERM if status is None else status
+
+    def _tune(self) -> None:
+        """Tune's loop, for as long as there is a sweep."""
+        error = "Ray Tune has ended"
+        try:
+            shutil.rmtree(self.storage, ignore_errors=True)
+            tune.Tuner(
+                tune.with_resources(Actor, tune.PlacementGroupFactory([self.bundle])),
+                tune_config=tune.TuneConfig(search_alg=_Commands(self), num_samples=-1),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=str(self.storage),
+                    failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                    stop=_Ends(self),
+                    callbacks=[_Tells(self)],
+                    verbose=0,
+                ),
+            ).fit()
+        except BaseException as caught:  # nobody waits for this thread: the commands say it
+            error = f"Ray Tune: {' '.join(str(caught).split())}"
+        for trial in [*self.running]:
+            self.told(trial, -signal.SIGTERM if self.closing else 1, error)
+
+
+class _OfTune:
+    """A part of Tune's that knows whose it is; Tune's copy of its settings, which nobody reads, does not."""
+
+    def __init__(self, own: RayTune) -> None:
+        super().__init__()
+        self.own = own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Commands(_OfTune, Searcher):  # type: ignore[misc]
+    """What Tune draws are the commands that were asked for."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        # While there is nothing to do Tune asks here alone, and not the stopper.
+        return Searcher.FINISHED if self.own.closing else self.own.next(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: object = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _Ends(_OfTune, tune.Stopper):  # type: ignore[misc]
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        command = self.own.running.get(trial_id)
+        return command is not None and command.asked_to_end
+
+    def stop_all(self) -> bool:
+        return self.own.closing
+
+
+class _Tells(_OfTune, tune.Callback):  # type: ignore[misc]
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.own.told(trial.trial_id, (trial.last_result or {}).get("status"))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        said = " ".join(str(trial.get_error() or "no reason given").split())
+        self.own.told(trial.trial_id, 1, f"Ray Tune gave up after {RESTARTS + 1} starts: {said}")
+
+
+def _bundle(options: Mapping[str, Any]) -> dict[str, float]:
+    """As a placement group has it. Raises: ConfigError."""
+    named = {**options}
+    found = {"CPU": 1.0, **named.pop("resources", {})}
+    for option, value in named.items():
+        if option not in SHARES:
+            raise ConfigError(f"--backend ray: ray.{option}: expected {', '.join(SHARES)} or resources")
+        found[SHARES[option]] = value
+    for name, value in found.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            raise ConfigError(f"--backend ray: ray: {name}: expected a number of 0 or more, got {value!r}")
+    return {name: float(value) for name, value in found.items() if value or name == "CPU"}

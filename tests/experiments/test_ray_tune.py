@@ -1,0 +1,108 @@
+"""Ray Tune's actors run a sweep's trials, on a cluster of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.config.errors import ConfigError
+from tests.experiments.test_sweep_engine import parameters, states
+from tests.support.sweeping import Sweeping
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+ray_tune = pytest.importorskip("experiments.sweeps.ray_tune", reason="the extra `ray` is not installed")
+
+
+def until(holds: Callable[[], Any], seconds: float = 90) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(holds())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster is believed what it is told: there need be no GPU to share one out."""
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def sweeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
+    monkeypatch.chdir(tmp_path)
+    return Sweeping(tmp_path)
+
+
+def test_a_share_that_ray_does_not_know_is_refused(tmp_path: Path) -> None:
+    for options, said in (
+        ({"num_gpu": 1}, "ray.num_gpu: expected num_cpus, num_gpus, memory or resources"),
+        ({"num_gpus": "half"}, "ray: GPU: expected a number of 0 or more, got 'half'"),
+        ({"resources": {"tpu": -1}}, "ray: tpu: expected a number of 0 or more, got -1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            ray_tune.RayTune(tmp_path, options)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_actors_run_the_trials_and_share_a_gpu(sweeping: Sweeping) -> None:
+    backend = ray_tune.RayTune(sweeping.place, {"num_cpus": 0.1, "num_gpus": 0.5}, sweeping.program)
+    engine = sweeping.engine(
+        backend, workers=2, parameters=parameters(["works", "fails", "killed once"], [0.5])
+    )
+    engine.run()
+    assert states(engine) == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert "fit ended with status 1: broken on purpose (" in engine.search.trials()[1].user_attrs["error"]
+
+    # Two trials that ask for half of the GPU run at once, the third waits for either.
+    jobs = [sweeping.job("slow", epsilon) for epsilon in (0.1, 0.2, 0.3)]
+    runs = [job.folder / "checkpoints" for job in jobs]
+    commands = [backend.start(job.fit, job.folder) for job in jobs]
+    assert until(lambda: runs[0].exists() and runs[1].exists())
+    assert ray.available_resources().get("GPU", 0) == 0
+    time.sleep(2)
+    assert not runs[2].exists() and [command.status() for command in commands] == [None] * 3
+
+    # One that waits and one that runs are asked to end: the third begins, what waited never does.
+    waiting = backend.start(sweeping.job("slow", 0.4).fit, sweeping.job("slow", 0.4).folder)
+    waiting.stop()
+    assert waiting.status() == -signal.SIGTERM
+    commands[0].stop()
+    assert until(lambda: commands[0].status() == -signal.SIGTERM and runs[2].exists())
+    (sweeping.place.parent / "go").touch()
+    assert until(lambda: [command.status() for command in commands[1:]] == [0, 0])
+    assert waiting.status() == -signal.SIGTERM
+    assert not (sweeping.job("slow", 0.4).folder / "checkpoints").exists()
+    backend.close()
+    assert "ray_tune" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_actor_that_is_lost_is_started_again_by_tune(sweeping: Sweeping) -> None:
+    """Its command ends with it, and the next one goes on in the folder; the search hears nothing of it."""
+    backend = ray_tune.RayTune(sweeping.place, {"num_cpus": 0.1}, sweeping.program)
+    job = sweeping.job("slow")
+    command = backend.start(job.fit, job.folder)
+    parent = job.folder / "parent"
+    assert until(lambda: parent.exists() and parent.read_text())
+    lost = int(parent.read_text())
+    os.kill(lost, signal.SIGKILL)
+    assert until(lambda: parent.read_text() not in ("", str(lost))) and command.status() is None
+    (sweeping.place.parent / "go").touch()
+    assert until(lambda: command.status() == 0)
+    assert Path("calls.txt").read_text().count("fit") == 2
+
+    # One that cannot even begin its command has failed, and says why.
+    backend.program = ["no_such_program"]
+    job = sweeping.job("works")
+    command = backend.start(job.fit, job.folder)
+    assert until(lambda: command.status() == 1)
+    assert "Ray Tune gave up after 3 starts" in command.failure() and "no_such_program" in command.failure()
+    backend.close()
