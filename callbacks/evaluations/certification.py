@@ -29,7 +29,8 @@ from datamodules.results import Identity, Measurement, Row
 from datamodules.settings import contents, settings_digest
 from lightning_modules.defences.base import marked, requests_of, rng_of
 from lightning_modules.defences.certificates.gaussian import certificate, check_draws
-from lightning_modules.defences.smoothing import Noisy, noise_std
+from lightning_modules.defences.smoothing import Noisy
+from lightning_modules.models.embedding_noise import noise_std
 from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, encoded
 from lightning_modules.models.requests import Decoding, Request

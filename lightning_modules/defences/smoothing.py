@@ -18,7 +18,7 @@ from datamodules.fields import Count, NonNegativeInt, Positive, checked
 from lightning_modules.attacks.verdicts import Verdict
 from lightning_modules.defences.base import Answer, Marked, marked, rng_of, spent
 from lightning_modules.defences.voting import elected
-from lightning_modules.models.embeddings import mean_embedding_norm
+from lightning_modules.models.embedding_noise import gaussian, noise_std
 from lightning_modules.models.language_model import LanguageModel, encoded
 from lightning_modules.models.requests import Decoding, Request
 
@@ -107,22 +107,3 @@ class Noisy:
         """Embeddings of the prompts under noise."""
         with self.prompts.applied(model) as embeds:
             yield embeds + self.std * gaussian(embeds, self.prompts.attackable, self.rngs)
-
-
-def noise_std(model: LanguageModel, sigma: float) -> Float[Tensor, ""]:
-    """The absolute standard deviation in every coordinate: sigma * rho / sqrt(D)."""
-    width = model.embed(torch.zeros(1, 1, dtype=torch.long, device=model.device)).shape[-1]
-    return sigma * mean_embedding_norm(model) / width**0.5
-
-
-def gaussian(
-    like: Float[Tensor, "batch prompt dim"],
-    where: Bool[Tensor, "batch prompt"],
-    rngs: Sequence[torch.Generator],
-) -> Float[Tensor, "batch prompt dim"]:
-    """Standard normal numbers at the True positions, 0 elsewhere; a row's own rng draws a row's."""
-    noise = torch.zeros(like.shape)
-    for row, rng in enumerate(rngs):
-        own = where[row].cpu()
-        noise[row, own] = torch.randn(int(own.sum()), like.shape[-1], generator=rng)
-    return noise.to(like)

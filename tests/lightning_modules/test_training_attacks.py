@@ -21,8 +21,10 @@ from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.text.choosers import FirstSuccess
 from lightning_modules.attacks.text.rewrites import BestOfN, DirectRequest, Noise, Prefilling, Templates
 from lightning_modules.attacks.text.templates import fill, read_templates
+from lightning_modules.attacks.training.gaussian_noise import GaussianNoise
 from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
+from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
 from lightning_modules.models.loading import ModelConfig, load_seeded
@@ -283,3 +285,37 @@ def test_noise_without_a_search_is_an_attack_like_the_others() -> None:
     batch: AdversarialBatch = text_batch(3)
     attacked = attack(chat_model(), batch, rng())
     assert any(text != prompt for text, prompt in zip(attacked.texts, batch.prompts, strict=True))
+
+
+def test_noise_is_of_the_certificates_unit_and_stays_in_its_span() -> None:
+    batch, model = ragged_batch(size=3), LanguageModel(tiny_model(dtype=torch.float64))
+    drawn = [GaussianNoise(0.7)(model, batch, rng(seed)) for seed in range(200)]
+    where, width = batch.attackable_mask, model.embed(batch.prompt_ids).shape[-1]
+    values = torch.stack([own.delta[where] for own in drawn if own.delta is not None])
+    # Of every coordinate sigma * rho / sqrt(width), as CertificationEvaluation's.
+    std = 0.7 * float(mean_embedding_norm(model)) / width**0.5
+    assert values.std().item() == pytest.approx(std, rel=0.02)
+    assert values.mean().item() == pytest.approx(0, abs=4 * std / values.numel() ** 0.5)
+    for own in drawn[:3]:
+        assert own.delta is not None and not own.delta[~where].any()
+        assert own.distance.isnan().all() and own.loss_curve.shape[0] == 0 and not own.forward_passes.any()
+    assert not torch.equal(values[0], values[1])
+
+
+def test_noise_comes_on_top_of_what_an_attack_finds() -> None:
+    batch, model = ragged_batch(size=3), LanguageModel(tiny_model(dtype=torch.float64))
+    found = GaussianNoise(0.7, PGD)(model, batch, rng())
+    alone = PGD(model, batch, rng())
+    generator = rng()  # PGD from the centre of its ball draws nothing
+    noise = GaussianNoise(0.7)(model, batch, generator)
+    assert found.delta is not None and alone.delta is not None and noise.delta is not None
+    assert (found.delta - alone.delta - noise.delta).abs().max() < 1e-6
+    assert torch.equal(found.loss_curve, alone.loss_curve)
+    assert torch.equal(found.forward_passes, alone.forward_passes)
+
+
+def test_noise_refuses_an_attack_that_writes_text() -> None:
+    with pytest.raises(
+        ValueError, match="GaussianNoise.attack: expected .* got DirectRequest; use EmbeddingPGD"
+    ):
+        GaussianNoise(0.5, DirectRequest())(chat_model(), text_batch(2), rng())

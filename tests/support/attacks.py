@@ -50,6 +50,7 @@ from lightning_modules.attacks.text.rewrites import (
 from lightning_modules.attacks.text.transfer import TransferSuffixes
 from lightning_modules.attacks.text.variants import Variant
 from lightning_modules.attacks.training.begun_reply import BegunReply
+from lightning_modules.attacks.training.gaussian_noise import GaussianNoise
 from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.persistent_gcg import PersistentGCG
 from lightning_modules.attacks.training.random_ablation import RandomAblation
@@ -286,6 +287,11 @@ CASES: dict[str, Case] = {
         lambda: BegunReply(EmbeddingPGD(epsilon=0.2, num_steps=2), longest=3, probability=1.0),
         keeps_best=False,  # its losses are those of the prompt, before a reply was begun
     ),
+    # Its losses are those of the attack, before the noise.
+    "gaussian_noise": Case(
+        lambda: GaussianNoise(0.5, EmbeddingPGD(epsilon=0.2, num_steps=2)), keeps_best=False
+    ),
+    "gaussian_noise_alone": Case(lambda: GaussianNoise(0.5), keeps_best=False),
     # No search: it draws what the model has to do without. What finding it costs is shared by the batch.
     "random_ablation": Case(
         random_ablation, text=True, typed=False, keeps_best=False, alone=False, stateful=True

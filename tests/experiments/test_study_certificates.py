@@ -1,0 +1,62 @@
+"""Certificates of a study's runs side by side: shares beyond radii, over seeds, to table and curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from datamodules.results import ResultsStore
+from experiments.studies.certificates import certificate_curves, certificate_tables, certified
+from experiments.studies.definition import Column, Study, StudyRun
+from tests.support.rows import measurement, row
+
+COLUMN = Column("certified_rate", "harmful", block="certified")
+RUN = StudyRun(config=["x.yaml"])
+
+
+def ran(folder: Path, radii: list[float | None]) -> Path:
+    """A run whose test has certified requests within these radii; None: it abstained."""
+    own = measurement(
+        "certified_rate", stage="test", judge="smoothed@1", block="certified", n=len(radii), call="c"
+    )
+    store = ResultsStore(folder)
+    store.announce([own])
+    store.add(
+        row(
+            str(number),
+            own,
+            verdicts={"smoothed@1": {"verdict": radius is not None, "score": radius}},
+            counts={"attackable": 4, "abstained": int(radius is None)},
+        )
+        for number, radius in enumerate(radii)
+    )
+    return folder
+
+
+def test_shares_beyond_radii_of_the_largest_over_seeds(tmp_path: Path) -> None:
+    runs = {
+        "before": {0: ran(tmp_path / "a", [0.1, None, None, None])},
+        "after": {
+            0: ran(tmp_path / "b", [0.4, 0.4, 0.1, None]),
+            1: ran(tmp_path / "c", [0.4, 0.2, 0.1, 0.1]),
+        },
+    }
+    study = Study("t", {"before": RUN, "after": RUN}, {"c": COLUMN}, seeds=[0, 1])
+    found = certified(study, runs)
+    (table,) = certificate_tables(found)
+    assert table.title == "Certified: harmful refused (n = 4)"
+    assert table.columns[1:5] == ["beyond 0 rho", "beyond 0.1 rho", "beyond 0.2 rho", "beyond 0.3 rho"]
+    before, after = ([cell.order for cell in line] for line in table.rows)
+    # Beyond is strictly beyond: a radius of 0.1 does not reach past itself.
+    assert before[1:] == [0.25, 0.0, 0.0, 0.0, 0.1, 3.0]
+    assert after[1:] == [7 / 8, 4 / 8, 3 / 8, 3 / 8, 0.4, 0.5]
+    (drawing,) = certificate_curves(found).values()
+    lines = drawing.figure.axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["before", "after"]
+    assert json.dumps([float(y) for y in lines[1].get_ydata()]) == "[87.5, 50.0, 37.5, 0.0]"
+
+
+def test_nothing_is_read_where_no_column_asks(tmp_path: Path) -> None:
+    study = Study("t", {"a": RUN}, {"c": Column("refusal_rate", "harmful")})
+    assert certified(study, {"a": {0: tmp_path / "nowhere"}}) == {}
+    assert certificate_tables({}) == [] and certificate_curves({}) == {}
