@@ -10,8 +10,11 @@ from callbacks.judges.xstest import PARTIAL_REFUSAL
 from callbacks.metrics.estimates import Estimate
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric, Quantity
 from callbacks.metrics.outcomes import worst_case
-from callbacks.report import against_base, attributions, certificates, divergences, perplexities
+from callbacks.report import against_base, attributions, certificates, directions, divergences, perplexities
 from callbacks.report.measured import Measured, Outcome, attacks_of
+
+NO_SHARES = {*perplexities.UNITS, divergences.QUANTITY, directions.QUANTITY, attributions.QUANTITY}
+"""Quantities of texts, tokens and layers, whose rows hold no reply and no verdict."""
 
 
 @dataclass
@@ -95,9 +98,9 @@ def _sampled(item: Measured) -> list[Events]:
 
 def _of_set(item: Measured) -> list[Events]:
     """What a named set is measured by: what decides, and beside it what is served, or how replies are
-    classed; nothing of a text or of single tokens, whose perplexity, divergence and margin are no shares."""
+    classed; nothing of a text or of single tokens, layers, whose measures are no shares."""
     own = item.measurement
-    if own.quantity in {*perplexities.UNITS, divergences.QUANTITY, attributions.QUANTITY}:
+    if own.quantity in NO_SHARES:
         return []
     if own.quantity == certificates.QUANTITY:
         return [_deciding(item)]

@@ -39,6 +39,7 @@ def drawings(results: RunResults) -> dict[str, Drawing]:
         "training": training(results),
         "certified": certified(results),
         "depth": depth(results),
+        "direction": direction(results),
     }
     return {stem: drawing for stem, drawing in every.items() if drawing is not None}
 
@@ -168,6 +169,34 @@ def depth(results: RunResults) -> Drawing | None:
         axes.set(xlabel="token of the harmful reply", ylabel="KL to the base model, nats", ylim=(0, None))
     seen = "What stands in the first tokens alone is undone by prefilling them."
     return Drawing("How deep training reaches", seen, figure)
+
+
+def direction(results: RunResults) -> Drawing | None:
+    """Cosine of the refusal direction to the one before training after every layer, a line a step that was
+    measured; the interval is the last one's."""
+    told = [(own.step, own.directions[:-1]) for own in results.snapshots if len(own.directions) > 1]
+    if not told:
+        return None
+    with canvas() as (figure, axes):
+        layers = range(len(told[-1][1]))
+        lines = [
+            axes.plot(
+                range(len(found)),
+                [own.cosine.value for own in found],
+                color=AFTER,
+                alpha=(place + 1) / len(told),
+                marker="o",
+                markersize=3,
+            )[0]
+            for place, (_, found) in enumerate(told)
+        ]
+        low, high = ([getattr(own.cosine, end) for own in told[-1][1]] for end in ("low", "high"))
+        axes.fill_between(layers, low, high, color=AFTER, alpha=0.2, linewidth=0)
+        lines += axes.plot(layers, [own.halves for own in told[-1][1]], color=BEFORE, ls=":")
+        axes.set(xlabel="layer", ylabel="cosine to the direction before training")
+        legend(axes, lines, [*(f"step {step}" for step, _ in told), "two halves of the requests, before"])
+    seen = "1: not turned. Below the dotted line: turned farther than so few requests leave unknown."
+    return Drawing("How far training turned the refusal direction", seen, figure)
 
 
 def training(results: RunResults) -> Drawing | None:

@@ -130,6 +130,22 @@ class Certified:
 
 
 @dataclass(frozen=True)
+class DirectionAt:
+    """The refusal direction after one layer, before training and after it; models/direction_change.py."""
+
+    name: str
+    """Of the layer; or of the mean over layers."""
+    cosine: Estimate
+    """Between the two directions."""
+    halves: float
+    """The cosine that two halves of the requests leave, before training."""
+    along: float
+    length: float
+    rank_before: float
+    rank: float
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a defence's replies cost, against the same replies without it."""
 
@@ -223,6 +239,8 @@ class Snapshot:
     """What a defence costs, by subject and attack; empty without one."""
     divergences: Sequence[Estimate] = ()
     """KL to the base model, in nats, at every token of the harmful targets, from the first on."""
+    directions: Sequence[DirectionAt] = ()
+    """The refusal direction against the one before training, layer by layer; their mean at the end."""
     attributions: Sequence[Attribution] = ()
     """What single requests' refusals rest on, before training and after."""
     complete: bool = True

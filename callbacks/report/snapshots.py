@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from callbacks.metrics.estimates import mean, rate
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.metrics.outcomes import cross_flags, spent
-from callbacks.report import against_base, attributions, certificates, divergences, perplexities
+from callbacks.report import against_base, attributions, certificates, directions, divergences, perplexities
 from callbacks.report.defended import costs
-from callbacks.report.events import events
+from callbacks.report.events import NO_SHARES, events
 from callbacks.report.grades import grades, gradings
 from callbacks.report.measured import Measured, attacks_of
 from callbacks.report.results import Measure, SampleRow, Snapshot, Stage
@@ -17,8 +17,7 @@ from callbacks.report.under_attack import under_attack
 from callbacks.report.wordings import paired_sets
 from datamodules.results import Row
 
-UNREAD = {*perplexities.UNITS, certificates.QUANTITY, divergences.QUANTITY}
-UNREAD |= {attributions.QUANTITY}
+UNREAD = {*NO_SHARES, certificates.QUANTITY}
 """Quantities whose rows hold no reply to be read."""
 
 
@@ -69,6 +68,12 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
             if item.measurement.quantity == divergences.QUANTITY
             for estimate in divergences.by_position(item.measurement, item.rows)
         ],
+        directions=[
+            own
+            for item in measured
+            if item.measurement.quantity == directions.QUANTITY
+            for own in directions.by_layer(item.measurement, item.rows)
+        ],
         attributions=[
             attribution
             for item in measured
@@ -89,6 +94,8 @@ def _means(item: Measured, attacks: Mapping[str, Measured]) -> dict[Metric, Meas
         return perplexities.of_text(own, item.rows)
     if own.quantity == divergences.QUANTITY:
         return divergences.overall(own, item.rows)
+    if own.quantity == directions.QUANTITY:
+        return directions.overall(own, item.rows)
     if own.quantity == attributions.QUANTITY:
         return attributions.overall(own, item.rows)
     if own.quantity == "change_rate":

@@ -12,6 +12,7 @@ from callbacks.report.attributions import margins
 from callbacks.report.cells import MISSING, Cell, Table, change, count, earlier_cell, estimate, measures
 from callbacks.report.certificates import THREAT, guarantees
 from callbacks.report.defended import bypassed, cost_table
+from callbacks.report.directions import moved
 from callbacks.report.divergences import depth
 from callbacks.report.results import Estimate, RunResults, Snapshot
 from callbacks.report.signs import carried, ungraded, unmatched, words
@@ -31,11 +32,12 @@ DIFFERENCES = (
 
 
 def tables(results: RunResults) -> list[Table]:
-    """Every table that has a row: rates, pairs, grades, replies, perplexities, depth, margins, guarantees, a
-    defence's cost, means, groups, history, cost."""
+    """Every table that has a row: rates, pairs, grades, replies, perplexities, depth, the refusal direction,
+    margins, guarantees, a defence's cost, means, groups, history, cost."""
     every = [rates(results), paired(results), grades(results), replies(results), perplexities(results)]
     every += [
         depth(results),
+        moved(results),
         margins(results),
         guarantees(results),
         cost_table(results),

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from callbacks.report import attributions, divergences, perplexities
 from callbacks.report.escape import printable
+from callbacks.report.events import NO_SHARES
 from callbacks.report.measured import Measured
 from callbacks.report.page import TITLES
 from callbacks.report.results import RunResults
@@ -53,11 +53,7 @@ def write_run(
     sets: list[RowSet] = []
     for own in after:
         item = own.measurement
-        if not own.rows or item.quantity in {
-            *perplexities.UNITS,
-            divergences.QUANTITY,
-            attributions.QUANTITY,
-        }:
+        if not own.rows or item.quantity in NO_SHARES:
             continue
         name = f"rows_{number:03}_{len(sets):03}"
         earlier = _rows_of(before.get(_slot(item)))

@@ -153,6 +153,7 @@ SETS: Mapping[str, Callable[[Node, Sequence[str]], Iterable[str]]] = {
     "BlockEvaluation": _all_or_listed,
     "CertificationEvaluation": lambda own, there: [CERTIFIED],
     "DivergenceEvaluation": lambda own, there: ["divergence"],
+    "DirectionEvaluation": lambda own, there: ["direction"],
     "MTBenchEvaluation": lambda own, there: [own.get("block", "mt_bench")],
     "PerplexityEvaluation": lambda own, there: own.get("texts") or (),
     "ReplyChangeEvaluation": lambda own, there: [AGAINST_BASE],

@@ -27,8 +27,11 @@ from experiments.studies.comparison import Compared, read
 from experiments.studies.correlation import correlations
 from experiments.studies.costs import cost_table, curves
 from experiments.studies.definition import Study, TradeOff
+from experiments.studies.directions import direction_curves, direction_tables, directions
 from experiments.studies.spreadsheet import write_cells, write_tables
 
+STEMS = ("figure", "curve", "certified", "direction")
+"""Of the files of figures, before their numbers."""
 COLORS = ("#4c86c6", "#d1605e", "#5a9e6f", "#9b6fb5", "#c98a2b", "#6b7a8f")
 INTERVALS = (
     "Means over seeds, rates in percent; in brackets 95 % intervals over seeds and examples (bootstrap of "
@@ -78,7 +81,8 @@ def write_study(
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
     guaranteed = certified(study, runs)
     drawings |= curves(study, runs) | certificate_curves(guaranteed)
-    for old in (path for stem in ("figure", "curve", "certified") for path in out.glob(f"{stem}_[0-9]*.svg")):
+    drawings |= direction_curves(directions(study, runs))
+    for old in (path for stem in STEMS for path in out.glob(f"{stem}_[0-9]*.svg")):
         old.unlink()  # of an earlier study, or of fewer figures: nothing of it is in this report
     for stem, drawing in drawings.items():
         save(drawing, out / f"{stem}.svg")
@@ -101,7 +105,7 @@ def tables_of(
 ) -> list[Table]:
     """All tables of a report, in their order; `runs` are where the costs are read."""
     tables = [cells(study, rows)] + ([replies(study, found, rows)] if study.claims else [])
-    tables += certificate_tables(certified(study, runs))
+    tables += certificate_tables(certified(study, runs)) + direction_tables(directions(study, runs))
     further = (settings(study, rows), correlations(study, rows), cost_table(study, runs))
     tables += [own for own in further if own is not None]
     return tables + by_category(study, rows)

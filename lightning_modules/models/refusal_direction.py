@@ -65,7 +65,7 @@ def mean_differences(
 
     def mean(prompts: Encoded) -> Float[Tensor, "layer position dim"]:
         total = torch.zeros((), device=prompts.prompt_ids.device)
-        for part in _parts(prompts):
+        for part in parts(prompts):
             states = conversation_states(model, part.prompt_ids, part.prompt_mask, layers)
             # Left-padded: the last columns are every prompt's last tokens.
             total = total + torch.stack([own[:, -num_positions:].float().sum(0) for own in states])
@@ -159,7 +159,7 @@ def _warn(what: str, taken: Direction) -> None:
 def first_log_probs(model: LanguageModel, prompts: Encoded) -> Float[Tensor, "batch vocabulary"]:
     """Log-probabilities of each reply's first token, in fp32 or wider."""
     found = []
-    for part in _parts(prompts):
+    for part in parts(prompts):
         mask = part.prompt_mask
         hidden = decode(model.module, model.embed(part.prompt_ids), mask, positions_of(mask))
         found.append(logits_of(model.module, hidden[:, -1]).log_softmax(1))
@@ -175,7 +175,7 @@ def refusal_log_odds(
     return log_probs[:, refusing].logsumexp(1) - log_probs[:, ~refusing].logsumexp(1)
 
 
-def _parts(prompts: Encoded) -> Iterator[Encoded]:
+def parts(prompts: Encoded) -> Iterator[Encoded]:
     """Prompts, some at once: the states of all layers of all of them would not fit beside a large model."""
     for start in range(0, len(prompts.prompt_ids), ROWS_AT_ONCE):
         own = slice(start, start + ROWS_AT_ONCE)
