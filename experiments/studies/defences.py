@@ -1,6 +1,7 @@
-"""Every defence around one model, attacked without and with knowledge of it: the table of the README.
+"""Every defence around one model, attacked without and with knowledge of it: the tables of the README.
 
     python -m experiments.studies.defences --out experiments/results/defences_cpu_202611
+    python -m experiments.studies.defences --model smollm2 --out OUT
 
 runs `thundercat test` once a defence on the test split (rows that are on disk are not asked again) and writes
 the raw rows, compressed, and report.md into the folder; every cell is computed from the rows.
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from callbacks.metrics.names import Metric
@@ -23,60 +25,125 @@ from datamodules.line_files import pack
 from datamodules.results import MEASUREMENTS, ROWS, measured_stages
 from experiments.studies.processes import Running
 
-RECIPE = "configs/experiment/defences_tinychat.yaml"
-SPLIT = "configs/data/tinychat_test.yaml"
-ATTACKS = "configs/evaluation/defence_adaptive.yaml"
-SETTINGS: dict[str, Sequence[str]] = {
-    "": ("--model.init_args.defence=null",),  # the two searches are the same
-    "self_reminder": (),
-    "smooth_llm": ("--vars.defence_target_tokens=5",),
-    "erase_and_check": ("--vars.defence_place=before", "--vars.defence_penalty=0"),
-    "ngram_filter": (),
-    "learned_filter": (),
-    "reply_filter": (),
+Settings = Mapping[str, Sequence[str]]
+"""Defence -> what its command is told beside the defence's file, the least that lets its adaptive attack
+leave its threat model: a copy of SmoothLLM's cannot name what it garbles, and before the request is outside
+erase-and-check's suffix mode. '' is no defence."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """Which model the defences stand around, and how it is attacked."""
+
+    title: str
+    recipe: str
+    settings: Settings
+    attacks: str
+    """Evaluation with both searches; without a defence they are the same, and one is enough."""
+    replayed: str = ""
+    """Evaluation of a defended model where the static search is not made anew; '' makes it anew."""
+    files: Sequence[str] = ()
+    """On top of a defence's file."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Of requests, and of both searches."""
+    shown: Mapping[str, str] = field(default_factory=dict)
+    """Name of a defence in its results -> in the table, in its order."""
+
+
+MODELS = {
+    "tinychat": Around(
+        "Defences around the packaged model",
+        "configs/experiment/defences_tinychat.yaml",
+        {
+            "": ("--model.init_args.defence=null",),  # the two searches are the same
+            "self_reminder": (),
+            "smooth_llm": ("--vars.defence_target_tokens=5",),
+            "erase_and_check": ("--vars.defence_place=before", "--vars.defence_penalty=0"),
+            "ngram_filter": (),
+            "learned_filter": (),
+            "reply_filter": (),
+        },
+        "configs/evaluation/defence_adaptive.yaml",
+        files=("configs/data/tinychat_test.yaml",),
+        sizes={"clean": 40, "limit": 24, "steps": 20, "width": 12, "draws": 4},
+        shown={
+            "": "none",
+            "reminder": "self-reminder",
+            "smooth_llm": "SmoothLLM, 10 copies, a tenth swapped",
+            "erase_and_check": "erase-and-check, suffix, 20",
+            "perplexity_filter": "bigram filter, window 10",
+            "learned_filter": "learned filter, probe of layer 3",
+            "reply_filter": "reply filter, probe of layer 3",
+        },
+    ),
+    "smollm2": Around(
+        "Defences around the aligned SmolLM2-135M-Instruct",
+        "configs/experiment/defences_smollm2.yaml",
+        {
+            "": (),
+            "self_reminder": (),
+            "smooth_llm": (
+                "--vars.defence_target_tokens=5",
+                "--model.init_args.defence.init_args.num_copies=4",
+            ),
+            "erase_and_check": (
+                "--vars.defence_place=before",
+                "--vars.defence_penalty=0",
+                "--model.init_args.defence.init_args.filter.init_args.max_erase=12",
+            ),
+            "perplexity_filter": (),
+            "learned_filter": (),
+            "reply_filter": (),
+        },
+        "configs/evaluation/defence_search.yaml",
+        "configs/evaluation/defence_replayed.yaml",
+        files=("configs/data/smollm2_filters.yaml",),
+        sizes={"clean": 24, "limit": 8, "steps": 15, "width": 8, "draws": 2},
+        shown={
+            "": "none",
+            "reminder": "self-reminder",
+            "smooth_llm": "SmoothLLM, 4 copies, a tenth swapped",
+            "erase_and_check": "erase-and-check, suffix, 12",
+            "perplexity_filter": "perplexity filter, window 10",
+            "learned_filter": "learned filter, probe of layer 20",
+            "reply_filter": "reply filter, probe of layer 20",
+        },
+    ),
 }
-"""Defence -> what its adaptive attack is told beside the defence: the least that leaves its threat model (a
-copy of SmoothLLM's cannot name what it garbles; before the request is outside the suffix mode)."""
-SHOWN = {
-    "": "none",
-    "reminder": "self-reminder",
-    "smooth_llm": "SmoothLLM, 10 copies, a tenth swapped",
-    "erase_and_check": "erase-and-check, suffix, 20",
-    "perplexity_filter": "bigram filter, window 10",
-    "learned_filter": "learned filter, probe of layer 3",
-    "reply_filter": "reply filter, probe of layer 3",
-}
-"""Name of a defence in its results -> in the table, in its order."""
 NOTE = (
-    "Static: the search without the defence, its result sent through the defence (SmoothLLM's is for the "
-    "target's first five tokens, as its adaptive one, the others' for twelve); adaptive: the search that "
-    "sees it. Not refused: by the keyword judge. Benign prompts get what the adaptive search found on other "
-    "requests. Intervals are 95 % (Wilson's for shares); n of clean requests, of attacked ones and of benign "
-    "ones under attack: {}. One model, one seed; a search this small that finds nothing is no evidence of "
-    "robustness."
+    "Static: the search without the defence, its result sent through the defence; adaptive: the search that "
+    "sees it (SmoothLLM's for the target's first five tokens, since its copies garble what a target names; "
+    "erase-and-check's for tokens before the request, outside its suffix mode). Not refused: by the keyword "
+    "judge. Benign prompts get what the adaptive search found on other requests. Intervals are 95 % "
+    "(Wilson's for shares); n of clean requests, of attacked ones and of benign ones under attack: {}. One "
+    "model, one seed; a search this small that finds nothing is no evidence of robustness."
 )
 
 
-def words(defence: str, folder: Path, sizes: Sequence[str]) -> list[str]:
+def words(around: Around, defence: str, folder: Path, sizes: Sequence[str]) -> list[str]:
     """The command of one defence; '' for none."""
-    around = [f"configs/defence/{defence}.yaml"] if defence else []
-    files = [word for file in (RECIPE, SPLIT, *around, ATTACKS) for word in ("--config", file)]
-    return ["test", *files, *SETTINGS[defence], *sizes, f"--trainer.default_root_dir={folder}"]
+    own = [f"configs/defence/{defence}.yaml"] if defence else []
+    replays = bool(defence and around.replayed)
+    attacks = around.replayed if replays else around.attacks
+    files = [word for file in (around.recipe, *own, *around.files, attacks) for word in ("--config", file)]
+    found = [f"--vars.defence_static_from={folder}"] if replays else []
+    place = f"--trainer.default_root_dir={folder}"
+    return ["test", *files, *around.settings[defence], *found, *sizes, place]
 
 
-def table(folder: Path) -> Table:
+def table(folder: Path, around: Around = MODELS["tinychat"]) -> Table:
     """A row a defence that the folder has measured."""
     rows = []
     for defence in measured(folder):
         own = load(folder, "test", defence).after
         assert own is not None, "load fails where nothing was measured"
-        rows.append([Cell(SHOWN[_name(defence)]), *_cells(own, bool(defence))])
+        rows.append([Cell(around.shown[_name(defence)]), *_cells(own, bool(defence))])
     columns = [
         *("defence", "harmful refused", "harmless refused", "utility"),
         *("static: target; not refused", "adaptive: target; not refused"),
         *("benign refused under it; utility", "queries; tokens, times plain"),
     ]
-    return Table("Defences around the packaged model", columns, rows)
+    return Table(around.title, columns, rows)
 
 
 def measured(folder: Path) -> list[str]:
@@ -89,7 +156,8 @@ def measured(folder: Path) -> list[str]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{folder}: found {twice!r} measured with two settings; set --run to another folder")
-    return sorted(found, key=lambda own: [*SHOWN].index(_name(own)))
+    order = [*MODELS["tinychat"].shown]
+    return sorted(found, key=lambda own: order.index(_name(own)))
 
 
 def _name(defence: str) -> str:
@@ -101,18 +169,23 @@ def _cells(own: Snapshot, defended: bool) -> list[Cell]:
         found = own.measures.get(metric)
         return found.estimate if found is not None else None
 
-    benign = own.benign.get("adaptive")
+    benign = own.benign.get(_searched(own))
     return [
         _joined(told(Metric("refusal_rate", "harmful"))),
         _joined(told(Metric("over_refusal_rate", "harmless"))),
         _joined(told(Metric("exact_match", "utility"))),
         *(
             _joined(*(told(Metric(q, "harmful", attack)) for q in ("success_rate", "not_refused_rate")))
-            for attack in ("static", "adaptive")
+            for attack in ("static", _searched(own))
         ),
         _joined(*((benign.refused, benign.utility) if benign is not None else (None,))),
         _cost([cost for cost in own.costs if cost.subject == "harmful" and not cost.attack], defended),
     ]
+
+
+def _searched(own: Snapshot) -> str:
+    """The attack that knows of the defence; the same one where there is no defence to know of."""
+    return "adaptive" if Metric("success_rate", "harmful", "adaptive") in own.measures else "static"
 
 
 def _joined(*found: Estimate | None) -> Cell:
@@ -142,17 +215,18 @@ def sizes_of(folder: Path) -> str:
 def _sizes(folder: Path, defence: str) -> tuple[int, ...]:
     own = load(folder, "test", defence).after
     assert own is not None, "load fails where nothing was measured"
-    benign = own.benign["adaptive"].refused
+    attack = _searched(own)
+    benign = own.benign[attack].refused
     return (
         own.measures[Metric("refusal_rate", "harmful")].estimate.n,
-        own.measures[Metric("success_rate", "harmful", "adaptive")].estimate.n,
+        own.measures[Metric("success_rate", "harmful", attack)].estimate.n,
         benign.n if benign is not None else 0,
     )
 
 
-def report(folder: Path) -> str:
+def report(folder: Path, around: Around = MODELS["tinychat"]) -> str:
     """The Markdown report."""
-    own = table(folder)
+    own = table(folder, around)
     return f"# {own.title}\n\n{table_text(own)}\n\n{NOTE.format(sizes_of(folder))}\n"
 
 
@@ -178,29 +252,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the rows and the report")
-    add("--run", type=Path, default=Path("runs/defences_tinychat"), help="folder in which it runs")
-    add("--defences", nargs="+", default=[*SETTINGS][1:], choices=[*SETTINGS][1:], help="beside none")
-    add("--limit", type=int, default=24, help="attacked requests")
-    add("--clean", type=int, default=40, help="requests of each kind without an attack")
-    add("--steps", type=int, default=20, help="steps of both searches")
-    add("--width", type=int, default=12, help="candidates a step")
-    add("--draws", type=int, default=4, help="draws of a defence's randomness behind a candidate's loss")
+    add("--model", default="tinychat", choices=[*MODELS], help="around which the defences stand [tinychat]")
+    add("--run", type=Path, help="folder in which it runs [runs/defences_MODEL]")
+    add("--defences", nargs="+", help="beside none [all]")
+    add("--limit", type=int, help="attacked requests")
+    add("--clean", type=int, help="requests of each kind without an attack")
+    add("--steps", type=int, help="steps of both searches")
+    add("--width", type=int, help="candidates a step")
+    add("--draws", type=int, help="draws of a defence's randomness behind a candidate's loss")
+    add("--report_only", action="store_true", help="run nothing: the report of what is done")
     own = parser.parse_args(arguments)
-    sizes = {"clean_limit": own.clean, "defence_limit": own.limit, "defence_steps": own.steps}
-    sizes |= {"defence_width": own.width, "defence_draws": own.draws}
-    for defence in ("", *own.defences):
-        asked = words(defence, own.run, [f"--vars.{name}={value}" for name, value in sizes.items()])
-        own.run.mkdir(parents=True, exist_ok=True)
-        running = Running(asked, own.run, threads=1)
+    around = MODELS[own.model]
+    known = [*around.settings][1:]
+    if unknown := [name for name in own.defences or () if name not in known]:
+        parser.error(f"--defences: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    run = own.run or Path("runs") / f"defences_{own.model}"
+    sizes = [
+        f"--vars.{'clean_limit' if name == 'clean' else f'defence_{name}'}={getattr(own, name) or size}"
+        for name, size in around.sizes.items()
+    ]
+    for defence in () if own.report_only else ("", *(own.defences or known)):
+        run.mkdir(parents=True, exist_ok=True)
+        running = Running(words(around, defence, run, sizes), run, threads=1)
         if running.wait() != 0:
             parser.exit(1, f"{running.failure()}\n")
     try:
-        report(own.run)
+        report(run, around)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    archive(own.run, own.out)
-    write_whole(own.out / "report.md", report(own.out))
-    print(report(own.out))
+    archive(run, own.out)
+    write_whole(own.out / "report.md", report(own.out, around))
+    print(report(own.out, around))
     return 0
 
 

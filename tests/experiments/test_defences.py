@@ -11,31 +11,54 @@ from callbacks.judges.keyword import KeywordRefusal
 from datamodules.results import ResultsStore, Row, read_rows
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
-from experiments.studies.defences import ATTACKS, RECIPE, SHOWN, archive, measured, report, table, words
+from experiments.studies.defences import MODELS, archive, measured, report, table, words
 from tests.conftest import ROOT
 from tests.support.rows import measurement, row
 
+SHOWN = MODELS["tinychat"].shown
 RECORDED = ROOT / "experiments" / "results" / "defences_cpu_202611"
 
 
-@pytest.mark.parametrize("defence", ["", "smooth_llm", "reply_filter"])
+@pytest.mark.parametrize("defence", [*MODELS["tinychat"].settings])
 def test_a_command_fits_its_recipe(defence: str, in_root: Path) -> None:
-    own = words(defence, Path("run"), ["--vars.defence_limit=3"])
+    own = words(MODELS["tinychat"], defence, Path("run"), ["--vars.defence_limit=3"])
     files = [own[i + 1] for i, word in enumerate(own) if word == "--config"]
     overrides = [(name, value) for name, _, value in (word[2:].partition("=") for word in own if "=" in word)]
     config = compose(files, overrides)
     check(config, "test")
     suite = config["trainer"]["callbacks"][-1]["init_args"]
     assert suite["schedule"]["test_limit"] == 3
-    assert suite["attacks"]["static"]["init_args"]["target_tokens"] == (5 if defence == "smooth_llm" else 12)
+    targets = [suite["attacks"][name]["init_args"]["target_tokens"] for name in ("static", "adaptive")]
+    assert targets == [12, 5 if defence == "smooth_llm" else 12]  # the static search is alike for all
     known = suite["attacks"]["adaptive"]["init_args"]["defence"]
     assert (known is None) == (not defence)
     assert config["data"]["init_args"]["evaluation"]["harmful"][0]["init_args"]["split"] == "test"
     assert config["trainer"]["default_root_dir"] == "run"
 
 
+@pytest.mark.parametrize("defence", [*MODELS["smollm2"].settings])
+def test_a_real_model_s_defences_replay_what_was_found_without_one(defence: str, in_root: Path) -> None:
+    own = words(MODELS["smollm2"], defence, Path("run"), ["--vars.defence_limit=3"])
+    files = [own[i + 1] for i, word in enumerate(own) if word == "--config"]
+    overrides = [(name, value) for name, _, value in (word[2:].partition("=") for word in own if "=" in word)]
+    config = compose(files, overrides)
+    check(config, "test")
+    attacks = config["trainer"]["callbacks"][-1]["init_args"]["attacks"]
+    search = attacks["adaptive" if defence else "static"]["init_args"]
+    assert (search["num_steps"], search["width"], search["num_tokens"]) == (15, 8, 12)
+    if not defence:
+        assert [*attacks] == ["static"] and search.get("defence") is None
+        return
+    replayed = attacks["static"]["init_args"]
+    assert (replayed["run"], replayed["attacks"], replayed["whose"]) == ("run", ["static"], "own")
+    assert search["defence"] == config["model"]["init_args"]["defence"]
+    inner = str(search["defence"])
+    assert "tinychat" not in inner  # every row that it is fitted to or calibrated on is this model's
+
+
 def test_a_filter_of_requests_stands_within_one_of_replies(in_root: Path) -> None:
-    config = compose([RECIPE, "configs/defence/both_filters.yaml", ATTACKS], [])
+    around = MODELS["tinychat"]
+    config = compose([around.recipe, "configs/defence/both_filters.yaml", around.attacks], [])
     check(config, "test")
     defence = config["model"]["init_args"]["defence"]
     inner = defence["init_args"]["within"]
