@@ -52,8 +52,8 @@ class DirectionEvaluation(Evaluation):
         return []
 
     def work(self, place: Place, weights: str) -> list[tuple[Measurement, list[Work]]]:
-        """One measurement, which the first process makes: a direction is of all requests. Raises: ValueError
-        without harmful and harmless ones."""
+        """One measurement: every process reads all requests, of which a direction is, and writes some layers'
+        rows. Raises: ValueError without harmful and harmless ones."""
         data, base, key = self.began(place)
         if not all(data.rows_of(subject) for subject in SUBJECTS):
             raise ValueError(
@@ -78,8 +78,9 @@ class DirectionEvaluation(Evaluation):
             n=layers + 1,
             block=self.name,
         )
-        own = Directions(measurement, batches["harmful"], batches["harmless"], base, layers)
-        return [(measurement, [own] if place.rank == 0 else [])]
+        names = [*(f"layer {layer:03d}" for layer in range(layers)), MEAN][place.rank :: place.world_size]
+        own = Directions(measurement, batches["harmful"], batches["harmless"], base, names)
+        return [(measurement, [own])]
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,15 @@ class Directions:
     harmful: list[EvaluationBatch]
     harmless: list[EvaluationBatch]
     base: Reference
-    layers: int
+    names: list[str]
+    """Of this process's rows: layers, counted from 0, and their mean."""
 
     def __len__(self) -> int:
-        return self.layers + 1
+        return len(self.names)
 
     @property
     def title(self) -> str:
         return f"{self.measurement.evaluation}: {self.measurement.subject}"
-
-    @property
-    def names(self) -> list[str]:
-        """Of the rows: every layer, from 0, and their mean."""
-        return [*(f"layer {layer:03d}" for layer in range(self.layers)), MEAN]
 
     @property
     def identities(self) -> list[Identity]:
@@ -118,7 +115,8 @@ class Directions:
             after = last_states(model, *prompts)
             with self.base.alike() as before:
                 found = changes(last_states(before, *prompts), after)
-        return [self._row(name, own) for name, own in zip(self.names, found, strict=True)]
+        every = {f"layer {layer:03d}": own for layer, own in enumerate(found[:-1])} | {MEAN: found[-1]}
+        return [self._row(name, every[name]) for name in self.names]
 
     def _row(self, name: str, own: Change) -> Row:
         scores = {DIRECTION: own.cosine, **{f"{key}@1": value for key, value in asdict(own).items()}}

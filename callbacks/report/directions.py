@@ -35,15 +35,15 @@ def moved(results: RunResults) -> Table:
         [
             Cell(own.name, float(place)),
             estimate(own.cosine),
-            *(_number(value) for value in (own.halves, own.along, own.length)),
+            *(_number(value) for value in (own.along, own.length)),
             *(_number(value) for value in (own.rank_before, own.rank)),
             count(own.cosine.n),
         ]
         for place, own in enumerate(found)
     ]
     columns = [
-        *("after", "cosine to the old one", "of two halves before", "apart along the old one"),
-        *("apart along the new one", "effective rank before", "after training", "requests"),
+        *("after", "cosine to the old one", "apart along the old one", "apart along the new one"),
+        *("effective rank before", "after training", "requests"),
     ]
     return Table("How far training moved the refusal direction", columns, rows)
 
@@ -54,7 +54,7 @@ def _read(name: str, row: Row) -> DirectionAt:
         return math.nan if found is None else float(found)
 
     cosine = Estimate(score("cosine"), score("low"), score("high"), min(row.counts.values()), "mean")
-    rest = {key: score(key) for key in ("halves", "along", "length", "rank_before", "rank")}
+    rest = {key: score(key) for key in ("along", "length", "rank_before", "rank")}
     return DirectionAt(name, cosine, **rest)
 
 

@@ -192,10 +192,10 @@ def direction(results: RunResults) -> Drawing | None:
         ]
         low, high = ([getattr(own.cosine, end) for own in told[-1][1]] for end in ("low", "high"))
         axes.fill_between(layers, low, high, color=AFTER, alpha=0.2, linewidth=0)
-        lines += axes.plot(layers, [own.halves for own in told[-1][1]], color=BEFORE, ls=":")
+        axes.axhline(1.0, color=BEFORE, linewidth=0.8, ls=":")
         axes.set(xlabel="layer", ylabel="cosine to the direction before training")
-        legend(axes, lines, [*(f"step {step}" for step, _ in told), "two halves of the requests, before"])
-    seen = "1: not turned. Below the dotted line: turned farther than so few requests leave unknown."
+        legend(axes, lines, [f"step {step}" for step, _ in told])
+    seen = "1: not turned; the band is the last step's 95 % interval."
     return Drawing("How far training turned the refusal direction", seen, figure)
 
 

@@ -130,6 +130,7 @@ def comparable(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], list[str]
                     if name not in last.attacks or facts.settings == last.attacks[name].settings
                 },
                 samples=[s for s in own.samples if (s.subject, s.attack) not in pairs],
+                directions=[] if any(m.quantity == "direction" for m in other) else own.directions,
             )
         )
     titles = [own.title for m, own in last.measures.items() if m in away and own.estimate.kind != "mean"]

@@ -137,8 +137,6 @@ class DirectionAt:
     """Of the layer; or of the mean over layers."""
     cosine: Estimate
     """Between the two directions."""
-    halves: float
-    """The cosine that two halves of the requests leave, before training."""
     along: float
     length: float
     rank_before: float

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from callbacks.report.cells import Cell, Table
+from callbacks.report.cells import MISSING, Cell, Table
 from callbacks.report.directions import QUANTITY
 from callbacks.report.drawing import Drawing, canvas, legend
 from callbacks.report.load import load
@@ -16,7 +17,6 @@ from experiments.studies.definition import Study
 Found = Mapping[str, list[list[DirectionAt]]]
 """Run -> a seed's layers each, their mean at the end."""
 SHOWN = {
-    "halves": "of two halves before",
     "along": "apart along the old one",
     "length": "apart along the new one",
     "rank_before": "effective rank before",
@@ -42,7 +42,8 @@ def direction_tables(found: Found) -> list[Table]:
     lines = []
     for name, seeds in found.items():
         cosines = _over_seeds(seeds)
-        layer = min(range(len(cosines)), key=cosines.__getitem__)
+        # A direction that is nothing but noise has no angle.
+        layer = min(range(len(cosines)), key=lambda place: (math.isnan(cosines[place]), cosines[place]))
         means = {key: fmean(getattr(own[-1], key) for own in seeds) for key in SHOWN}
         lines.append(
             [
@@ -65,12 +66,10 @@ def direction_curves(found: Found) -> dict[str, Drawing]:
         for name, seeds in found.items():
             cosines = _over_seeds(seeds)
             lines += axes.plot(range(len(cosines)), cosines, marker="o", markersize=3, label=name)
-        first = next(iter(found.values()))
-        halves = [fmean(own[layer].halves for own in first) for layer in range(len(cosines))]
-        lines += axes.plot(range(len(halves)), halves, color="#888888", ls=":")
+        axes.axhline(1.0, color="#888888", linewidth=0.8, ls=":")
         axes.set(xlabel="layer", ylabel="cosine to the direction before training")
-        legend(axes, lines, [*found, "two halves of the requests, before"])
-    seen = "1: not turned. Below the dotted line: turned farther than so few requests leave unknown."
+        legend(axes, lines, [*found])
+    seen = "1: not turned. Means over seeds, without the bias of finitely many requests."
     return {"direction_0": Drawing("How far training turned the refusal direction", seen, figure)}
 
 
@@ -80,4 +79,4 @@ def _over_seeds(seeds: list[list[DirectionAt]]) -> list[float]:
 
 
 def _number(value: float) -> Cell:
-    return Cell(f"{value:.3g}", value)
+    return Cell(MISSING if math.isnan(value) else f"{value:.3g}", value)

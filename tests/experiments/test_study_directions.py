@@ -26,7 +26,7 @@ def ran(folder: Path, *cosines: float) -> Path:
     store.announce([own])
     names = [*(f"layer {layer:03d}" for layer in range(len(cosines))), MEAN]
     for name, cosine in zip(names, (*cosines, sum(cosines) / len(cosines)), strict=True):
-        scores = {"cosine": cosine, "low": cosine - 0.1, "high": cosine + 0.1, "halves": 0.9, "along": 2.0}
+        scores = {"cosine": cosine, "low": cosine - 0.1, "high": cosine + 0.1, "along": 2.0}
         scores |= {"length": 3.0, "rank_before": 4.0, "rank": 5.0}
         verdicts = {f"{key}@1": {"verdict": False, "score": value} for key, value in scores.items()}
         verdicts |= {DIRECTION: {"verdict": False, "score": cosine}}
@@ -43,13 +43,12 @@ def test_a_row_and_a_line_a_run_over_its_seeds(tmp_path: Path) -> None:
     found = directions(study, runs)
     (table,) = direction_tables(found)
     before, after = ([cell.order for cell in line] for line in table.rows)
-    assert before[1:] == [1.0, 1.0, 0.9, 2.0, 3.0, 4.0, 5.0]
+    assert before[1:] == [1.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert after[1:3] == [pytest.approx(0.5), pytest.approx(0.2)]
     assert table.rows[1][2].text == "0.2 (layer 1)"
     (drawing,) = direction_curves(found).values()
     lines = drawing.figure.axes[0].get_lines()
     assert [float(y) for y in lines[1].get_ydata()] == pytest.approx([0.9, 0.2, 0.4])
-    assert [float(y) for y in lines[2].get_ydata()] == pytest.approx([0.9] * 3)
 
 
 def test_nothing_is_read_where_no_column_asks(tmp_path: Path) -> None:
