@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from callbacks.metrics.names import Metric
 from callbacks.report.cells import MISSING, Cell, Table, estimate
@@ -22,94 +23,18 @@ from callbacks.report.markdown import table_text
 from callbacks.report.results import Costs, Estimate, Snapshot
 from callbacks.run_folder.provenance import write_whole
 from datamodules.line_files import pack
-from datamodules.results import MEASUREMENTS, ROWS, measured_stages
+from datamodules.results import (
+    MEASUREMENTS,
+    ROWS,
+    ResultsStore,
+    measured_stages,
+    read_measurements,
+    read_rows,
+)
+from datamodules.settings import settings_digest
+from experiments.studies.defence_models import MODELS, Around
 from experiments.studies.processes import Running
 
-Settings = Mapping[str, Sequence[str]]
-"""Defence -> what its command is told beside the defence's file, the least that lets its adaptive attack
-leave its threat model: a copy of SmoothLLM's cannot name what it garbles, and before the request is outside
-erase-and-check's suffix mode. '' is no defence."""
-
-
-@dataclass(frozen=True)
-class Around:
-    """Which model the defences stand around, and how it is attacked."""
-
-    title: str
-    recipe: str
-    settings: Settings
-    attacks: str
-    """Evaluation with both searches; without a defence they are the same, and one is enough."""
-    replayed: str = ""
-    """Evaluation of a defended model where the static search is not made anew; '' makes it anew."""
-    files: Sequence[str] = ()
-    """On top of a defence's file."""
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    """Of requests, and of both searches."""
-    shown: Mapping[str, str] = field(default_factory=dict)
-    """Name of a defence in its results -> in the table, in its order."""
-
-
-MODELS = {
-    "tinychat": Around(
-        "Defences around the packaged model",
-        "configs/experiment/defences_tinychat.yaml",
-        {
-            "": ("--model.init_args.defence=null",),  # the two searches are the same
-            "self_reminder": (),
-            "smooth_llm": ("--vars.defence_target_tokens=5",),
-            "erase_and_check": ("--vars.defence_place=before", "--vars.defence_penalty=0"),
-            "ngram_filter": (),
-            "learned_filter": (),
-            "reply_filter": (),
-        },
-        "configs/evaluation/defence_adaptive.yaml",
-        files=("configs/data/tinychat_test.yaml",),
-        sizes={"clean": 40, "limit": 24, "steps": 20, "width": 12, "draws": 4},
-        shown={
-            "": "none",
-            "reminder": "self-reminder",
-            "smooth_llm": "SmoothLLM, 10 copies, a tenth swapped",
-            "erase_and_check": "erase-and-check, suffix, 20",
-            "perplexity_filter": "bigram filter, window 10",
-            "learned_filter": "learned filter, probe of layer 3",
-            "reply_filter": "reply filter, probe of layer 3",
-        },
-    ),
-    "smollm2": Around(
-        "Defences around the aligned SmolLM2-135M-Instruct",
-        "configs/experiment/defences_smollm2.yaml",
-        {
-            "": (),
-            "self_reminder": (),
-            "smooth_llm": (
-                "--vars.defence_target_tokens=5",
-                "--model.init_args.defence.init_args.num_copies=4",
-            ),
-            "erase_and_check": (
-                "--vars.defence_place=before",
-                "--vars.defence_penalty=0",
-                "--model.init_args.defence.init_args.filter.init_args.max_erase=12",
-            ),
-            "perplexity_filter": (),
-            "learned_filter": (),
-            "reply_filter": (),
-        },
-        "configs/evaluation/defence_search.yaml",
-        "configs/evaluation/defence_replayed.yaml",
-        files=("configs/data/smollm2_filters.yaml",),
-        sizes={"clean": 24, "limit": 8, "steps": 15, "width": 8, "draws": 2},
-        shown={
-            "": "none",
-            "reminder": "self-reminder",
-            "smooth_llm": "SmoothLLM, 4 copies, a tenth swapped",
-            "erase_and_check": "erase-and-check, suffix, 12",
-            "perplexity_filter": "perplexity filter, window 10",
-            "learned_filter": "learned filter, probe of layer 20",
-            "reply_filter": "reply filter, probe of layer 20",
-        },
-    ),
-}
 NOTE = (
     "Static: the search without the defence, its result sent through the defence; adaptive: the search that "
     "sees it (SmoothLLM's for the target's first five tokens, since its copies garble what a target names; "
@@ -120,15 +45,42 @@ NOTE = (
 )
 
 
-def words(around: Around, defence: str, folder: Path, sizes: Sequence[str]) -> list[str]:
-    """The command of one defence; '' for none."""
+def words(
+    around: Around, defence: str, folder: Path, sizes: Sequence[str], found: Path | None = None
+) -> list[str]:
+    """The command of one defence; '' for none. `found` is where a replayed search is read."""
     own = [f"configs/defence/{defence}.yaml"] if defence else []
     replays = bool(defence and around.replayed)
     attacks = around.replayed if replays else around.attacks
     files = [word for file in (around.recipe, *own, *around.files, attacks) for word in ("--config", file)]
-    found = [f"--vars.defence_static_from={folder}"] if replays else []
+    where = [f"--vars.defence_static_from={found}"] if replays else []
     place = f"--trainer.default_root_dir={folder}"
-    return ["test", *files, *around.settings[defence], *found, *sizes, place]
+    return ["test", *files, *around.settings[defence], *where, *sizes, place]
+
+
+def set_apart(folder: Path) -> Path:
+    """What the last search without a defence has found, in a folder of its own, named by its content: the
+    run's has rows of other calls too.
+
+    Raises: ValueError where that search is not whole.
+    """
+    own = [m for m in read_measurements(folder) if m.attack == "static" and m.subject == "harmful"]
+    last = own[-1] if own else None
+    rows = [
+        row
+        for row in read_rows(folder)
+        if last is not None and not row.defence and (row.settings, row.model) == (last.settings, last.model)
+    ]
+    rows = [row for row in rows if row.attack == "static" and row.subject == "harmful"]
+    if last is None or len(rows) != last.n:
+        raise ValueError(f"{folder}: expected a whole search without a defence, got {len(rows)} of its rows")
+    name = settings_digest([(row.example, row.attacked) for row in rows])
+    place = folder / f"found-{name}"
+    if not place.is_dir():
+        store = ResultsStore(place)
+        store.announce([last])
+        store.add(rows)
+    return place
 
 
 def table(folder: Path, around: Around = MODELS["tinychat"]) -> Table:
@@ -139,9 +91,9 @@ def table(folder: Path, around: Around = MODELS["tinychat"]) -> Table:
         assert own is not None, "load fails where nothing was measured"
         rows.append([Cell(around.shown[_name(defence)]), *_cells(own, bool(defence))])
     columns = [
-        *("defence", "harmful refused", "harmless refused", "utility"),
+        *("defence", "harmful refused", "harmless refused", around.utility),
         *("static: target; not refused", "adaptive: target; not refused"),
-        *("benign refused under it; utility", "queries; tokens, times plain"),
+        *(f"benign refused under it; {around.utility}", "queries; tokens, times plain"),
     ]
     return Table(around.title, columns, rows)
 
@@ -203,6 +155,12 @@ def sizes_of(folder: Path) -> str:
 
     Raises: ValueError where the rows differ in it.
     """
+    settings = {_searches(folder, defence) for defence in measured(folder)}
+    if len(settings) > 1:
+        raise ValueError(
+            f"{folder}: expected one model and searches of one budget, got {sorted(settings)}; set --run to "
+            "another folder"
+        )
     sizes = {_sizes(folder, defence) for defence in measured(folder)}
     if len(sizes) > 1:
         raise ValueError(
@@ -210,6 +168,20 @@ def sizes_of(folder: Path) -> str:
             "attacked, benign); set --run to another folder"
         )
     return ", ".join(map(str, sizes.pop()))
+
+
+def _searches(folder: Path, defence: str) -> str:
+    """Which model was attacked, and with which budget. Raises: ValueError where something was cut short."""
+    own = load(folder, "test", defence).after
+    assert own is not None, "load fails where nothing was measured"
+    if not own.complete:
+        raise ValueError(f"{folder}: {defence or 'no defence'} is not measured whole; run the same again")
+    stem = f"test_{defence}_" if defence else "test_"
+    config = yaml.safe_load((folder / f"{stem}config.yaml").read_text(encoding="utf-8"))
+    suites = [one.get("init_args") or {} for one in config["trainer"]["callbacks"]]
+    (search,) = (suite["attacks"][_searched(own)] for suite in suites if "attacks" in suite)
+    budget = {name: search["init_args"][name] for name in ("num_steps", "width", "num_tokens")}
+    return f"{own.model} {budget}"
 
 
 def _sizes(folder: Path, defence: str) -> tuple[int, ...]:
@@ -227,7 +199,7 @@ def _sizes(folder: Path, defence: str) -> tuple[int, ...]:
 def report(folder: Path, around: Around = MODELS["tinychat"]) -> str:
     """The Markdown report."""
     own = table(folder, around)
-    return f"# {own.title}\n\n{table_text(own)}\n\n{NOTE.format(sizes_of(folder))}\n"
+    return f"# {own.title}\n\n{table_text(own)}\n\n{NOTE.format(sizes_of(folder))}{around.note}\n"
 
 
 def archive(run: Path, out: Path) -> None:
@@ -271,12 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"--vars.{'clean_limit' if name == 'clean' else f'defence_{name}'}={getattr(own, name) or size}"
         for name, size in around.sizes.items()
     ]
-    for defence in () if own.report_only else ("", *(own.defences or known)):
-        run.mkdir(parents=True, exist_ok=True)
-        running = Running(words(around, defence, run, sizes), run, threads=1)
-        if running.wait() != 0:
-            parser.exit(1, f"{running.failure()}\n")
     try:
+        for defence in () if own.report_only else ("", *(own.defences or known)):
+            run.mkdir(parents=True, exist_ok=True)
+            found = set_apart(run) if defence and around.replayed else None
+            running = Running(words(around, defence, run, sizes, found), run, threads=1)
+            if running.wait() != 0:
+                parser.exit(1, f"{running.failure()}\n")
         report(run, around)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")

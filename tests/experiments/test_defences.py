@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from callbacks.judges.keyword import KeywordRefusal
 from datamodules.results import ResultsStore, Row, read_rows
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
-from experiments.studies.defences import MODELS, archive, measured, report, table, words
+from experiments.studies.defences import MODELS, archive, measured, report, set_apart, table, words
+from lightning_modules.attacks.suffix.stored import StoredSuffixes
 from tests.conftest import ROOT
 from tests.support.rows import measurement, row
 
@@ -38,7 +40,7 @@ def test_a_command_fits_its_recipe(defence: str, in_root: Path) -> None:
 
 @pytest.mark.parametrize("defence", [*MODELS["smollm2"].settings])
 def test_a_real_model_s_defences_replay_what_was_found_without_one(defence: str, in_root: Path) -> None:
-    own = words(MODELS["smollm2"], defence, Path("run"), ["--vars.defence_limit=3"])
+    own = words(MODELS["smollm2"], defence, Path("run"), ["--vars.defence_limit=3"], Path("run/found"))
     files = [own[i + 1] for i, word in enumerate(own) if word == "--config"]
     overrides = [(name, value) for name, _, value in (word[2:].partition("=") for word in own if "=" in word)]
     config = compose(files, overrides)
@@ -50,7 +52,7 @@ def test_a_real_model_s_defences_replay_what_was_found_without_one(defence: str,
         assert [*attacks] == ["static"] and search.get("defence") is None
         return
     replayed = attacks["static"]["init_args"]
-    assert (replayed["run"], replayed["attacks"], replayed["whose"]) == ("run", ["static"], "own")
+    assert (replayed["run"], replayed["attacks"], replayed["whose"]) == ("run/found", ["static"], "own")
     assert search["defence"] == config["model"]["init_args"]["defence"]
     inner = str(search["defence"])
     assert "tinychat" not in inner  # every row that it is fitted to or calibrated on is this model's
@@ -131,8 +133,64 @@ def test_rows_of_another_call_do_not_stand_in_one_table(
             of = measurement(quantity, stage="test", **fields)
             store.announce([of])
             store.add([row(f"e{i}", of=of, defence=defence) for i in range(n)])
+    for defence in defences:
+        configured(tmp_path, defence)
     with pytest.raises(ValueError, match=message):
         report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "model", "n", "message"),
+    [
+        (60, "m", 1, "expected one model and searches of one budget"),
+        (15, "other", 1, "expected one model and searches of one budget"),
+        (15, "m", 2, "smooth_llm-1 is not measured whole"),
+    ],
+)
+def test_searches_of_another_budget_or_model_do_not_stand_beside_one_another(
+    steps: int, model: str, n: int, message: str, tmp_path: Path
+) -> None:
+    store = ResultsStore(tmp_path)
+    for defence, own_model, planned in (("", "m", 1), ("smooth_llm-1", model, n)):
+        fields: dict[str, Any] = {"attack": "static", "defence": defence, "model": own_model, "n": planned}
+        of = measurement("success_rate", stage="test", settings=defence, **fields)
+        store.announce([of])
+        store.add([row("e", of=of, defence=defence)])
+        configured(tmp_path, defence, steps if defence else 15)
+    with pytest.raises(ValueError, match=message):
+        report(tmp_path)
+
+
+def configured(folder: Path, defence: str, steps: int = 15) -> None:
+    stem = f"test_{defence}_" if defence else "test_"
+    search = {"init_args": {"num_steps": steps, "width": 8, "num_tokens": 12}}
+    suite = {"init_args": {"attacks": {"static": search, "adaptive": search}}}
+    config = {"trainer": {"callbacks": [{"class_path": "x"}, suite]}}
+    (folder / f"{stem}config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_the_last_whole_search_without_a_defence_is_set_apart(tmp_path: Path) -> None:
+    """Of a folder with an earlier, smaller one, and with what was replayed behind a defence."""
+    store = ResultsStore(tmp_path)
+
+    def searched(settings: str, found: str, defence: str = "", n: int = 2, planned: int = 2) -> None:
+        fields: dict[str, Any] = {"attack": "static", "defence": defence, "settings": settings, "n": planned}
+        of = measurement("success_rate", stage="test", **fields)
+        store.announce([of])
+        names = [f"e{i}" for i in range(n)]
+        store.add(row(f"{found} {name}", of, defence=defence, attacked=f"p {found}") for name in names)
+
+    searched("first", "bad")
+    searched("second", "good")
+    searched("third", "replayed", "smooth_llm-1")
+    place = set_apart(tmp_path)
+    assert {own.attacked for own in read_rows(place)} == {"p good"} and len(read_rows(place)) == 2
+    assert set_apart(tmp_path) == place
+    suffixes = StoredSuffixes(str(place), ["static"], judge=None).surroundings()
+    assert [own.after for own in suffixes] == [" good"]
+    searched("fourth", "begun", n=1)
+    with pytest.raises(ValueError, match="expected a whole search without a defence, got 1 of its rows"):
+        set_apart(tmp_path)
 
 
 def percent(rows: list[Row], judge: str, negated: bool = False) -> str:
@@ -145,8 +203,7 @@ def test_every_cell_of_the_recorded_table_is_what_its_rows_say() -> None:
     """Computed again by the code that wrote it, and from the verdicts alone."""
     assert (RECORDED / "report.md").read_text(encoding="utf-8") == report(RECORDED)
     own, rows = table(RECORDED), read_rows(RECORDED)
-    # The filter of replies came later (experiments/LOG.md).
-    assert [row[0].text for row in own.rows] == [SHOWN[name] for name in SHOWN if name != "reply_filter"]
+    assert [row[0].text for row in own.rows] == [*SHOWN.values()]
     refusal = KeywordRefusal().name
     for defence, cells in zip(measured(RECORDED), own.rows, strict=True):
         found = [row for row in rows if row.defence == defence]
