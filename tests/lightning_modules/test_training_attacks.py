@@ -15,7 +15,7 @@ from datamodules.overlap import EvaluatedTexts
 from datamodules.rows import HarmfulRow
 from datamodules.sources.replay import RedTeamReplay
 from datamodules.sources.tinychat.sources import TinyChatHarmful
-from lightning_modules.attacks.base import Attack, NoAttack, load_attack_state, state_of
+from lightning_modules.attacks.base import Attack, NoAttack, example_rngs, load_attack_state, state_of
 from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.text.choosers import FirstSuccess
@@ -319,3 +319,14 @@ def test_noise_refuses_an_attack_that_writes_text() -> None:
         ValueError, match="GaussianNoise.attack: expected .* got DirectRequest; use EmbeddingPGD"
     ):
         GaussianNoise(0.5, DirectRequest())(chat_model(), text_batch(2), rng())
+
+
+def test_noise_without_a_rng_is_not_the_noise_of_its_attack() -> None:
+    """Both would begin at the same seed."""
+    batch, model = ragged_batch(size=2), LanguageModel(tiny_model(dtype=torch.float64))
+    where = batch.attackable_mask[0]
+    delta = GaussianNoise(1.0)(model, batch).delta
+    assert delta is not None
+    (own,) = example_rngs(batch.select([0]), None)
+    again = torch.randn(int(where.sum()), delta.shape[-1], generator=own)
+    assert abs(torch.corrcoef(torch.stack([delta[0, where].flatten().float(), again.flatten()]))[0, 1]) < 0.5

@@ -292,6 +292,14 @@ CASES: dict[str, Case] = {
         lambda: GaussianNoise(0.5, EmbeddingPGD(epsilon=0.2, num_steps=2)), keeps_best=False
     ),
     "gaussian_noise_alone": Case(lambda: GaussianNoise(0.5), keeps_best=False),
+    "noisy_ablation": Case(
+        lambda: GaussianNoise(0.5, random_ablation()),
+        text=True,
+        typed=False,
+        keeps_best=False,
+        alone=False,
+        stateful=True,
+    ),
     # No search: it draws what the model has to do without. What finding it costs is shared by the batch.
     "random_ablation": Case(
         random_ablation, text=True, typed=False, keeps_best=False, alone=False, stateful=True

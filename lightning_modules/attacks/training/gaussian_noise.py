@@ -7,12 +7,22 @@ loss (`SmoothedPGD`) the training of Salman et al. 2019 (arXiv 1906.04584, Smoot
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from datamodules.batch import AdversarialBatch
 from datamodules.fields import Positive, checked
-from lightning_modules.attacks.base import Attack, AttackedPrompt, NoAttack, example_rngs
+from lightning_modules.attacks.base import (
+    Attack,
+    AttackedPrompt,
+    NoAttack,
+    derived_rng,
+    example_rngs,
+    load_attack_state,
+    share,
+    state_of,
+)
 from lightning_modules.models.embedding_noise import gaussian, noise_std
 from lightning_modules.models.language_model import LanguageModel
 
@@ -47,7 +57,18 @@ class GaussianNoise:
         with torch.no_grad():
             clean = model.embed(batch.prompt_ids)
             delta = torch.zeros_like(clean, dtype=torch.float32) if found.delta is None else found.delta
-            # Not the attack's own draws over again.
-            rngs = example_rngs(batch, rng)
+            # Not the attack's own draws over again, with a rng (which has moved on) and without one.
+            rngs = example_rngs(batch, rng if rng is not None else derived_rng(0, 1))
             noise = noise_std(model, self.sigma) * gaussian(delta, batch.attackable_mask, rngs)
         return replace(found, delta=delta + noise, distance=torch.full_like(found.distance, torch.nan))
+
+    def share(self, model: LanguageModel) -> None:
+        """What the attack has to exchange."""
+        share(self.attack, model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the attack keeps between batches."""
+        return {"attack": state_of(self.attack)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_attack_state(self.attack, state["attack"])
