@@ -86,6 +86,15 @@ def in_use(folder: str | Path) -> bool:
     return owner.get("host") == socket.gethostname() and _lives(owner)
 
 
+def held_elsewhere(folder: str | Path) -> bool:
+    """Whether a process of another machine has left its lock; from here nobody can tell whether it lives."""
+    try:
+        owner = _record(RunFolder.of(folder).lock.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return bool(owner) and owner.get("host") != socket.gethostname()
+
+
 def release(folder: str | Path) -> None:
     """Take over from a command that is known to have ended, on whatever node; whether one of this machine
     lives the caller has asked already."""

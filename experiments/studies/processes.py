@@ -41,6 +41,7 @@ class Running:
 
     name = None
     """Nobody finds it after this process: it ends with it."""
+    waiting = False
 
     def __init__(
         self,

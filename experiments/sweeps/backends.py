@@ -21,6 +21,11 @@ class Command(Protocol):
         """What the backend finds it by, after this process; None where it ends with this process."""
         ...
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it is known to wait for a place to run: that time is not its own."""
+        ...
+
     def status(self) -> int | None:
         """Exit status, negative where a signal ended it; None while it runs."""
         ...
@@ -114,6 +119,8 @@ class Slurm:
 
 class SlurmJob:
     """One job of submitit as a command."""
+
+    waiting = False
 
     def __init__(self, job: Any, command: str, folder: Path) -> None:
         self.job, self.command, self.folder = job, command, folder

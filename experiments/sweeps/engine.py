@@ -158,6 +158,8 @@ class Engine:
 
     def _watch_time(self, own: Attempt, command: Command) -> None:
         """End a trial whose time is up."""
+        if command.waiting:
+            own.began = time.monotonic()
         minutes = self.search.sweep.trial_minutes
         over = -1.0 if minutes is None else time.monotonic() - own.began - 60 * minutes
         if over > GRACE_SECONDS:
@@ -286,6 +288,7 @@ class Done:
     """The command of what another trial with the same values, or an earlier process, has finished."""
 
     name = None
+    waiting = False
 
     def status(self) -> int:
         return 0

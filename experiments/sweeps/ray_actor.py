@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from callbacks.run_folder.lock import in_use, release
+from callbacks.run_folder.lock import held_elsewhere, in_use, release
 from experiments.studies.processes import POLL_SECONDS, Running
 
 LOOK_SECONDS = 1.0
-"""Between two reports: so long a command that is asked to end goes on."""
+"""Between two reports."""
 GRACE_SECONDS = 60.0
 """What a command that is asked to end has to do so by itself."""
+LOST_SECONDS = 30.0
+"""After which a lock that another machine has left is taken for a lost actor's: a command ends within
+seconds of the process that it was started by."""
 
 
 class Actor(tune.Trainable):  # type: ignore[misc]
@@ -23,34 +27,47 @@ class Actor(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any]) -> None:
         self._words, self._folder = config["words"], Path(config["folder"])
         self._how = config["threads"], config["program"], Path(config["cwd"])
-        self._looks = 0
+        self._stop = Path(config["stop"])
+        self._began = time.monotonic()
+        self._asked: float | None = None
+        """When the command was asked to end."""
         self._running: Running | None = None
 
     def step(self) -> dict[str, Any]:
         """Look after the command for a while. Returns its exit status, None while it runs."""
-        self._looks += 1
-        if self._looks == 1:  # what was asked to end while it waited for its share is never begun
-            return {"status": None}
         until = time.monotonic() + LOOK_SECONDS
         while True:
-            # What a lost actor has started ends with it, and holds the folder until then.
-            if self._running is None and not in_use(self._folder):
+            if self._running is None and self._stop.exists():
+                return {"status": -signal.SIGTERM, "done": True}  # asked to end while it waited: never begun
+            if self._running is None and self._is_free():
                 release(self._folder)
                 self._running = Running(self._words, self._folder, *self._how)
+            if self._running is not None and self._stop.exists():
+                self._end(self._running)
             status = None if self._running is None else self._running.status()
             if status is not None or time.monotonic() > until:
                 return {"status": status, "done": status is not None}
             time.sleep(POLL_SECONDS)
 
+    def _is_free(self) -> bool:
+        """Whether nobody is in the folder: what a lost actor has started ends with it, and holds it until
+        then."""
+        lost = time.monotonic() - self._began > LOST_SECONDS
+        return not in_use(self._folder) and (lost or not held_elsewhere(self._folder))
+
+    def _end(self, running: Running) -> None:
+        """Ask once, and insist when its time is up."""
+        if self._asked is None:
+            self._asked = time.monotonic()
+            running.stop()
+        elif time.monotonic() > self._asked + GRACE_SECONDS:
+            running.kill()
+
     def cleanup(self) -> None:
-        """End the command, where Tune ends the trial."""
-        if self._running is None:
-            return
-        self._running.stop()
-        until = time.monotonic() + GRACE_SECONDS
-        while self._running.status() is None and time.monotonic() < until:
+        """End the command, where Tune itself ends."""
+        while self._running is not None and self._running.status() is None:
+            self._end(self._running)
             time.sleep(POLL_SECONDS)
-        self._running.kill()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         return {}

@@ -7,11 +7,12 @@ goes on after a kill the sweep's journal decides, as with every backend; Tune's 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import signal
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -20,12 +21,12 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from callbacks.run_folder.lock import in_use
 from experiments.config.errors import ConfigError
 from experiments.studies.processes import PROGRAM, failure
 from experiments.sweeps.backends import Command
 from experiments.sweeps.ray_actor import GRACE_SECONDS, Actor
 
+log = logging.getLogger(__name__)
 RESTARTS = 2
 """How often Tune starts an actor again that was lost; its command goes on from its last checkpoint."""
 SHARES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
@@ -45,25 +46,32 @@ class Tuned:
     Args:
         words: the command and its options.
         folder: its run folder.
+        stop: a file whose existence asks the actor, on whatever node, to end it.
+        tunes: whether there is still somebody who will tell what becomes of it.
     """
 
     name = None
     """Nobody finds it after this process: it ends with it."""
 
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
-        self.words, self.folder = tuple(words), folder
-        self.asked_to_end = self.taken = False
+    def __init__(self, words: Sequence[str], folder: Path, stop: Path, tunes: Callable[[], bool]) -> None:
+        self.words, self.folder, self.stop_file = tuple(words), folder, stop
+        self.tunes = tunes
+        self.begun = False
         self.ended: int | None = None
         self.error = ""
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it has no share of the cluster yet."""
+        return not self.begun
+
     def status(self) -> int | None:
-        if self.asked_to_end and not self.taken:
-            return -signal.SIGTERM
-        # What was asked to end frees its folder last; Tune tells of it before.
-        return None if self.asked_to_end and in_use(self.folder) else self.ended
+        # One that waits for its share may wait for ever; asked to end, it will not be begun.
+        gone = not self.tunes() or (self.waiting and self.stop_file.exists())
+        return -signal.SIGTERM if self.ended is None and gone else self.ended
 
     def stop(self) -> None:
-        self.asked_to_end = True
+        self.stop_file.touch()
 
     def kill(self) -> None:
         """The actor kills what does not end in time (`GRACE_SECONDS`)."""
@@ -88,24 +96,40 @@ class RayTune:
     def __init__(self, place: Path, options: Mapping[str, Any], program: Sequence[str] = PROGRAM) -> None:
         self.bundle = _bundle(options)
         self.program = [*program]
-        self.threads = max(1, int(self.bundle["CPU"]))
+        self.threads = max(1, int(self.bundle.get("CPU", 0)))
         self.storage = place.resolve() / "ray"
         self.asked: deque[Tuned] = deque()
         self.running: dict[str, Tuned] = {}
         self.closing = False
+        self.error = ""
+        """Why Tune's loop has ended."""
         self._thread: Thread | None = None
+        self._count = 0
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        there = ray.cluster_resources()
+        if lacking := {name: own for name, own in self.bundle.items() if own > there.get(name, 0)}:
+            log.warning(
+                "--backend ray: a trial asks for %s, the cluster has %s: trials wait until it has more",
+                lacking,
+                {name: there.get(name, 0) for name in lacking},
+            )
+        shutil.rmtree(self.storage, ignore_errors=True)
+        (self.storage / "stops").mkdir(parents=True)
         atexit.register(self.close)
 
     def start(self, words: Sequence[str], folder: Path) -> Command:
-        command = Tuned(words, folder)
-        self.asked.append(command)
-        if self._thread is None or not self._thread.is_alive():
+        """Raises: ConfigError where Tune has ended, with its reason."""
+        if self._thread is None:
             self._thread = Thread(target=self._tune, daemon=True, name="ray_tune")
             self._thread.start()
+        if not self._thread.is_alive():
+            raise ConfigError(f"--backend ray: {self.error}; go on with the same command")
+        self._count += 1
+        command = Tuned(words, folder, self.storage / "stops" / str(self._count), self._thread.is_alive)
+        self.asked.append(command)
         return command
 
     def again(self, name: str, folder: Path) -> None:
@@ -120,28 +144,27 @@ class RayTune:
 
     def next(self, trial: str) -> dict[str, Any] | None:
         """The next command, as the configuration of a trial; None where there is none yet."""
-        while self.asked:
-            command = self.asked.popleft()
-            command.taken = True
-            if command.asked_to_end:
-                command.ended = -signal.SIGTERM
-                continue
-            self.running[trial] = command
-            where = {"threads": self.threads, "program": self.program, "cwd": str(Path.cwd())}
-            return {"words": [*command.words], "folder": str(command.folder.resolve()), **where}
-        return None
+        if not self.asked:
+            return None
+        command = self.running[trial] = self.asked.popleft()
+        where = {"folder": str(command.folder.resolve()), "stop": str(command.stop_file)}
+        how = {"threads": self.threads, "program": self.program, "cwd": str(Path.cwd())}
+        return {"words": [*command.words], **where, **how}
+
+    def begun(self, trial: str) -> None:
+        """A trial has its share, and its actor."""
+        if (command := self.running.get(trial)) is not None:
+            command.begun = True
 
     def told(self, trial: str, status: int | None, error: str = "") -> None:
-        """What has become of a trial; the status of a command that was asked to end is None."""
+        """What has become of a trial; the status of one that Tune ends with itself is None."""
         if (command := self.running.pop(trial, None)) is not None:
             command.error = error
             command.ended = -signal.SIGTERM if status is None else status
 
     def _tune(self) -> None:
         """Tune's loop, for as long as there is a sweep."""
-        error = "Ray Tune has ended"
         try:
-            shutil.rmtree(self.storage, ignore_errors=True)
             tune.Tuner(
                 tune.with_resources(Actor, tune.PlacementGroupFactory([self.bundle])),
                 tune_config=tune.TuneConfig(search_alg=_Commands(self), num_samples=-1),
@@ -154,10 +177,9 @@ class RayTune:
                     verbose=0,
                 ),
             ).fit()
-        except BaseException as caught:  # nobody waits for this thread: the commands say it
-            error = f"Ray Tune: {' '.join(str(caught).split())}"
-        for trial in [*self.running]:
-            self.told(trial, -signal.SIGTERM if self.closing else 1, error)
+            self.error = "Ray Tune has ended"
+        except BaseException as error:  # nobody waits for this thread: the next start says it
+            self.error = f"Ray Tune: {' '.join(str(error).split())}"
 
 
 class _OfTune:
@@ -189,15 +211,19 @@ class _Commands(_OfTune, Searcher):  # type: ignore[misc]
 
 
 class _Ends(_OfTune, tune.Stopper):  # type: ignore[misc]
+    """Ends Tune; one trial is ended by its actor, which knows when its command has ended."""
+
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
-        command = self.own.running.get(trial_id)
-        return command is not None and command.asked_to_end
+        return False
 
     def stop_all(self) -> bool:
         return self.own.closing
 
 
 class _Tells(_OfTune, tune.Callback):  # type: ignore[misc]
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.own.begun(trial.trial_id)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.own.told(trial.trial_id, (trial.last_result or {}).get("status"))
 
@@ -217,4 +243,6 @@ def _bundle(options: Mapping[str, Any]) -> dict[str, float]:
     for name, value in found.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise ConfigError(f"--backend ray: ray: {name}: expected a number of 0 or more, got {value!r}")
-    return {name: float(value) for name, value in found.items() if value or name == "CPU"}
+    if not any(found.values()):
+        raise ConfigError("--backend ray: ray: expected a share of something, got none")
+    return {name: float(value) for name, value in found.items() if value}

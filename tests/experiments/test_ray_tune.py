@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from callbacks.run_folder.lock import process_start
 from experiments.config.errors import ConfigError
 from tests.experiments.test_sweep_engine import parameters, states
 from tests.support.sweeping import Sweeping
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+ray_actor = pytest.importorskip("experiments.sweeps.ray_actor", reason="the extra `ray` is not installed")
 ray_tune = pytest.importorskip("experiments.sweeps.ray_tune", reason="the extra `ray` is not installed")
 
 
@@ -46,6 +49,7 @@ def test_a_share_that_ray_does_not_know_is_refused(tmp_path: Path) -> None:
         ({"num_gpu": 1}, "ray.num_gpu: expected num_cpus, num_gpus, memory or resources"),
         ({"num_gpus": "half"}, "ray: GPU: expected a number of 0 or more, got 'half'"),
         ({"resources": {"tpu": -1}}, "ray: tpu: expected a number of 0 or more, got -1"),
+        ({"num_cpus": 0}, "ray: expected a share of something, got none"),
     ):
         with pytest.raises(ConfigError, match=said):
             ray_tune.RayTune(tmp_path, options)
@@ -72,16 +76,75 @@ def test_actors_run_the_trials_and_share_a_gpu(sweeping: Sweeping) -> None:
 
     # One that waits and one that runs are asked to end: the third begins, what waited never does.
     waiting = backend.start(sweeping.job("slow", 0.4).fit, sweeping.job("slow", 0.4).folder)
+    assert waiting.waiting and not commands[0].waiting
     waiting.stop()
     assert waiting.status() == -signal.SIGTERM
+    first = process_start(int((jobs[0].folder / "own").read_text()))
     commands[0].stop()
-    assert until(lambda: commands[0].status() == -signal.SIGTERM and runs[2].exists())
+    assert until(lambda: commands[0].status() is not None)
+    # Its end is told when the command has ended, and not before.
+    assert process_start(int((jobs[0].folder / "own").read_text())) != first
+    assert commands[0].status() == -signal.SIGTERM and until(runs[2].exists)
     (sweeping.place.parent / "go").touch()
     assert until(lambda: [command.status() for command in commands[1:]] == [0, 0])
     assert waiting.status() == -signal.SIGTERM
     assert not (sweeping.job("slow", 0.4).folder / "checkpoints").exists()
     backend.close()
     assert "ray_tune" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_share_that_the_cluster_cannot_give_is_said_and_holds_nobody_up(
+    sweeping: Sweeping, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = ray_tune.RayTune(sweeping.place, {"num_gpus": 2}, sweeping.program)
+    assert "a trial asks for {'GPU': 2.0}, the cluster has {'GPU': 1.0}: trials wait" in caplog.text
+    job = sweeping.job("works")
+    command = backend.start(job.fit, job.folder)
+    time.sleep(2)
+    assert command.status() is None and command.waiting
+    command.stop()
+    assert command.status() == -signal.SIGTERM
+    backend.close()
+    assert not job.folder.exists() or not (job.folder / "checkpoints").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_end_of_tune_is_the_end_of_the_sweep_and_of_no_trial(
+    sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError("stale file handle")
+
+    backend = ray_tune.RayTune(sweeping.place, {"num_cpus": 0.1}, sweeping.program)
+    monkeypatch.setattr(ray_tune.tune, "Tuner", broken)
+    engine = sweeping.engine(backend, workers=2, parameters=parameters(["works"], [0.1, 0.2, 0.3]))
+    with pytest.raises(ConfigError, match="--backend ray: Ray Tune: stale file handle; go on with the same"):
+        engine.run()
+    assert set(states(engine)) == {"RUNNING"}  # to be taken up again
+    backend.close()
+
+
+def test_a_lock_of_another_machine_is_waited_for_and_then_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.sweeps.ray_actor.LOST_SECONDS", 2.5)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "lock.json").write_text('{"host": "elsewhere", "pid": 1, "started": "x"}')
+    program = [sys.executable, "-c", "import sys; sys.exit(3)"]
+    config = {"words": ["fit"], "folder": str(run), "threads": 1, "program": program, "cwd": str(tmp_path)}
+    actor = ray_actor.Actor({**config, "stop": str(tmp_path / "stop")})
+    began = time.monotonic()
+    found = actor.step()
+    assert found == {"status": None, "done": False} and (run / "lock.json").exists()
+    while found["status"] is None and time.monotonic() < began + 30:
+        found = actor.step()
+    assert found == {"status": 3, "done": True} and time.monotonic() > began + 2
+    # One that is asked to end before it has begun never begins.
+    (tmp_path / "stop").touch()
+    other = ray_actor.Actor({**config, "stop": str(tmp_path / "stop"), "program": ["no_such_program"]})
+    assert other.step() == {"status": -signal.SIGTERM, "done": True}
 
 
 @pytest.mark.usefixtures("cluster")

@@ -53,6 +53,7 @@ checkpoint.touch()
 (folder / "model" / "weights").touch()
 parent = os.getppid()
 (folder / "parent").write_text(str(parent))
+(folder / "own").write_text(str(os.getpid()))
 while how == "slow" and not pathlib.Path("go").exists():
     time.sleep(0.05)
     if os.getppid() != parent:  # as a real command does
