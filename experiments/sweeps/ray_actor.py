@@ -34,14 +34,18 @@ class Actor(tune.Trainable):  # type: ignore[misc]
         self._running: Running | None = None
 
     def step(self) -> dict[str, Any]:
-        """Look after the command for a while. Returns its exit status, None while it runs."""
+        """Look after the command for a while. Returns its exit status, None while it runs, and the error of
+        one that could not be begun."""
         until = time.monotonic() + LOOK_SECONDS
         while True:
             if self._running is None and self._stop.exists():
                 return {"status": -signal.SIGTERM, "done": True}  # asked to end while it waited: never begun
             if self._running is None and self._is_free():
                 release(self._folder)
-                self._running = Running(self._words, self._folder, *self._how)
+                try:
+                    self._running = Running(self._words, self._folder, *self._how)
+                except OSError as error:  # it will not be begun a second time either
+                    return {"status": 1, "error": str(error), "done": True}
             if self._running is not None and self._stop.exists():
                 self._end(self._running)
             status = None if self._running is None else self._running.status()

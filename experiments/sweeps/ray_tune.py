@@ -225,11 +225,12 @@ class _Tells(_OfTune, tune.Callback):  # type: ignore[misc]
         self.own.begun(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.own.told(trial.trial_id, (trial.last_result or {}).get("status"))
+        last = trial.last_result or {}
+        self.own.told(trial.trial_id, last.get("status"), last.get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        said = " ".join(str(trial.get_error() or "no reason given").split())
-        self.own.told(trial.trial_id, 1, f"Ray Tune gave up after {RESTARTS + 1} starts: {said}")
+        said = f"its actor was lost {RESTARTS + 1} times; Ray's log says where: {trial.local_path}"
+        self.own.told(trial.trial_id, 1, said)
 
 
 def _bundle(options: Mapping[str, Any]) -> dict[str, float]:
