@@ -49,6 +49,11 @@ MODELS = {
         },
         "configs/evaluation/defence_adaptive.yaml",
         files=("configs/data/tinychat_test.yaml",),
+        note=(
+            " SmoothLLM's adaptive search is for the target's first five tokens, since its copies garble "
+            "what a target names, erase-and-check's for tokens before the request, outside its suffix "
+            "mode."
+        ),
         sizes={"clean": 40, "limit": 24, "steps": 20, "width": 12, "draws": 4},
         shown={
             "": "none",
@@ -61,20 +66,11 @@ MODELS = {
         },
     ),
     "smollm2": Around(
-        "Defences around the aligned SmolLM2-135M-Instruct",
+        "Defences around SmolLM2-135M-Instruct as published, which answers harmful requests",
         "configs/experiment/defences_smollm2.yaml",
         {
             "": (),
             "self_reminder": (),
-            "smooth_llm": (
-                "--vars.defence_target_tokens=5",
-                "--model.init_args.defence.init_args.num_copies=4",
-            ),
-            "erase_and_check": (
-                "--vars.defence_place=before",
-                "--vars.defence_penalty=0",
-                "--model.init_args.defence.init_args.filter.init_args.max_erase=12",
-            ),
             "perplexity_filter": (),
             "learned_filter": (),
             "reply_filter": (),
@@ -82,18 +78,19 @@ MODELS = {
         "configs/evaluation/defence_search.yaml",
         "configs/evaluation/defence_replayed.yaml",
         files=("configs/data/smollm2_filters.yaml",),
-        sizes={"clean": 24, "limit": 8, "steps": 15, "width": 8, "draws": 2},
+        sizes={"clean": 24, "limit": 8, "steps": 10, "width": 8},
         utility="replies unchanged",
         note=(
-            " Replies unchanged: the undefended model's own greedy replies to benign instructions, 24 "
-            "tokens, letter by letter; a defence that rewords a request changes most of them, for the worse "
-            "or not."
+            " SmoothLLM and erase-and-check live by a model's own refusals, of which this one has few, "
+            "and are left out. The aligned model is not shown: without any defence 15 steps of the search"
+            " make 0 of 8 replies begin with the target and leave 2 of 8 not refused, where 4 of 24 plain"
+            " requests are not. Replies unchanged: the undefended model's own greedy replies to benign "
+            "instructions, 24 tokens, letter by letter; a defence that rewords a request changes most of "
+            "them, for the worse or not."
         ),
         shown={
             "": "none",
             "reminder": "self-reminder",
-            "smooth_llm": "SmoothLLM, 4 copies, a tenth swapped",
-            "erase_and_check": "erase-and-check, suffix, 12",
             "perplexity_filter": "perplexity filter, window 10",
             "learned_filter": "learned filter, probe of layer 20",
             "reply_filter": "reply filter, probe of layer 20",

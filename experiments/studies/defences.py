@@ -37,11 +37,10 @@ from experiments.studies.processes import Running
 
 NOTE = (
     "Static: the search without the defence, its result sent through the defence; adaptive: the search that "
-    "sees it (SmoothLLM's for the target's first five tokens, since its copies garble what a target names; "
-    "erase-and-check's for tokens before the request, outside its suffix mode). Not refused: by the keyword "
-    "judge. Benign prompts get what the adaptive search found on other requests. Intervals are 95 % "
-    "(Wilson's for shares); n of clean requests, of attacked ones and of benign ones under attack: {}. One "
-    "model, one seed; a search this small that finds nothing is no evidence of robustness."
+    "sees it. Not refused: by the keyword judge. Benign prompts get what the adaptive search found on other "
+    "requests. Intervals are 95 % (Wilson's for shares); n of clean requests, of attacked ones and of benign "
+    "ones under attack: {}. One model, one seed; a search this small that finds nothing is no evidence of "
+    "robustness."
 )
 
 
