@@ -24,7 +24,7 @@ from lightning_modules.defences.base import requests_of
 from lightning_modules.models.direction_change import States, _inner, changes, effective_rank, last_states
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import LanguageModel, encoded
-from tests.callbacks.test_divergence import loaded
+from tests.support.moved import loaded
 
 TOTAL = Metric("direction", "harmful", block="direction")
 

@@ -22,10 +22,8 @@ from datamodules.evaluation import EvaluationData, EvaluationSets
 from datamodules.results import read_rows
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.tokenizers import TokenizerConfig
-from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import LanguageModel, Reply
-from lightning_modules.models.loading import LoraSettings, ModelConfig, load_seeded
-from tests.conftest import tinychat_format
+from tests.support.moved import loaded
 
 TOTAL = Metric("divergence", "harmful", block="divergence")
 
@@ -37,17 +35,6 @@ def evaluation_data(n: int = 5) -> EvaluationData:
     )
     own.setup("test")
     return own
-
-
-def loaded(lora: bool, moved: float = 0.0) -> tuple[LanguageModel, Reference]:
-    base = ModelConfig("tinychat:aligned", lora=LoraSettings(r=2) if lora else None)
-    model = LanguageModel(load_seeded(base, 0), tinychat_format())
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.module.named_parameters():
-            if weight.requires_grad and ("lora_B" in name or "mlp" in name):
-                weight += moved * torch.randn(weight.shape, generator=generator)
-    return model, Reference(model, base, 0)
 
 
 def measured(folder: Path, model: LanguageModel, base: Any, **settings: Any) -> Snapshot:

@@ -15,8 +15,7 @@ import pytest
 
 from callbacks.run_folder.lock import process_start
 from experiments.config.errors import ConfigError
-from tests.experiments.test_sweep_engine import parameters, states
-from tests.support.sweeping import Sweeping
+from tests.support.sweeping import Sweeping, parameters, states
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 ray_actor = pytest.importorskip("experiments.sweeps.ray_actor", reason="the extra `ray` is not installed")
