@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ from lightning_modules.pretrained import PretrainedModel
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
 """Errors whose message is for the user; any other kind is named, with the way to see where it came from."""
+TRACEBACK = "traceback.txt"
+"""In a run's folder: of the last error that nobody foresaw."""
 
 
 class ThundercatCLI(LightningCLI):
@@ -239,8 +242,20 @@ def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) 
             remedy = "make room, then go on with --ckpt_path last (fit) or the same command (others)"
             _say(f"{error.filename or folder.path}: {NO_SPACE}; {remedy}")
             return 1
-        _say(one_line(error))
+        _say(one_line(error) + ("" if show_traceback or isinstance(error, EXPECTED) else _kept(folder)))
         return 1
+
+
+def _kept(folder: RunFolder) -> str:
+    """Where the traceback of an error that nobody foresaw is kept: it may have come after hours. In a run's
+    folder alone, which a command that has not begun has not made."""
+    if not folder.path.is_dir():
+        return ""
+    place = folder.path / TRACEBACK
+    with suppress(OSError):
+        place.write_text(traceback.format_exc(), encoding="utf-8")
+        return f", or read {place}"
+    return ""
 
 
 def one_line(error: Exception) -> str:

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import yaml
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from callbacks.run_folder.loggers import LogConfiguration, ResilientWandbLogger, RunCSVLogger, flat
 from experiments.config.classes import import_class, moved_to, project_classes
 from experiments.config.errors import ConfigError
 from tests.conftest import ROOT
+from tests.support.small_run import small_config
 
 Run = Callable[..., tuple[int, str, str]]
 TINYCHAT = "configs/experiment/cat_tinychat.yaml"
@@ -57,7 +58,7 @@ def failing_server() -> Iterator[str]:
 
 TRAIN = """
 import sys
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from callbacks.run_folder.loggers import LogConfiguration, ResilientWandbLogger
 logger = ResilientWandbLogger(save_dir=sys.argv[1], start_timeout=2.0)
@@ -262,6 +263,28 @@ def test_b_attack_honours_traceback(thundercat: Run, monkeypatch: pytest.MonkeyP
     assert status == 1
     assert "in broken" in err
     assert err.splitlines()[-1] == "thundercat: unexpected error RuntimeError: broken"
+
+
+class Breaks(Callback):
+    """Something that nobody foresaw, in the middle of a training."""
+
+    def on_train_batch_end(self, *_: object) -> None:
+        _ = [][0]
+
+
+def test_where_an_unforeseen_error_came_from_is_kept(thundercat: Run, tmp_path: Path) -> None:
+    """It may have come after hours."""
+    breaks = {"class_path": "tests.faults.test_cli.Breaks"}
+    (tmp_path / "breaks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [breaks]}}))
+    words = ("fit", "--config", str(small_config(tmp_path)), "--config", str(tmp_path / "breaks.yaml"))
+    status, _, err = thundercat(*words)
+    kept = tmp_path / "run" / "traceback.txt"
+    assert status == 1
+    assert err.splitlines()[-1] == (
+        "thundercat: unexpected IndexError: list index out of range; run again with --traceback to see "
+        f"where, or read {kept}"
+    )
+    assert "in on_train_batch_end" in kept.read_text()
 
 
 @pytest.mark.parametrize(
