@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -58,7 +59,15 @@ def describe(thing: object) -> Any:
         return [describe(item) for item in thing]
     if isinstance(thing, dict):
         return {str(key): describe(value) for key, value in thing.items()}
-    names = list(vars(thing)) if hasattr(thing, "__dict__") else []
+    names = (
+        [name for name in vars(thing) if not _is_cached(thing, name)] if hasattr(thing, "__dict__") else []
+    )
     names += [f.name for f in fields(thing)] if is_dataclass(thing) and not names else []  # with slots
     attributes = {name: describe(getattr(thing, name)) for name in names if not name.startswith("_")}
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **attributes}
+
+
+def _is_cached(thing: object, name: str) -> bool:
+    """Whether an attribute is a property's remembered value, which is not there before it is asked for: a
+    setting is there from the beginning."""
+    return isinstance(getattr(type(thing), name, None), cached_property)

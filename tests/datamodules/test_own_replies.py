@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.rows import ChatRow
+from datamodules.settings import settings_digest
 from datamodules.sources.base import collecting_passes
 from datamodules.sources.combinators import RefusalsAsHarm, Repeated
 from datamodules.sources.harmbench import HarmBench
@@ -106,3 +107,15 @@ def test_harmbench_by_functional_category(tmp_path: Path) -> None:
     assert keys == ["a/0", "a/1", "c/0", "c/1"]
     with pytest.raises(ValueError, match=r"no behaviour of .* is 'contextual'; there are \['copyright'"):
         list(HarmBench(*harmbench(tmp_path), functional="contextual").rows())
+
+
+def test_reading_a_source_changes_no_setting(tmp_path: Path) -> None:
+    """What it has counted is remembered; an evaluation that describes it would otherwise be another one at its
+    end than at its beginning, and find none of its rows."""
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "reply": "r", "key": "k", "cut": False}) + "\n")
+    source = ChatTable(str(path), format="predictions")
+    before = settings_digest(source)
+    assert len(list(source.rows())) == 1 and source.collecting_passes == 1
+    assert settings_digest(source) == before
+    assert settings_digest(ChatTable(str(path), format="predictions", limit=1)) != before
