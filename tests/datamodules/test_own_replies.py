@@ -110,8 +110,8 @@ def test_harmbench_by_functional_category(tmp_path: Path) -> None:
 
 
 def test_reading_a_source_changes_no_setting(tmp_path: Path) -> None:
-    """What it has counted is remembered; an evaluation that describes it would otherwise be another one at its
-    end than at its beginning, and find none of its rows."""
+    """What it has counted is remembered; an evaluation that describes it would otherwise be another one at
+    its end than at its beginning, and find none of its rows."""
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps({"prompt": "p", "reply": "r", "key": "k", "cut": False}) + "\n")
     source = ChatTable(str(path), format="predictions")
