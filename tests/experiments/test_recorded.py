@@ -36,7 +36,7 @@ INJECTION = ROOT / "experiments" / "results" / "injection_cpu_202611"
 RESULTS = ROOT / "experiments" / "results"
 STUDIES = {
     "smollm2": "smollm2",
-    **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "trade_off")},
+    **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "inside", "trade_off")},
     **{
         name: f"{name}_tinychat"
         for name in (
