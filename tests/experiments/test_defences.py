@@ -199,6 +199,11 @@ def percent(rows: list[Row], judge: str, negated: bool = False) -> str:
     return f"{100 * found / len(rows):.1f} %"
 
 
+def test_the_recorded_table_of_the_real_model_is_what_its_rows_say() -> None:
+    folder = RECORDED.parent / "smollm2_defences_cpu_202611"
+    assert (folder / "report.md").read_text(encoding="utf-8") == report(folder, MODELS["smollm2"])
+
+
 def test_every_cell_of_the_recorded_table_is_what_its_rows_say() -> None:
     """Computed again by the code that wrote it, and from the verdicts alone."""
     assert (RECORDED / "report.md").read_text(encoding="utf-8") == report(RECORDED)
