@@ -59,9 +59,8 @@ def describe(thing: object) -> Any:
         return [describe(item) for item in thing]
     if isinstance(thing, dict):
         return {str(key): describe(value) for key, value in thing.items()}
-    names = (
-        [name for name in vars(thing) if not _is_cached(thing, name)] if hasattr(thing, "__dict__") else []
-    )
+    held = vars(thing) if hasattr(thing, "__dict__") else {}
+    names = [name for name in held if not _is_cached(thing, name)]
     names += [f.name for f in fields(thing)] if is_dataclass(thing) and not names else []  # with slots
     attributes = {name: describe(getattr(thing, name)) for name in names if not name.startswith("_")}
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **attributes}

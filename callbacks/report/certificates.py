@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from callbacks.metrics.estimates import rate
 from callbacks.report.cells import Cell, Table, count, estimate
+from callbacks.report.measured import Measured
 from callbacks.report.results import Certified, Estimate, RunResults, Snapshot
 from datamodules.results import Measurement, Row
 
@@ -27,7 +28,8 @@ THREAT = (
 
 def certified(own: Measurement, rows: Mapping[str, Sequence[Row]]) -> Certified:
     """The radii of one subject's requests; 0 where nothing is certified of what one wishes for."""
-    first = [repeated[0] for repeated in rows.values()]
+    # By request, so that several seeds' stand beside one another.
+    first = [repeated[0] for _, repeated in sorted(rows.items())]
     scores = [row.verdicts[own.judge]["score"] for row in first]
     return Certified(
         subject=own.subject,
@@ -37,6 +39,12 @@ def certified(own: Measurement, rows: Mapping[str, Sequence[Row]]) -> Certified:
         abstained=sum(row.counts["abstained"] for row in first),
         other=sum(not row.verdict(own.judge) and not row.counts["abstained"] for row in first),
     )
+
+
+def of_measured(measured: Sequence[Measured]) -> list[Certified]:
+    """Of every subject that was certified."""
+    own = [item for item in measured if item.measurement.quantity == QUANTITY]
+    return [certified(item.measurement, item.rows) for item in own]
 
 
 def share_at(own: Certified, radius: float) -> Estimate:

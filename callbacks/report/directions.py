@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.report.cells import Cell, Table, count, estimate
+from callbacks.report.measured import Measured
 from callbacks.report.results import DirectionAt, Estimate, Measure, RunResults
 from datamodules.results import Measurement, Row
 
@@ -18,6 +19,12 @@ MEAN = "mean over layers"
 def by_layer(own: Measurement, rows: Mapping[str, Sequence[Row]]) -> list[DirectionAt]:
     """From the first layer on, the mean over layers at the end."""
     return [_read(name, rows[name][0]) for name in sorted(rows, key=lambda name: (name == MEAN, name))]
+
+
+def of_measured(measured: Sequence[Measured]) -> list[DirectionAt]:
+    """Nothing where it was not measured."""
+    own = [item for item in measured if item.measurement.quantity == QUANTITY]
+    return [layer for item in own for layer in by_layer(item.measurement, item.rows)]
 
 
 def overall(own: Measurement, rows: Mapping[str, Sequence[Row]]) -> dict[Metric, Measure]:

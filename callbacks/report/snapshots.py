@@ -56,11 +56,7 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
         ],
         benign=under_attack(measured),
         paired=paired_sets(happened),
-        certified=[
-            certificates.certified(item.measurement, item.rows)
-            for item in measured
-            if item.measurement.quantity == certificates.QUANTITY
-        ],
+        certified=certificates.of_measured(measured),
         costs=costs(measured),
         divergences=[
             estimate
@@ -68,12 +64,7 @@ def snapshot(measured: Sequence[Measured], stage: Stage, step: int) -> Snapshot:
             if item.measurement.quantity == divergences.QUANTITY
             for estimate in divergences.by_position(item.measurement, item.rows)
         ],
-        directions=[
-            own
-            for item in measured
-            if item.measurement.quantity == directions.QUANTITY
-            for own in directions.by_layer(item.measurement, item.rows)
-        ],
+        directions=directions.of_measured(measured),
         attributions=[
             attribution
             for item in measured

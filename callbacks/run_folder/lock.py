@@ -79,19 +79,13 @@ class RunLock:
 
 def in_use(folder: str | Path) -> bool:
     """Whether a living process of this machine holds a run folder."""
-    try:
-        owner = _record(RunFolder.of(folder).lock.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
+    owner = _owner(folder)
     return owner.get("host") == socket.gethostname() and _lives(owner)
 
 
 def held_elsewhere(folder: str | Path) -> bool:
     """Whether a process of another machine has left its lock; from here nobody can tell whether it lives."""
-    try:
-        owner = _record(RunFolder.of(folder).lock.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
+    owner = _owner(folder)
     return bool(owner) and owner.get("host") != socket.gethostname()
 
 
@@ -99,6 +93,14 @@ def release(folder: str | Path) -> None:
     """Take over from a command that is known to have ended, on whatever node; whether one of this machine
     lives the caller has asked already."""
     RunFolder.of(folder).lock.unlink(missing_ok=True)
+
+
+def _owner(folder: str | Path) -> dict[str, Any]:
+    """Whom a folder's lock names; nobody without one."""
+    try:
+        return _record(RunFolder.of(folder).lock.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
 
 
 def _lives(owner: dict[str, Any]) -> bool:

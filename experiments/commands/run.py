@@ -11,7 +11,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -249,13 +248,12 @@ def guarded(action: Callable[[], int], folder: RunFolder, show_traceback: bool) 
 def _kept(folder: RunFolder) -> str:
     """Where the traceback of an error that nobody foresaw is kept: it may have come after hours. In a run's
     folder alone, which a command that has not begun has not made."""
-    if not folder.path.is_dir():
-        return ""
     place = folder.path / TRACEBACK
-    with suppress(OSError):
+    try:
         place.write_text(traceback.format_exc(), encoding="utf-8")
-        return f", or read {place}"
-    return ""
+    except OSError:
+        return ""
+    return f", or read {place}"
 
 
 def one_line(error: Exception) -> str:

@@ -4,49 +4,43 @@ refusals and of service."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from callbacks.metrics.hierarchical import SeedRate, seed_rate
 from callbacks.report.cells import MISSING, Cell, Table
-from callbacks.report.certificates import MEANING, QUANTITY, THREAT
+from callbacks.report.certificates import MEANING, THREAT
 from callbacks.report.drawing import Drawing, canvas, legend
-from callbacks.report.load import load
 from callbacks.report.results import Certified
-from experiments.studies.definition import Study
+from experiments.studies.comparison import Compared
 
-Runs = Mapping[str, Mapping[int, Path]]
-"""Name -> seed -> folder."""
-Found = Mapping[str, Mapping[str, list[Certified]]]
+Found = dict[str, dict[str, list[Certified]]]
 """Subject -> run -> a seed's certificates each."""
 PARTS = (0.0, 0.25, 0.5, 0.75)
 """Radii of the table, in parts of the largest that any run has."""
 
 
-def certified(study: Study, runs: Runs) -> Found:
-    """What the last tests of the reported runs have certified, where a column asks for it."""
-    found: dict[str, dict[str, list[Certified]]] = {}
-    if all(column.quantity != QUANTITY for column in study.columns.values()):
-        return found
-    for name, folders in ((name, runs[name]) for name in study.reported if name in runs):
-        for folder in folders.values():
-            after = load(folder, "test").after
-            for own in after.certified if after is not None else ():
-                found.setdefault(own.subject, {}).setdefault(name, []).append(own)
+def by_subject(rows: Mapping[str, Compared]) -> Found:
+    """What the runs' tests have certified."""
+    found: Found = {}
+    for name, run in rows.items():
+        for own in (one for seed in run.certified for one in seed):
+            found.setdefault(own.subject, {}).setdefault(name, []).append(own)
     return found
 
 
 def share_within(seeds: list[Certified], radius: float) -> SeedRate:
-    """Requests certified beyond a radius, over seeds; requests of the seeds in their common order."""
-    size = min(len(own.radii) for own in seeds)
-    return seed_rate(np.array([[float(r > radius) for r in own.radii[:size]] for own in seeds]))
+    """Requests certified beyond a radius, over seeds. Raises: ValueError where these had other requests."""
+    sizes = sorted({len(own.radii) for own in seeds})
+    if len(sizes) > 1:
+        raise ValueError(f"certified {seeds[0].subject} requests: expected equally many a seed, got {sizes}")
+    return seed_rate(np.array([[float(found > radius) for found in own.radii] for own in seeds]))
 
 
-def certificate_tables(found: Found) -> list[Table]:
+def certificate_tables(rows: Mapping[str, Compared]) -> list[Table]:
     """A table a subject: a row a run, shares in percent beyond radii in rho, the mean embedding norm."""
     tables = []
-    for subject, runs in found.items():
+    for subject, runs in by_subject(rows).items():
         largest = max((max(own.radii) for seeds in runs.values() for own in seeds), default=0.0)
         radii = sorted({part * largest for part in PARTS})
         lines = []
@@ -60,10 +54,10 @@ def certificate_tables(found: Found) -> list[Table]:
     return tables
 
 
-def certificate_curves(found: Found) -> dict[str, Drawing]:
+def certificate_curves(rows: Mapping[str, Compared]) -> dict[str, Drawing]:
     """Stem of a file -> share of one subject's requests certified beyond a radius, a line a run."""
     drawings = {}
-    for number, (subject, runs) in enumerate(found.items()):
+    for number, (subject, runs) in enumerate(by_subject(rows).items()):
         with canvas() as (figure, axes):
             lines = []
             for name, seeds in runs.items():
@@ -79,9 +73,9 @@ def certificate_curves(found: Found) -> dict[str, Drawing]:
     return drawings
 
 
-def threat(found: Found) -> list[str]:
+def threat(rows: Mapping[str, Compared]) -> list[str]:
     """What a certificate says, and what it does not; nothing without any."""
-    return [THREAT] if found else []
+    return [THREAT] if by_subject(rows) else []
 
 
 def _cell(own: SeedRate) -> Cell:

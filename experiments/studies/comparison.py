@@ -16,10 +16,11 @@ from callbacks.metrics.hierarchical import (
     stacked,
 )
 from callbacks.metrics.names import Metric
+from callbacks.report import certificates, directions
 from callbacks.report.events import Events, events
 from callbacks.report.measured import Measured, attacks_of, select
 from callbacks.report.perplexities import UNITS
-from callbacks.report.results import Measure
+from callbacks.report.results import Certified, DirectionAt, Measure
 from callbacks.report.snapshots import lowest_losses, snapshot
 from callbacks.report.under_attack import under_attack
 from callbacks.run_folder.folder import RunFolder
@@ -50,6 +51,10 @@ class Compared:
     """Scored windows by seed: two runs are compared window by window."""
     losses: dict[int, dict[Metric, dict[str, float]]] = field(default_factory=dict, repr=False)
     """Lowest loss of every attack by seed and example, compared likewise."""
+    certified: list[list[Certified]] = field(default_factory=list, repr=False)
+    """What is guaranteed, by subject; a seed each."""
+    directions: list[list[DirectionAt]] = field(default_factory=list, repr=False)
+    """The refusal direction against the one before training, by layer, their mean at the end; a seed each."""
 
     def cell(self, label: str) -> SeedRate | None:
         return self.rates.get(label, self.means.get(label))
@@ -114,7 +119,10 @@ def read(runs: Mapping[str, Mapping[int, Path]], columns: Mapping[str, Column]) 
         }
         losses = {seed: _losses(own, columns) for seed, (_, own) in told.items()}
         spent = passes(folders.values())
-        found[name] = Compared(rates, means, spent, by_seed, dict(carrying), texts, losses)
+        guaranteed = [certificates.of_measured(own) for _, own in told.values()]
+        moved = [directions.of_measured(own) for _, own in told.values()]
+        beside = dict(carrying), texts, losses, guaranteed, moved
+        found[name] = Compared(rates, means, spent, by_seed, *beside)
     return found
 
 

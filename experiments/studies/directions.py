@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import fmean
 
 from callbacks.report.cells import MISSING, Cell, Table
-from callbacks.report.directions import QUANTITY
 from callbacks.report.drawing import Drawing, canvas, legend
-from callbacks.report.load import load
 from callbacks.report.results import DirectionAt
-from experiments.studies.definition import Study
+from experiments.studies.comparison import Compared
 
-Found = Mapping[str, list[list[DirectionAt]]]
-"""Run -> a seed's layers each, their mean at the end."""
 SHOWN = {
     "along": "apart along the old one",
     "length": "apart along the new one",
@@ -24,23 +19,16 @@ SHOWN = {
 }
 
 
-def directions(study: Study, runs: Mapping[str, Mapping[int, Path]]) -> Found:
-    """Of the reported runs, where a column asks for it; empty where none does."""
-    if all(column.quantity != QUANTITY for column in study.columns.values()):
-        return {}
-    found = {}
-    for name in (own for own in study.reported if own in runs):
-        seeds = [load(folder, "test").after for folder in runs[name].values()]
-        told = [[*after.directions] for after in seeds if after is not None and after.directions]
-        if told:
-            found[name] = told
-    return found
+def by_run(rows: Mapping[str, Compared]) -> dict[str, list[list[DirectionAt]]]:
+    """A seed's layers each, their mean at the end, of the runs where they were measured."""
+    found = {name: [seed for seed in run.directions if seed] for name, run in rows.items()}
+    return {name: seeds for name, seeds in found.items() if seeds}
 
 
-def direction_tables(found: Found) -> list[Table]:
+def direction_tables(rows: Mapping[str, Compared]) -> list[Table]:
     """One table, a row a run: means over layers and seeds, and the layer that turned farthest."""
     lines = []
-    for name, seeds in found.items():
+    for name, seeds in by_run(rows).items():
         cosines = _over_seeds(seeds)
         # A direction that is nothing but noise has no angle.
         layer = min(range(len(cosines)), key=lambda place: (math.isnan(cosines[place]), cosines[place]))
@@ -57,8 +45,9 @@ def direction_tables(found: Found) -> list[Table]:
     return [Table("How far training moved the refusal direction", columns, lines)] if lines else []
 
 
-def direction_curves(found: Found) -> dict[str, Drawing]:
+def direction_curves(rows: Mapping[str, Compared]) -> dict[str, Drawing]:
     """Stem of a file -> cosine to the direction before training after every layer, a line a run."""
+    found = by_run(rows)
     if not found:
         return {}
     with canvas() as (figure, axes):

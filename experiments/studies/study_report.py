@@ -22,12 +22,12 @@ from callbacks.run_folder.provenance import environment_facts
 from experiments.studies.answers import Answer, answers
 from experiments.studies.archive import RUNS, archive, revisions
 from experiments.studies.categories import by_category
-from experiments.studies.certificates import certificate_curves, certificate_tables, certified, threat
+from experiments.studies.certificates import certificate_curves, certificate_tables, threat
 from experiments.studies.comparison import Compared, read
 from experiments.studies.correlation import correlations
 from experiments.studies.costs import cost_table, curves
 from experiments.studies.definition import Study, TradeOff
-from experiments.studies.directions import direction_curves, direction_tables, directions
+from experiments.studies.directions import direction_curves, direction_tables
 from experiments.studies.spreadsheet import write_cells, write_tables
 
 STEMS = ("figure", "curve", "certified", "direction")
@@ -79,9 +79,7 @@ def write_study(
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_cells(out / "cells.csv", rows)
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
-    guaranteed = certified(study, runs)
-    drawings |= curves(study, runs) | certificate_curves(guaranteed)
-    drawings |= direction_curves(directions(study, runs))
+    drawings |= curves(study, runs) | certificate_curves(rows) | direction_curves(rows)
     for old in (path for stem in STEMS for path in out.glob(f"{stem}_[0-9]*.svg")):
         old.unlink()  # of an earlier study, or of fewer figures: nothing of it is in this report
     for stem, drawing in drawings.items():
@@ -91,7 +89,7 @@ def write_study(
         lost = [[Cell(name), Cell(reason)] for name, reason in missing.items()]
         tables.append(Table("Not reported", ["run", "why"], lost))
     write_tables(out / "tables.csv", tables)
-    signs = [*threat(guaranteed), *carrying(rows), *judges(study, rows)]
+    signs = [*threat(rows), *carrying(rows), *judges(study, rows)]
     text = document(study, tables, signs, {own.title: f"{stem}.svg" for stem, own in drawings.items()})
     (out / "report.md").write_text(text, encoding="utf-8")
     beside = {**(links or {}), **({ROWS_BESIDE: RUNS} if (out / RUNS).is_dir() else {})}
@@ -105,7 +103,7 @@ def tables_of(
 ) -> list[Table]:
     """All tables of a report, in their order; `runs` are where the costs are read."""
     tables = [cells(study, rows)] + ([replies(study, found, rows)] if study.claims else [])
-    tables += certificate_tables(certified(study, runs)) + direction_tables(directions(study, runs))
+    tables += certificate_tables(rows) + direction_tables(rows)
     further = (settings(study, rows), correlations(study, rows), cost_table(study, runs))
     tables += [own for own in further if own is not None]
     return tables + by_category(study, rows)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from datamodules.results import ResultsStore
-from experiments.studies.certificates import certificate_curves, certificate_tables, certified
-from experiments.studies.definition import Column, Study, StudyRun
+from experiments.studies.certificates import certificate_curves, certificate_tables, threat
+from experiments.studies.comparison import read
+from experiments.studies.definition import Column
 from tests.support.rows import measurement, row
 
 COLUMN = Column("certified_rate", "harmful", block="certified")
-RUN = StudyRun(config=["x.yaml"])
 
 
 def ran(folder: Path, radii: list[float | None]) -> Path:
@@ -41,8 +43,7 @@ def test_shares_beyond_radii_of_the_largest_over_seeds(tmp_path: Path) -> None:
             1: ran(tmp_path / "c", [0.4, 0.2, 0.1, 0.1]),
         },
     }
-    study = Study("t", {"before": RUN, "after": RUN}, {"c": COLUMN}, seeds=[0, 1])
-    found = certified(study, runs)
+    found = read(runs, {"c": COLUMN})
     (table,) = certificate_tables(found)
     assert table.title == "Certified: harmful refused (n = 4)"
     assert table.columns[1:5] == ["beyond 0 rho", "beyond 0.1 rho", "beyond 0.2 rho", "beyond 0.3 rho"]
@@ -56,7 +57,18 @@ def test_shares_beyond_radii_of_the_largest_over_seeds(tmp_path: Path) -> None:
     assert json.dumps([float(y) for y in lines[1].get_ydata()]) == "[87.5, 50.0, 37.5, 0.0]"
 
 
-def test_nothing_is_read_where_no_column_asks(tmp_path: Path) -> None:
-    study = Study("t", {"a": RUN}, {"c": Column("refusal_rate", "harmful")})
-    assert certified(study, {"a": {0: tmp_path / "nowhere"}}) == {}
-    assert certificate_tables({}) == [] and certificate_curves({}) == {}
+def test_seeds_on_other_requests_are_refused(tmp_path: Path) -> None:
+    runs = {"after": {0: ran(tmp_path / "b", [0.4, None]), 1: ran(tmp_path / "c", [0.4])}}
+    with pytest.raises(
+        ValueError, match=r"certified harmful requests: expected equally many a seed, got \[1, 2\]"
+    ):
+        certificate_tables(read(runs, {}))
+
+
+def test_runs_without_certificates_have_no_table(tmp_path: Path) -> None:
+    own = measurement("refusal_rate", stage="test", judge="keyword@1", call="c")
+    store = ResultsStore(tmp_path)
+    store.announce([own])
+    store.add([row("a", own)])
+    rows = read({"a": {0: tmp_path}}, {"c": Column("refusal_rate", "harmful")})
+    assert certificate_tables(rows) == [] and certificate_curves(rows) == {} and threat(rows) == []

@@ -8,13 +8,13 @@ import pytest
 
 from callbacks.report.directions import MEAN
 from datamodules.results import ResultsStore
-from experiments.studies.definition import Column, Study, StudyRun
-from experiments.studies.directions import direction_curves, direction_tables, directions
+from experiments.studies.comparison import read
+from experiments.studies.definition import Column
+from experiments.studies.directions import direction_curves, direction_tables
 from tests.support.rows import measurement, row
 
 DIRECTION = "refusal_direction@1"
 COLUMN = Column("direction", "harmful", block="direction")
-RUN = StudyRun(config=["x.yaml"])
 
 
 def ran(folder: Path, *cosines: float) -> Path:
@@ -39,8 +39,7 @@ def test_a_row_and_a_line_a_run_over_its_seeds(tmp_path: Path) -> None:
         "before": {0: ran(tmp_path / "a", 1.0, 1.0, 1.0)},
         "after": {0: ran(tmp_path / "b", 0.8, 0.2, 0.6), 1: ran(tmp_path / "c", 1.0, 0.2, 0.2)},
     }
-    study = Study("t", {"before": RUN, "after": RUN}, {"c": COLUMN}, seeds=[0, 1])
-    found = directions(study, runs)
+    found = read(runs, {"c": COLUMN})
     (table,) = direction_tables(found)
     before, after = ([cell.order for cell in line] for line in table.rows)
     assert before[1:] == [1.0, 1.0, 2.0, 3.0, 4.0, 5.0]
@@ -49,9 +48,3 @@ def test_a_row_and_a_line_a_run_over_its_seeds(tmp_path: Path) -> None:
     (drawing,) = direction_curves(found).values()
     lines = drawing.figure.axes[0].get_lines()
     assert [float(y) for y in lines[1].get_ydata()] == pytest.approx([0.9, 0.2, 0.4])
-
-
-def test_nothing_is_read_where_no_column_asks(tmp_path: Path) -> None:
-    study = Study("t", {"a": RUN}, {"c": Column("refusal_rate", "harmful")})
-    assert directions(study, {"a": {0: tmp_path / "nowhere"}}) == {}
-    assert direction_tables({}) == [] and direction_curves({}) == {}

@@ -11,7 +11,7 @@ from datamodules.batch import AdversarialBatch
 from datamodules.fields import Count, Positive, checked
 from lightning_modules.attacks.base import AttackedPrompt, example_rngs, require_gradients
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, target_loss
-from lightning_modules.models.embeddings import mean_embedding_norm
+from lightning_modules.models.embedding_noise import gaussian, noise_std
 from lightning_modules.models.language_model import LanguageModel
 
 
@@ -40,7 +40,7 @@ class SmoothedPGD:
         rngs = example_rngs(batch, rng)
         with model.frozen():
             clean = model.embed(batch.prompt_ids).detach()
-            std = self.sigma * mean_embedding_norm(model) / clean.shape[-1] ** 0.5
+            std = noise_std(model, self.sigma)
             start = torch.zeros_like(clean, dtype=torch.promote_types(clean.dtype, torch.float32))
 
             def loss(
@@ -48,12 +48,9 @@ class SmoothedPGD:
             ) -> Float[Tensor, " active"]:
                 drawn = []
                 for _ in range(self.num_draws):
-                    noise = torch.zeros_like(point)
-                    for place, row in enumerate(active.tolist()):
-                        where = batch.attackable_mask[row]
-                        shape = int(where.sum()), clean.shape[-1]
-                        noise[place, where] = torch.randn(shape, generator=rngs[row]).to(noise)
-                    drawn.append(target_loss(model, batch, clean[active] + point + std * noise, active))
+                    own = [rngs[row] for row in active.tolist()]
+                    noise = std * gaussian(point, batch.attackable_mask[active], own)
+                    drawn.append(target_loss(model, batch, clean[active] + point + noise, active))
                 return torch.stack(drawn).mean(0)
 
             found = self.descent.descend(
