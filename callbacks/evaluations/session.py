@@ -146,6 +146,8 @@ class Session:
 
     def __init__(self, place: Place, data: EvaluationData, evaluations: Sequence[Measures]) -> None:
         self.place = place
+        # By what it was called when the rows were announced: they are found again by it.
+        self._around = defence_label(place.defence)
         self.data = data
         self.store = ResultsStore(place.folder, place.rank)
         self.weights = fingerprint(place.model.module)
@@ -333,8 +335,7 @@ class Session:
             self.store.learn(share)
         own = self.place
         assert own.stage != "attack", "one attack is no measurement"
-        around = defence_label(own.defence)
-        measurements = [item for item in self.store.measurements if item.defence == around]
+        measurements = [item for item in self.store.measurements if item.defence == self._around]
         return snapshot(select(measurements, self.store, own.stage, own.step), own.stage, own.step)
 
 
