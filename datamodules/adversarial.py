@@ -67,6 +67,9 @@ class AdversarialData(EvaluationData):
             pyarrow); runs may share one. Null keeps them in memory.
     """
 
+    CHECKED_TOGETHER = (Division,)
+    """What checks arguments that have to go together, before anything is built."""
+
     def __init__(
         self,
         tokenizer: TokenizerConfig,

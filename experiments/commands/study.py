@@ -75,7 +75,7 @@ def study(call: StudyCall) -> int:
     if not call.report_only:
         refuse_lost(wanted)
     if call.dry_run:
-        return _listed(jobs)
+        return _listed(wanted)
     if not call.report_only:
         try:
             failed = Runner(wanted, call.workers).run()

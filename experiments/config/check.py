@@ -129,6 +129,19 @@ def _check_class(path: str, node: Mapping[str, Any], hint: Any) -> None:
     arguments = node.get("init_args") or {}
     _check_arguments(path, arguments, cls, LIGHTNING_FIELDS.get(cls, {}), required=True)
     check_extra(path, cls, arguments)
+    _check_together(cls, arguments)
+
+
+def _check_together(cls: type, arguments: Mapping[str, Any]) -> None:
+    """Fields that are right one by one, and wrong together: a class whose constructor hands some on to
+    another says so (`CHECKED_TOGETHER`). Raises: ConfigError."""
+    for part in getattr(cls, "CHECKED_TOGETHER", ()):
+        own = parameters_of(cls)
+        names = [field.name for field in dataclasses.fields(part)]
+        try:
+            part(**{name: arguments.get(name, own[name].default) for name in names})
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def implements(cls: type, protocol: type) -> bool:

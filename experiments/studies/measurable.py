@@ -29,6 +29,40 @@ PLAIN = {
     "exact_match": "UtilityEvaluation",
 }
 """Who measures a quantity without an attack, of the data's own rows."""
+OF_ATTACKS = {
+    "success_rate",
+    "not_refused_rate",
+    "success_at_1",
+    "success_at_k",
+    "not_refused_at_k",
+    "loss_start",
+    "loss_best",
+    "forced_refusal_rate",
+    "robust_accuracy",
+}
+"""Quantities that exist under an attack alone."""
+OF_SETS = {
+    "accuracy": ("BenchmarkEvaluation",),
+    "served_rate": ("BlockEvaluation", "WordingEvaluation"),
+    "full_refusal_rate": ("XSTestEvaluation",),
+    "partial_refusal_rate": ("XSTestEvaluation",),
+    "certified_rate": ("CertificationEvaluation",),
+    "direction": ("DirectionEvaluation",),
+    "divergence": ("DivergenceEvaluation",),
+    "refusal_margin": ("AttributionEvaluation",),
+    "word_perplexity": ("PerplexityEvaluation",),
+    "byte_perplexity": ("PerplexityEvaluation",),
+    "token_perplexity": ("PerplexityEvaluation",),
+}
+"""Quantities of a named set alone, and who measures them."""
+SUBJECTS = dict.fromkeys(OF_ATTACKS, "harmful") | {
+    "refusal_rate": "harmful",
+    "over_refusal_rate": "harmless",
+    "forced_refusal_rate": "harmless",
+    "exact_match": "utility",
+    "robust_accuracy": "utility",
+}
+"""Whose prompts a quantity is of, where that is settled."""
 REMEDY = "add it to the evaluations (of a study: to `test`), or make the column optional"
 
 
@@ -47,6 +81,7 @@ def check_columns_measured(columns: Mapping[str, Column], config: Mapping[str, A
     sets, judges = _sets(suites, config), _judges(suites)
     classes = {_class(own) for own in suites}
     for name, column in columns.items():
+        _check_possible(f"columns.{name}", column)
         if column.optional:
             continue
         _known(f"columns.{name}.attack", column.attack, _attacks(suites, column.quantity))
@@ -54,12 +89,27 @@ def check_columns_measured(columns: Mapping[str, Column], config: Mapping[str, A
             _known(f"columns.{name}.block", column.block, sets)
         if judges is not None:
             _known(f"columns.{name}.judge", column.judge, judges)
-        asked = PLAIN.get(column.quantity)
-        if asked is not None and not column.attack and not column.block and asked not in classes:
+        asked = OF_SETS.get(column.quantity, ())
+        if column.quantity in PLAIN and not column.attack and not column.block:
+            asked = (PLAIN[column.quantity],)
+        if asked and classes.isdisjoint(asked):
             raise ConfigError(
-                f"columns.{name}.quantity: {column.quantity!r} is in none of its evaluations; add a {asked}, "
-                "or make the column optional"
+                f"columns.{name}.quantity: {column.quantity!r} is in none of its evaluations; add a "
+                f"{' or a '.join(asked)}, or make the column optional"
             )
+
+
+def _check_possible(place: str, column: Column) -> None:
+    """Raises: ConfigError for a column that none of our evaluations could ever measure."""
+    own = column.quantity
+    if column.subject != SUBJECTS.get(own, column.subject):
+        raise ConfigError(f"{place}.subject: {own!r} is of {SUBJECTS[own]} prompts, got {column.subject!r}")
+    if own in OF_ATTACKS and not column.attack:
+        raise ConfigError(f"{place}.attack: {own!r} is measured under an attack; name one")
+    if column.attack and own not in {*OF_ATTACKS, *BENIGN, "judged_rate"}:
+        raise ConfigError(f"{place}.attack: {own!r} is not measured under an attack; leave it out")
+    if own in OF_SETS and not column.block:
+        raise ConfigError(f"{place}.block: {own!r} is measured of a named set; name it")
 
 
 def attacks_of(config: Mapping[str, Any]) -> frozenset[str] | None:
@@ -118,7 +168,7 @@ def _attacks(suites: Sequence[Node], quantity: str) -> set[str]:
             found |= {f"{name}{AWAY_FROM_ANSWER}" for name in (benign or {}).get("away_from_answer") or []}
         elif quantity not in BENIGN or benign is not None:
             found |= {*names}
-    if quantity not in BENIGN and sum(len(_named(suite)) for suite in suites) > 1:
+    if quantity == "success_rate" and sum(len(_named(suite)) for suite in suites) > 1:
         found |= {WORST_CASE, WORST_CASE_TEXT}
     return found
 

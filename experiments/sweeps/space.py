@@ -152,6 +152,10 @@ def space_of(sweep: Sweep) -> Space:
     dimensions = []
     for key, node in sweep.parameters.items():
         place = f"parameters.{key}"
+        if not isinstance(node, Mapping):
+            raise ConfigError(
+                f"{place}: expected values, value, min and max or a distribution, got {node!r:.60}"
+            )
         if "parameters" in node:
             raise ConfigError(f"{place}.parameters: nested parameters are not known; write dotted keys")
         parameter = made(Parameter, node, {}, place)

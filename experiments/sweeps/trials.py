@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from experiments.studies.scheduling import Job, digest, of_all, text_of
 from experiments.sweeps.definition import Sweep
 from experiments.sweeps.space import Dimension, Raw, Space
 
+MOST_CHECKED = 256
+"""Points of a grid that are checked before its first trial."""
 TRIALS = "trials"
 """Folder of the run folders within the sweep's."""
 
@@ -66,8 +68,11 @@ def job_of(sweep: Sweep, values: Mapping[str, Any], number: int, place: Path, ju
 
 
 def check_all(sweep: Sweep, space: Space) -> list[dict[str, Any]]:
-    """Compose and check every extreme of every parameter, so that an impossible one fails before the first
-    trial. Returns the configurations. Raises: ConfigError naming the parameter."""
+    """Compose and check every extreme of every parameter, and a grid's first MOST_CHECKED points, so that an
+    impossible one fails before the first trial; what else does not go together fails as a trial.
+
+    Returns the configurations. Raises: ConfigError naming the parameter.
+    """
     found: dict[str, dict[str, Any]] = {}
 
     def at(point: Mapping[str, Raw]) -> dict[str, Any]:
@@ -84,6 +89,11 @@ def check_all(sweep: Sweep, space: Space) -> list[dict[str, Any]]:
             except ValueError as error:
                 value = own.value(point[own.key])
                 raise ConfigError(f"parameters (at {own.key} = {value!r}): {error}") from error
+    for point in islice(space.grid(), MOST_CHECKED) if sweep.method == "grid" else ():
+        try:
+            at(point)
+        except ValueError as error:
+            raise ConfigError(f"parameters (at {space.values(point)}): {error}") from error
     first = space.point({})
     _check_evaluations(sweep, at(first), space.values(first))
     for own in space.dimensions:

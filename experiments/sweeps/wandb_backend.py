@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.run_folder.loggers import has_wandb_key
+from callbacks.run_folder.provenance import write_whole
 from experiments.config.errors import ConfigError
 from experiments.config.files import find, read
+from experiments.studies.scheduling import digest
 from experiments.sweeps.definition import WANDB, Sweep
 
 LOGGER = "configs/trainer/wandb.yaml"
@@ -43,7 +45,11 @@ def wandb_sweep(path: str, sweep: Sweep, place: Path) -> dict[str, Any]:
 
 
 def run_agent(path: str, sweep: Sweep, place: Path) -> int:
-    """Register the sweep and run its trials. Returns the exit status. Raises: ConfigError without a key."""
+    """Register the sweep, where an earlier start has not, and run its trials. Returns the exit status.
+
+    What W&B calls it is kept in the sweep's folder: a start after a kill goes on with it. Raises: ConfigError
+    without a key.
+    """
     import wandb
 
     content = wandb_sweep(path, sweep, place)
@@ -52,7 +58,12 @@ def run_agent(path: str, sweep: Sweep, place: Path) -> int:
             "--backend wandb: no key of Weights & Biases was found; `wandb login`, or --dry_run prints the "
             "file for `wandb sweep`"
         )
-    name = wandb.sweep(content, project=content["project"], entity=sweep.entity)
+    kept = place / f"wandb_{digest(content)}.txt"
+    if not kept.is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        registered = wandb.sweep(content, project=content["project"], entity=sweep.entity)
+        write_whole(kept, registered)
+    name = kept.read_text(encoding="utf-8").strip()
     print(f"further agents: wandb agent {content['project']}/{name}")
     wandb.agent(name, project=content["project"], entity=sweep.entity, count=sweep.run_cap)
     return 0

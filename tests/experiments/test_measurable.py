@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,8 @@ def test_what_is_measured_passes(column: Column, suite: tuple[str, dict[str, Any
         (Column("refusal_rate", "harmful", block="robustness"), robustness(), "block"),
         (Column("exact_match", "utility"), REFUSALS, "quantity"),
         (Column("over_refusal_rate", "harmless"), UTILITY, "quantity"),
+        (Column("served_rate", "harmful", block="xstest"), ("xstest.XSTestEvaluation", {}), "quantity"),
+        (Column("loss_best", "harmful", "worst_case"), robustness(), "attack"),
     ],
 )
 def test_what_would_be_missed_is_refused(
@@ -105,6 +108,23 @@ def test_what_would_be_missed_is_refused(
         column.quantity, column.subject, column.attack, column.block, column.judge, optional=True
     )
     check_columns_measured({"x": optional}, asked)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (Column("exact_match", "harmful"), "subject: 'exact_match' is of utility prompts, got 'harmful'"),
+        (Column("success_rate", "utility", "pgd"), "subject: 'success_rate' is of harmful prompts"),
+        (Column("robust_accuracy", "harmful", "pgd"), "subject: 'robust_accuracy' is of utility prompts"),
+        (Column("loss_best", "harmful"), "attack: 'loss_best' is measured under an attack; name one"),
+        (Column("refusal_rate", "harmful", "pgd"), "attack: 'refusal_rate' is not measured under an attack"),
+        (Column("served_rate", "harmless"), "block: 'served_rate' is measured of a named set; name it"),
+    ],
+)
+def test_what_nobody_could_measure_is_refused(column: Column, said: str, optional: bool) -> None:
+    with pytest.raises(ConfigError, match=f"columns.x.{said}"):
+        check_columns_measured({"x": replace(column, optional=optional)}, config(robustness(), blocks()))
 
 
 def test_what_somebody_else_measures_is_not_judged() -> None:

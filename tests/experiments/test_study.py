@@ -548,6 +548,9 @@ def test_a_study_trains_judges_and_reports(
     assert base.startswith("done ") and base.endswith("  not trained")
     assert cat.startswith("done ") and cat.endswith("  trained, its seconds are in no cost.json")
     assert left == "left: 0 of 1 trainings; 0 of 2 evaluations, whose cost is in no plan"
+    # --only is obeyed by what would run, too.
+    study(StudyCall(str(path), runs=str(tmp_path / "runs"), dry_run=True, only=["base"]))
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == ["done", "left:"]
     # What cannot be read is named, and keeps nothing else from being told.
     (cat,) = (tmp_path / "runs").glob("cat_*")
     (cat / "rows" / "measurements.jsonl").unlink()

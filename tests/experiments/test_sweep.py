@@ -20,7 +20,7 @@ from experiments.sweeps.definition import Constraint, Sweep, is_broken, load_swe
 from experiments.sweeps.search import Search
 from experiments.sweeps.space import Space, space_of
 from experiments.sweeps.trials import check_all, configuration, identity, job_of
-from experiments.sweeps.wandb_backend import wandb_sweep
+from experiments.sweeps.wandb_backend import run_agent, wandb_sweep
 
 CAT = ["configs/experiment/methods_tinychat.yaml", "configs/method/cat.yaml"]
 EMBEDDING = {"quantity": "success_rate", "subject": "harmful", "attack": "embedding"}
@@ -119,7 +119,9 @@ def test_what_a_sweep_may_not_say_is_told_in_one_line(
         ({"value": 1, "max": 0}, "k.max: does not go with value"),
         ({"value": 1}, "parameters: expected one that varies, got constants alone"),
         ({"parameters": {"a": {"value": 1}}}, "k.parameters: nested .* write dotted keys"),
-        ("0.1", "k: expected fields, got '0.1'"),
+        ("0.1", "k: expected values, value, min and max or a distribution, got '0.1'"),
+        (None, "k: expected values, .* got None"),
+        (3, "k: expected values, .* got 3"),
     ],
 )
 def test_what_a_parameter_may_not_be_is_told_in_one_line(parameter: Any, said: str, tmp_path: Path) -> None:
@@ -234,6 +236,19 @@ def test_an_impossible_value_fails_before_the_first_trial(in_root: Path, tmp_pat
     refused(
         "parameters.vars.epsilon: 0.1 and 0.2 are the same training: .* or another parameter sets it",
         parameters={"vars.epsilon": {"values": [0.1, 0.2]}, "model.attack.epsilon": {"values": [0.3, 0.4]}},
+    )
+    # Possible one by one; which rows a step is divided into is known before a model is loaded.
+    refused(
+        r"at data.attack_batch = 5\): data.attack_batch: expected a multiple of the 8 harmful rows",
+        parameters={"data.attack_batch": {"values": [8, 5]}},
+    )
+    # Neither extreme is wrong beside the others' first values; a grid meets every pair.
+    together = {"data.attack_batch": {"values": [8, 4]}, "data.outer_batch": {"values": [4, 8]}}
+    together |= {"data.micro_batches": {"value": 2}}
+    refused(
+        r"at .*'data.attack_batch': 4, 'data.outer_batch': 8.*: data.attack_batch: expected a multiple",
+        method="grid",
+        parameters=together,
     )
     refused("no file 'none.yaml'", test=["none.yaml"])
     refused(
@@ -374,3 +389,22 @@ def test_the_agent_of_wandb_starts_the_same_trial(
     own = configuration(sweep, values)
     own["trainer"].pop("default_root_dir")
     assert config == own
+
+
+def test_a_second_start_of_wandb_goes_on_with_the_same_sweep(
+    in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered, agents = list[str](), list[str]()
+
+    def register(content: dict[str, Any], **_: Any) -> str:
+        registered.append(content["method"])
+        return f"id{len(registered)}"
+
+    monkeypatch.setattr("wandb.sweep", register)
+    monkeypatch.setattr("wandb.agent", lambda name, **_: agents.append(name))
+    monkeypatch.setattr("experiments.sweeps.wandb_backend.has_wandb_key", lambda: True)
+    parameters = {"vars.epsilon": {"values": [0.05, 0.2]}}
+    for method in ("bayes", "bayes", "random"):  # the last is another sweep
+        sweep = read(tmp_path, parameters=parameters, method=method)
+        assert run_agent(str(tmp_path / "sweep.yaml"), sweep, tmp_path / "place") == 0
+    assert registered == ["bayes", "random"] and agents == ["id1", "id1", "id2"]
