@@ -121,6 +121,8 @@ TRENDS = {"target_prefix": "target prefix (a trend, not success)", "injected_tex
 """Judges whose yes is no success yet, or success of one kind, and what their `success_rate` is called."""
 BESIDE = {"task_kept": "task kept, word for word", "answer_overlap": "task kept, F1 of words at least 0.5"}
 """Judges that stand beside the deciding one, and what their `judged_rate` is called; higher is better."""
+SUCCESSES = {"success"}
+"""Judges beside the deciding one whose yes is an attack's success; lower is better."""
 UNSEEN = {"xstest_refusal": "partial refusals (few are seen by patterns)"}
 """Judges that miss most partial refusals (their cards say so), and what the rate is called by them."""
 RULES = {
@@ -194,6 +196,8 @@ class Metric:
     def better(self) -> Literal["higher", "lower"] | None:
         if self._beside:
             return "higher"
+        if self.quantity == "judged_rate" and self.attack and self.judge.partition("@")[0] in SUCCESSES:
+            return "lower"
         if self.quantity == "full_refusal_rate":
             return "higher" if self.subject == "harmful" else "lower"
         return BETTER.get(self.quantity)

@@ -75,7 +75,7 @@ def _not_refused(item: Measured) -> Events:
 def _further(item: Measured, judge: str) -> Events:
     own = item.measurement
     metric = Metric("judged_rate", own.subject, own.attack, judge, own.block)
-    return Events(metric, judge, item.outcome(judge), settings=own.settings)
+    return Events(metric, judge, item.outcome(judge), settings=own.settings, categories=item.categories)
 
 
 def _sampled(item: Measured) -> list[Events]:

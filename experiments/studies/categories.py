@@ -44,6 +44,9 @@ def by_category(study: Study, rows: Mapping[str, Compared]) -> list[Table]:
             columns = ["run", *(f"{name} (n = {sizes[name]})" for name in names), CVAR]
             lines = [_line(name, groups, names, metric) for name, groups in found.items()]
             tables.append(Table(title, columns, lines))
+        else:
+            none = f"{label}, by category: no run has examples of two or more"
+            tables.append(Table(none, ["run"], [[Cell(name)] for name in found]))
     return tables
 
 

@@ -17,7 +17,8 @@ import yaml
 
 from callbacks.metrics.hierarchical import SeedDifference, SeedRate
 from callbacks.metrics.names import Metric
-from callbacks.report.events import Events
+from callbacks.report.events import Events, events
+from callbacks.report.measured import Measured
 from datamodules.results import ResultsStore
 from experiments.commands.study import StudyCall, study
 from experiments.config.errors import ConfigError
@@ -156,6 +157,30 @@ def test_what_is_asked_beside_the_table_must_be_a_column(field: str, tmp_path: P
     wrong = {"correlations": [{"x": "GCG", "y": "PGD"}], "categories": ["PGD"]}
     with pytest.raises(ConfigError, match=rf"{field}.0(.y)?: expected one of GCG, GCG: loss, got 'PGD'"):
         study(call(tmp_path, tmp_path, **{field: wrong[field]}))
+
+
+def test_success_by_a_judge_beside_the_deciding_one_is_told_by_category(tmp_path: Path) -> None:
+    """Fire 2 of 4, flood 0 of 4; the trend by prefix says nothing of it. The worst is the highest."""
+    judge = "success@abc"
+    plan = measurement(stage="test", attack="gcg", judges=[judge], n=8)
+    won = {str(k): k < 2 for k in range(8)}
+    rows = [row(key, plan, category="fire" if int(key) < 4 else "flood") for key in won]
+    for own in rows:
+        own.verdicts[judge]["verdict"] = won[own.example]
+    happened = {
+        event.metric: event for event in events([Measured(plan, {own.example: [own] for own in rows})])
+    }
+    columns = {
+        "success": Column("judged_rate", "harmful", "gcg", judge=judge),
+        "nobody's": Column("refusal_rate", "harmful"),
+    }
+    asked = Study(
+        title="t", runs={}, columns=columns, categories=["success", "nobody's"], smallest_category=2
+    )
+    told, none = by_category(asked, {"cat": Compared({}, {}, 0.0, {0: happened})})
+    assert told.columns[1:-1] == ["fire (n = 4)", "flood (n = 4)"]
+    assert [cell.text[:2] for cell in told.rows[0][1:]] == ["50", "0 ", "50"]
+    assert none.title == "nobody's, by category: no run has examples of two or more"
 
 
 def test_the_worst_categories_are_those_where_the_quantity_is_worst() -> None:
