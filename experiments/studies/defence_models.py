@@ -71,6 +71,8 @@ MODELS = {
         {
             "": (),
             "self_reminder": (),
+            "smooth_llm": ("--vars.defence_target_tokens=5",),
+            "erase_and_check_learned": ("--vars.defence_place=before",),
             "perplexity_filter": (),
             "learned_filter": (),
             "reply_filter": (),
@@ -81,16 +83,19 @@ MODELS = {
         sizes={"clean": 24, "limit": 8, "steps": 10, "width": 8},
         utility="replies unchanged",
         note=(
-            " SmoothLLM and erase-and-check live by a model's own refusals, of which this one has few, "
-            "and are left out. The aligned model is not shown: without any defence 15 steps of the search"
-            " make 0 of 8 replies begin with the target and leave 2 of 8 not refused, where 4 of 24 plain"
-            " requests are not. Replies unchanged: the undefended model's own greedy replies to benign "
-            "instructions, 24 tokens, letter by letter; a defence that rewords a request changes most of "
-            "them, for the worse or not."
+            " SmoothLLM lives by a model's own refusals, of which this one has few; erase-and-check asks the "
+            "learned filter instead, and is searched for tokens before the request, outside its suffix mode; "
+            "SmoothLLM's search is for the target's first five tokens. The aligned model is not shown: "
+            "without any defence 15 steps of the search make 0 of 8 replies begin with the target and leave "
+            "2 of 8 not refused, where 4 of 24 plain requests are not. Replies unchanged: the undefended "
+            "model's own greedy replies to benign instructions, 24 tokens, letter by letter; a defence that "
+            "rewords a request changes most of them, for the worse or not."
         ),
         shown={
             "": "none",
             "reminder": "self-reminder",
+            "smooth_llm": "SmoothLLM, 10 copies, a tenth swapped",
+            "erase_and_check": "erase-and-check, suffix, 20, by the learned filter",
             "perplexity_filter": "perplexity filter, window 10",
             "learned_filter": "learned filter, probe of layer 20",
             "reply_filter": "reply filter, probe of layer 20",
