@@ -139,7 +139,8 @@ def find_checkpoint(
     """The checkpoint that a command starts from, verified; the one meaning of `last`.
 
     `last` is the newest complete checkpoint of the run in this folder. Where there is none `fit` starts from
-    the beginning, and says so; the other commands stop.
+    the beginning, and says so; the other commands stop. Null evaluates the model before training, and says so
+    where that is not all there is.
 
     Args:
         folder: the run folder.
@@ -150,6 +151,11 @@ def find_checkpoint(
     Raises: RunError where there is no such file, it is damaged, or another configuration made it.
     """
     if ckpt_path is None:
+        if command != "fit" and _newest_first(RunFolder.of(folder).path):
+            log.warning(
+                "no ckpt_path: this is the model before training; --ckpt_path last takes what %s holds",
+                RunFolder.of(folder).checkpoints,
+            )
         return None
     if ckpt_path == "best":
         raise RunError(

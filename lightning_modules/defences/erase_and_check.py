@@ -5,8 +5,9 @@ The certificate: whatever is added within the mode (up to d tokens at the end; o
 d tokens; d tokens anywhere), one of the erased requests is the request without it. A harmful request that the
 filter flags by itself is therefore flagged under every such attack: the filter's clean accuracy is the
 certificate. Tokens are those of the text as it is typed: what is added must not merge with the request's own,
-as no suffix of this project's searches does. The randomised variant (`sample`) looks at some of them only and
-certifies nothing.
+as no suffix of this project's searches does; characters that do ("car?" and then "?? hi") are outside the
+mode. Space around a text is nobody's: the filter sees texts without it. The randomised variant (`sample`)
+looks at some of them only and certifies nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ class RefusalFilter:
         self.max_new_tokens = max_new_tokens
 
     def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
-        """1 for a refusal, -1 for none; one reply each, and one for requests that are alike."""
+        """1 for a refusal, -1 for none; one reply each, and one for requests that are alike.
+
+        The filter asks for a reply of its own: what the attacker makes the answer begin with is not in it.
+        """
+        requests = [replace(own, prefill="") for own in requests]
         alike = list(dict.fromkeys(requests))
         replies = model.reply(alike, Decoding(self.max_new_tokens, max_rows=ROWS_AT_ONCE))
         refused = verdicts(self.refusal, [own.text for own in alike], replies, [""] * len(alike))
@@ -109,7 +114,8 @@ class EraseAndCheck:
         Raises: ValueError for a request with a document, or with more erased ones than can be looked at.
         """
         without_documents(type(self).__name__, requests)
-        whole = [[request, *self._erased(model, request)] for request in requests]
+        bare = [replace(request, text=request.text.strip() or request.text) for request in requests]
+        whole = [[request, *self._erased(model, request)] for request in bare]
         found = iter(self.filter.checks(model, [own for family in whole for own in family]))
         return [_joined([next(found) for _ in family]) for family in whole]
 

@@ -192,6 +192,8 @@ def test_a05_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     monkeypatch.chdir(tmp_path)
     first, second = written(tmp_path)
     config = {"trainer": {}, "model": None, "data": None}
+    assert find_checkpoint(tmp_path, None, "test", config) is None
+    assert "no ckpt_path: this is the model before training; --ckpt_path last" in caplog.text
     assert find_checkpoint(tmp_path, "last", "test", config) == second
     second.write_bytes(damage(second.read_bytes()))
     assert find_checkpoint(tmp_path, "last", "test", config) == first

@@ -280,6 +280,9 @@ def test_a_typed_suffix_is_erased_to_the_request_itself() -> None:
     assert Defended(model("How"), anywhere).answers(ask("plum x " + request))[0].stopped
     short = Filtered(EraseAndCheck(Exactly(request), max_erase=2))
     assert not Defended(model("How"), short).answers(ask(request + suffix))[0].stopped
+    # Space around the request, before or behind what is added, hides nothing.
+    for spaced in (f"  {request} ", f" {request}{suffix}  ", f"{request} {suffix}"):
+        assert whole.answers(ask(spaced))[0].stopped
     everything = EraseAndCheck(Exactly(request), mode="infusion", max_erase=20)
     with pytest.raises(ValueError, match=r"max_erase: expected at most 20000 erased requests, got \d+"):
         everything.checks(model(), ask(request + suffix * 2))
@@ -290,6 +293,9 @@ def test_the_models_own_refusal_is_a_filter_that_asks_once_for_what_is_alike() -
     asked = model("pet")
     found = RefusalFilter(KeywordRefusal()).checks(asked, ask("pet", "hit", "hit"))
     assert [own.flagged for own in found] == [False, True, True] and len(asked.asked) == 2
+    begun = Request("hit", prefill="Sure, here is")
+    assert [own.flagged for own in RefusalFilter(KeywordRefusal()).checks(asked, [begun])] == [True]
+    assert asked.asked[-1].prefill == ""
 
 
 # --- embeddings
