@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from callbacks.metrics.estimates import rate
 from callbacks.metrics.names import Metric
 from callbacks.report.cells import MISSING, Cell, Table, estimate
 from callbacks.report.load import load
@@ -37,7 +38,8 @@ from experiments.studies.processes import Running
 
 NOTE = (
     "Static: the search without the defence, its result sent through the defence; adaptive: the search that "
-    "sees it. Not refused: by the keyword judge. Benign prompts get what the adaptive search found on other "
+    "sees it. Not refused: by the keyword judge, beside what of these same requests is not refused as they "
+    "are. Benign prompts get what the adaptive search found on other "
     "requests. Intervals are 95 % (Wilson's for shares); n of clean requests, of attacked ones and of benign "
     "ones under attack: {}. One model, one seed; a search this small that finds nothing is no evidence of "
     "robustness."
@@ -88,10 +90,13 @@ def table(folder: Path, around: Around = MODELS["tinychat"]) -> Table:
     for defence in measured(folder):
         own = load(folder, "test", defence).after
         assert own is not None, "load fails where nothing was measured"
-        rows.append([Cell(around.shown[_name(defence)]), *_cells(own, bool(defence))])
+        plain = _not_refused_plainly(folder, defence, own)
+        told = Cell(MISSING if plain is None else f"{estimate(plain).text} (n = {plain.n})")
+        rows.append([Cell(around.shown[_name(defence)]), *_cells(own, told, bool(defence))])
     columns = [
         *("defence", "harmful refused", "harmless refused", around.utility),
-        *("static: target; not refused", "adaptive: target; not refused"),
+        *("the attacked, as they are: not refused", "static: target; not refused"),
+        "adaptive: target; not refused",
         *(f"benign refused under it; {around.utility}", "queries; tokens, times plain"),
     ]
     return Table(around.title, columns, rows)
@@ -115,7 +120,19 @@ def _name(defence: str) -> str:
     return defence.rpartition("-")[0]
 
 
-def _cells(own: Snapshot, defended: bool) -> list[Cell]:
+def _not_refused_plainly(folder: Path, defence: str, own: Snapshot) -> Estimate | None:
+    """Of the requests that were attacked, those of them that were asked without their attack too: what both
+    searches start from. None where there are none."""
+    refused = own.measures.get(Metric("refusal_rate", "harmful"))
+    rows = [row for row in read_rows(folder) if row.defence == defence and row.subject == "harmful"]
+    attacked = {row.example for row in rows if row.attack == _searched(own)}
+    plain = {row.example: row for row in rows if not row.attack and row.example in attacked}
+    if refused is None or not plain:
+        return None
+    return rate([not plain[example].accepted(refused.judge, "test") for example in sorted(plain)])
+
+
+def _cells(own: Snapshot, plain: Cell, defended: bool) -> list[Cell]:
     def told(metric: Metric) -> Estimate | None:
         found = own.measures.get(metric)
         return found.estimate if found is not None else None
@@ -125,6 +142,7 @@ def _cells(own: Snapshot, defended: bool) -> list[Cell]:
         _joined(told(Metric("refusal_rate", "harmful"))),
         _joined(told(Metric("over_refusal_rate", "harmless"))),
         _joined(told(Metric("exact_match", "utility"))),
+        plain,
         *(
             _joined(*(told(Metric(q, "harmful", attack)) for q in ("success_rate", "not_refused_rate")))
             for attack in ("static", _searched(own))

@@ -89,7 +89,8 @@ def test_a_run_is_archived_with_its_table_and_an_unfinished_one_has_holes(tmp_pa
             store.add([row(f"e{i}", of=of, verdict=i > 0, defence=defence) for i in range(2)])
     first = table(run)
     assert [own.text for own in first.rows[1]][:4] == [SHOWN["smooth_llm"], "50.0 % [9.5, 90.5]", "-", "-"]
-    assert first.rows[1][5].text == "50.0 % [9.5, 90.5]; -"
+    assert first.rows[1][4].text == "50.0 % [9.5, 90.5] (n = 2)"  # both are attacked, one is refused as it is
+    assert first.rows[1][6].text == "50.0 % [9.5, 90.5]; -"
     # What was not measured of a defence is a hole, not the cost of none.
     assert [cells[-1].text for cells in first.rows] == ["1; 1", "-"]
     archive(run, out)
@@ -219,7 +220,11 @@ def test_every_cell_of_the_recorded_table_is_what_its_rows_say() -> None:
         assert cells[1].text.startswith(percent(by_subject["harmful"], refusal))
         assert cells[2].text.startswith(percent(by_subject["harmless"], refusal))
         assert cells[3].text.startswith(percent(by_subject["utility"], "exact_match"))
-        for column, attack in ((4, "static"), (5, "adaptive")):
+        names = {row.example for row in found if row.attack == "static" and row.subject == "harmful"}
+        plain = [row for row in by_subject["harmful"] if row.example in names]
+        assert cells[4].text.startswith(percent(plain, refusal, negated=True))
+        assert cells[4].text.endswith(f"(n = {len(plain)})") and len(plain) >= 8
+        for column, attack in ((5, "static"), (6, "adaptive")):
             attacked = [row for row in found if row.attack == attack and row.subject == "harmful"]
             target, refused = cells[column].text.split("; ")
             assert target.startswith(percent(attacked, "target_prefix"))
