@@ -28,6 +28,9 @@ from experiments.config.trainer_fields import LIGHTNING_FIELDS, TRAINER_FIELDS, 
 
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 
+TINYCHAT = "datamodules.sources.tinychat"
+"""Of whose rows the defences' files calibrate thresholds where nothing else is said."""
+
 
 def check(config: Mapping[str, Any], command: str) -> None:
     """Raises: ConfigError for the first thing that cannot run."""
@@ -47,6 +50,12 @@ def check(config: Mapping[str, Any], command: str) -> None:
         raise ConfigError(
             "model.defence: expected null in fit, where it would hide what training does to the model; leave "
             "it out here, and test the finished run with it"
+        )
+    if TINYCHAT in str(defence) and TINYCHAT not in str(config["data"]):
+        raise ConfigError(
+            "model.defence: it would be fitted to and calibrated on requests of the packaged tiny model, of "
+            "which the data has none; set the vars at the top of the defence's file to requests like yours "
+            "(configs/data/smollm2_filters.yaml does so for SmolLM2)"
         )
     trainer = config.get("trainer") or {}
     if not isinstance(trainer, Mapping):

@@ -74,6 +74,14 @@ def test_a_filter_of_requests_stands_within_one_of_replies(in_root: Path) -> Non
         check(config, "test")
 
 
+def test_a_filter_is_not_calibrated_on_the_tiny_models_requests_in_silence(in_root: Path) -> None:
+    files = ["configs/experiment/defences_smollm2.yaml", "configs/defence/perplexity_filter.yaml"]
+    with pytest.raises(ConfigError, match="model.defence: .* requests of the packaged tiny model"):
+        check(compose(files, []), "test")
+    check(compose([*files, "configs/data/smollm2_filters.yaml"], []), "test")
+    check(compose([files[0], "configs/defence/smooth_llm.yaml"], []), "test")  # calibrates nothing
+
+
 def test_a_run_is_archived_with_its_table_and_an_unfinished_one_has_holes(tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     store = ResultsStore(run)
