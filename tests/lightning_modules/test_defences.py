@@ -361,26 +361,6 @@ def test_the_adaptive_search_of_a_reminder_sees_the_reminded_request() -> None:
     assert attacked.loss_curve[-1].tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
 
 
-def test_the_adaptive_search_gets_under_a_filter_that_stops_the_static_one() -> None:
-    """The filter dislikes the letter x, of which the initial suffix is made; a search that knows it swaps
-    them away, one that does not has no reason to."""
-
-    class DislikesX:
-        name = "dislikes_x"
-
-        def checks(self, model: LanguageModel, requests: Sequence[Request]) -> list[Check]:
-            return [Check(own.text.count(" x") - 2.5, 0, 0) for own in requests]
-
-    own, batch = chat_model(), text_batch(2)
-    around = Filtered(DislikesX())
-    settings: dict[str, Any] = {"num_tokens": 5, "num_steps": 6, "width": 12, "topk": 64, "target_tokens": 2}
-    adaptive = ThroughDefence(around, **settings)(own, batch, torch.Generator().manual_seed(0))
-    few = {**settings, "num_steps": 2}
-    static = ThroughDefence(None, **few)(own, batch, torch.Generator().manual_seed(0))
-    assert all(excess <= 0 for excess in around.excesses(own, ask(*adaptive.texts), batch.targets) or ())
-    assert all(excess > 0 for excess in around.excesses(own, ask(*static.texts), batch.targets) or ())
-
-
 def test_the_expectation_is_over_draws_that_candidates_share() -> None:
     own, defence = chat_model(), SmoothLLM(TargetPrefix(), share=0.2)
     (one, two) = defence.seen_through(own, ask("How are you?", "How are you?"), 3, seed=5)
