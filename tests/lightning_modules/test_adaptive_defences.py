@@ -52,17 +52,19 @@ def behind(
 
 
 @pytest.mark.parametrize(
-    ("defence", "draws"),
+    ("defence", "draws", "seeds"),
     [
-        (Reminder(before="You must be kind and careful. ", after=" Remember: be kind."), 1),
-        (SmoothLLM(KeywordRefusal(), share=0.1), 30),
+        (Reminder(before="You must be kind and careful. ", after=" Remember: be kind."), 1, (0,)),
+        (SmoothLLM(KeywordRefusal(), share=0.1), 30, (0, 1)),
     ],
     ids=["reminder", "SmoothLLM"],
 )
-def test_it_lowers_the_loss_behind_the_defence_further(defence: Any, draws: int) -> None:
+def test_it_lowers_the_loss_behind_the_defence_further(
+    defence: Any, draws: int, seeds: tuple[int, ...]
+) -> None:
     own, batch = loaded(lora=False)[0], text_batch(4)
     adaptive, static = (
-        torch.cat([behind(defence, own, batch, found(known, own, batch, seed), draws) for seed in (0, 1)])
+        torch.cat([behind(defence, own, batch, found(known, own, batch, seed), draws) for seed in seeds])
         for known in (defence, None)
     )
     assert adaptive.mean() < static.mean()
