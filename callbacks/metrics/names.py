@@ -161,11 +161,14 @@ class Metric:
     """`name@revision` where several judges measure the same quantity (`judged_rate`); '' otherwise."""
     block: str = ""
     """Name of the set of prompts where the subject has several; '' for its main one."""
+    beyond: float = 0.0
+    """Of `certified_rate`: certified within a radius above this one, in multiples of rho."""
 
     @property
     def key(self) -> str:
         """What loggers and monitors call it (they add the stage in front: `eval/...`)."""
-        parts = (self.subject, self.block, self.attack, self.quantity, self.judge)
+        beyond = f"beyond_{self.beyond:g}" if self.beyond else ""
+        parts = (self.subject, self.block, self.attack, self.quantity, self.judge, beyond)
         return "/".join(part for part in parts if part)
 
     @property
@@ -185,6 +188,8 @@ class Metric:
         what = self._beside or what
         if self.block and self.quantity in OF_SUBJECT:
             what = f"{what}, {self.subject}"
+        if self.beyond:
+            what = what.replace("at some radius", f"beyond {self.beyond:g} rho")
         places = [name.replace("_", " ") for name in (self.block, self.attack) if name]
         return ": ".join([*places, what])
 

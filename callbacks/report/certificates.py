@@ -47,6 +47,12 @@ def of_measured(measured: Sequence[Measured]) -> list[Certified]:
     return [certified(item.measurement, item.rows) for item in own]
 
 
+def beyond(item: Measured, radius: float) -> dict[str, bool]:
+    """Of every request, whether it is certified beyond a radius."""
+    own = certified(item.measurement, item.rows)
+    return {example: found > radius for example, found in zip(sorted(item.rows), own.radii, strict=True)}
+
+
 def share_at(own: Certified, radius: float) -> Estimate:
     """Requests that are certified beyond a radius."""
     return rate([found > radius for found in own.radii])

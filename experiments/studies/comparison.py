@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -88,7 +88,7 @@ def read(runs: Mapping[str, Mapping[int, Path]], columns: Mapping[str, Column]) 
     found = {}
     for name, folders in runs.items():
         told = {seed: tested(folder) for seed, folder in folders.items()}
-        by_seed = {seed: {e.metric: e for e in events(own)} for seed, (_, own) in told.items()}
+        by_seed = {seed: _happened(own, columns) for seed, (_, own) in told.items()}
         carrying = Counter(
             attack
             for _, own in told.values()
@@ -123,6 +123,22 @@ def read(runs: Mapping[str, Mapping[int, Path]], columns: Mapping[str, Column]) 
         moved = [directions.of_measured(own) for _, own in told.values()]
         beside = dict(carrying), texts, losses, guaranteed, moved
         found[name] = Compared(rates, means, spent, by_seed, *beside)
+    return found
+
+
+def _happened(measured: Sequence[Measured], columns: Mapping[str, Column]) -> Happened:
+    """With certificates beyond the radii that columns ask for."""
+    found = {event.metric: event for event in events(measured)}
+    certifying = {
+        item.measurement.subject: item
+        for item in measured
+        if item.measurement.quantity == certificates.QUANTITY
+    }
+    for metric in (column.metric for column in columns.values() if column.beyond):
+        at_all = found.get(replace(metric, beyond=0.0))
+        if at_all is not None:
+            outcome = certificates.beyond(certifying[metric.subject], metric.beyond)
+            found[metric] = replace(at_all, metric=metric, outcome=outcome, groups={})
     return found
 
 

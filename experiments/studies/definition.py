@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from callbacks.metrics.names import Metric
-from datamodules.fields import Count, NonNegativeInt, Positive, Share, checked
+from callbacks.report.certificates import QUANTITY as CERTIFIED
+from datamodules.fields import Count, NonNegative, NonNegativeInt, Positive, Share, checked
 from experiments.config.errors import ConfigError
 from experiments.config.files import find, read
 from experiments.studies.archive import slug
@@ -100,10 +101,12 @@ class Column:
     """`name@revision` of a judge beside the deciding one, for the quantity `judged_rate`; '' otherwise."""
     optional: bool = False
     """Whether runs may lack it."""
+    beyond: NonNegative = 0.0
+    """Of `certified_rate`: certified within a radius above this one, in multiples of rho."""
 
     @property
     def metric(self) -> Metric:
-        own = self.quantity, self.subject, self.attack, self.judge, self.block
+        own = self.quantity, self.subject, self.attack, self.judge, self.block, self.beyond
         return Metric(*own)  # type: ignore[arg-type]
 
 
@@ -280,6 +283,11 @@ def check_columns(columns: Mapping[str, Column]) -> None:
     for name, column in columns.items():
         known(column.quantity, get_args(hints["quantity"]), f"columns.{name}.quantity")
         known(column.subject, get_args(hints["subject"]), f"columns.{name}.subject")
+        if column.beyond and column.quantity != CERTIFIED:
+            raise ConfigError(
+                f"columns.{name}.beyond: only {CERTIFIED} has radii, got it for {column.quantity}; leave it "
+                "out"
+            )
 
 
 def _refuse_circles(study: Study) -> None:

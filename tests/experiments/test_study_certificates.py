@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from datamodules.results import ResultsStore
+from experiments.config.errors import ConfigError
 from experiments.studies.certificates import certificate_curves, certificate_tables, threat
 from experiments.studies.comparison import read
-from experiments.studies.definition import Column
+from experiments.studies.definition import Column, check_columns
 from tests.support.rows import measurement, row
 
 COLUMN = Column("certified_rate", "harmful", block="certified")
@@ -55,6 +57,18 @@ def test_shares_beyond_radii_of_the_largest_over_seeds(tmp_path: Path) -> None:
     lines = drawing.figure.axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["before", "after"]
     assert json.dumps([float(y) for y in lines[1].get_ydata()]) == "[87.5, 50.0, 37.5, 0.0]"
+
+
+def test_a_column_may_ask_beyond_a_radius(tmp_path: Path) -> None:
+    """2 of 4 lie beyond 0.1 (not the one at it), all but the abstention are certified at some radius."""
+    column = replace(COLUMN, beyond=0.1)
+    found = read({"a": {0: ran(tmp_path, [0.4, 0.2, 0.1, None])}}, {"all": COLUMN, "far": column})["a"]
+    assert (found.rates["all"].value, found.rates["far"].value) == (0.75, 0.5)
+    assert found.by_seed[0][column.metric].outcome == {"0": True, "1": True, "2": False, "3": False}
+    assert column.metric.key == "harmful/certified/certified_rate/beyond_0.1"
+    assert column.metric.title == "certified: certified as one wishes, beyond 0.1 rho, harmful"
+    with pytest.raises(ConfigError, match="columns.x.beyond: only certified_rate has radii, got it"):
+        check_columns({"x": Column("exact_match", "utility", beyond=0.1)})
 
 
 def test_seeds_on_other_requests_are_refused(tmp_path: Path) -> None:
