@@ -66,6 +66,9 @@ class CertificationEvaluation(Evaluation):
         alpha: chance that a certificate is wrong, for each request by itself.
         max_rows: draws per batch; they do not depend on it.
         subjects: which requests.
+        refusal: says of one reply what is certified of harmful requests, and of harmless ones that it is not;
+            null takes the keyword judge.
+        right: the same of benign tasks; null takes exact match.
         schedule: when it runs and on how many rows of each; null takes the defaults.
         max_new_tokens: longest generated reply.
         seed: seed of the noise; null takes the run's.
@@ -86,6 +89,8 @@ class CertificationEvaluation(Evaluation):
         schedule: Schedule | None = None,
         max_new_tokens: Count = 64,
         seed: NonNegativeInt | None = None,
+        refusal: Judge | None = None,
+        right: Judge | None = None,
     ) -> None:
         super().__init__(schedule, max_new_tokens, seed or 0)
         if alpha >= 1:
@@ -94,6 +99,8 @@ class CertificationEvaluation(Evaluation):
         self.sigma, self.n0, self.n, self.alpha = sigma, n0, n, alpha
         self.max_rows = max_rows
         self.subjects = subjects or list(SUBJECTS)
+        self.refusal = refusal or KeywordRefusal()
+        self.right = right or ExactMatch()
 
     def probes(self) -> list[Probe]:
         """None: its replies are drawn under noise."""
@@ -114,7 +121,7 @@ class CertificationEvaluation(Evaluation):
     def _planned(self, subject: Subject, place: Place, weights: str) -> tuple[Measurement, list[Work]]:
         assert self._data is not None
         shares = dealt_out(self._data, subject, self.schedule.rows(place.stage), place.world_size)
-        judge: Judge = ExactMatch() if subject == "utility" else KeywordRefusal()
+        judge = self.right if subject == "utility" else self.refusal
         how = f"sigma={self.sigma:g},alpha={self.alpha:g},n0={self.n0},n={self.n}"
         measurement = place.measurement(
             self.name,

@@ -40,12 +40,16 @@ class Judgement:
 def judge_all(
     judge: Judge, prompts: Sequence[str], completions: Sequence[str], expected: Sequence[str]
 ) -> list[Judgement]:
-    """Judge several completions, in one call where the judge can."""
+    """Judge several completions, in one call where the judge can. Raises: TypeError for a judge that says
+    something other than yes or no, which would count as yes."""
     batch = getattr(judge, "judge_batch", None)
     if batch is not None:
         judgements: list[Judgement] = batch(prompts, completions, expected)
         return judgements
-    return [Judgement(judge(p, c, r)) for p, c, r in zip(prompts, completions, expected, strict=True)]
+    said = [judge(p, c, r) for p, c, r in zip(prompts, completions, expected, strict=True)]
+    if wrong := [own for own in said if own not in (True, False)]:
+        raise TypeError(f"judge {judge.name}: expected True or False, got {wrong[0]!r:.60}")
+    return [Judgement(bool(own)) for own in said]
 
 
 def sees(judge: Judge) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from callbacks.evaluations.session import judged
-from callbacks.judges.base import judge_all, label, sees
+from callbacks.judges.base import Judgement, judge_all, label, sees
 from callbacks.judges.exact import TargetPrefix
 from callbacks.judges.keyword import KeywordRefusal
 from callbacks.judges.success import AllOf, Fluent, Not, OnTopic, Success, content_words, repetition
@@ -80,6 +82,24 @@ def test_all_of_asks_a_later_judge_only_about_what_is_left() -> None:
     assert [judgement.verdict for judgement in verdicts] == [False, True, False]
     assert [completion for _, completion in second.asked] == ["a", "b"]
     assert AllOf([first])("p", "a", "") and not AllOf([Not(first)])("p", "a", "")
+
+
+def test_a_judge_that_says_something_other_than_yes_or_no_is_refused() -> None:
+    """A verdict object, or None, is no yes."""
+
+    class Own:
+        name = "own"
+
+        def __init__(self, says: Any) -> None:
+            self.says = says
+
+        def __call__(self, prompt: str, completion: str, expected: str) -> bool:
+            return cast(bool, self.says)
+
+    assert [own.verdict for own in judge_all(Own(np.bool_(True)), ["p"], ["c"], ["e"])] == [True]
+    for says in (Judgement(False), None, "no"):
+        with pytest.raises(TypeError, match="judge own: expected True or False, got"):
+            judge_all(Own(says), ["p"], ["c"], ["e"])
 
 
 def test_a_composition_is_named_by_its_parts() -> None:
