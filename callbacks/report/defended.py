@@ -1,8 +1,9 @@
-"""What a defence costs, from the rows of its replies."""
+"""What a defence costs and what it promises, from the rows of its replies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from callbacks.metrics.estimates import mean, rate
 from callbacks.report.cells import Cell, Table, count, estimate
@@ -59,3 +60,36 @@ def bypassed(results: RunResults) -> list[str]:
         "at requests: what it does is done to the model without that."
         for name in dict.fromkeys(names)
     ]
+
+
+def erased_and_checked(results: RunResults) -> list[str]:
+    """What erase-and-check guarantees: what its filter says of harmful requests as they are, and nothing
+    where it looks at a part of what is left."""
+    own = [costs for costs in (results.after.costs if results.after is not None else ()) if not costs.attack]
+    stopped = {costs.subject: estimate(costs.stopped).text for costs in own}
+    found = []
+    for node in _nodes((results.configuration.get("model") or {}).get("init_args", {}).get("defence")):
+        if not str(node.get("class_path")).endswith(".EraseAndCheck"):
+            continue
+        settings = node.get("init_args") or {}
+        if settings.get("sample") is not None:
+            found.append("erase and check: looks at some of what is left only, and guarantees nothing.")
+        elif "harmful" in stopped:
+            added = f"{settings.get('max_erase', 20)} tokens ({settings.get('mode', 'suffix')})"
+            price = f"; {stopped['harmless']} of harmless ones are, too" if "harmless" in stopped else ""
+            found.append(
+                f"erase and check: guaranteed refused with up to {added} added, whatever they are: "
+                f"{stopped['harmful']} of harmful requests, those that it flags as they are{price}."
+            )
+    return found
+
+
+def _nodes(node: Any) -> Iterator[Mapping[str, Any]]:
+    """Every mapping within a configuration."""
+    if isinstance(node, Mapping):
+        yield node
+        for value in node.values():
+            yield from _nodes(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _nodes(value)

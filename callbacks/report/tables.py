@@ -11,7 +11,7 @@ from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.report.attributions import margins
 from callbacks.report.cells import MISSING, Cell, Table, change, count, earlier_cell, estimate, measures
 from callbacks.report.certificates import THREAT, guarantees
-from callbacks.report.defended import bypassed, cost_table
+from callbacks.report.defended import bypassed, cost_table, erased_and_checked
 from callbacks.report.directions import moved
 from callbacks.report.divergences import depth
 from callbacks.report.results import Estimate, RunResults, Snapshot
@@ -160,7 +160,7 @@ def warnings(results: RunResults) -> list[str]:
     found += [said for name, own in after.benign.items() if (said := carried(name, own))]
     found += [said for own in after.paired if (said := unmatched(own))]
     found += [said for name, own in after.gradings.items() if (said := ungraded(name, own, results.stage))]
-    found += bypassed(results)
+    found += [*bypassed(results), *erased_and_checked(results)]
     crossed = [f"{words(flag)} in {count}" for flag, count in after.cross_flags.items() if count]
     if crossed:
         found.append(f"Between the attacks: {', '.join(crossed)} of the examples.")

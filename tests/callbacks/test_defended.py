@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from callbacks.evaluations.certification import CertificationEvaluation, Draws, noisy_replies
 from callbacks.report.certificates import certified, share_at
+from callbacks.report.defended import erased_and_checked
 from callbacks.report.load import load
 from callbacks.report.report import write_reports
 from datamodules.results import ResultsStore, measured_stages, read_measurements, read_rows
@@ -123,6 +125,34 @@ def test_a_later_call_behind_a_defence_leaves_the_plain_measurements(tmp_path: P
 
 
 # --- certificates
+
+
+def test_what_erase_and_check_guarantees_is_said_with_its_price(tmp_path: Path) -> None:
+    """3 of 4 harmful requests flagged as they are, 1 of 2 harmless ones; a part of it promises nothing."""
+    store, defence = ResultsStore(tmp_path), "erase_and_check-1f"
+    for subject, quantity, stopped in (
+        ("harmful", "refusal_rate", [1, 1, 1, 0]),
+        ("harmless", "over_refusal_rate", [1, 0]),
+    ):
+        of = measurement(quantity, stage="test", subject=subject, defence=defence, n=len(stopped))
+        store.announce([of])
+        counts = {"queries": 3, "tokens": 30, "plain_tokens": 10, "bypassed": 0}
+        store.add(
+            row(f"e{i}", of, defence=defence, counts={**counts, "stopped": own})
+            for i, own in enumerate(stopped)
+        )
+    inner: dict[str, object] = {"class_path": "x.EraseAndCheck", "init_args": {"max_erase": 7}}
+    around = {"class_path": "x.Filtered", "init_args": {"filter": inner}}
+    found = replace(
+        load(tmp_path, "test", defence), configuration={"model": {"init_args": {"defence": around}}}
+    )
+    (said,) = erased_and_checked(found)
+    assert "refused with up to 7 tokens (suffix) added, whatever they are: 75.0 % [30.1, 95.4]" in said
+    assert said.endswith("50.0 % [9.5, 90.5] of harmless ones are, too.")
+    inner["init_args"] = {"sample": 0.2}
+    assert erased_and_checked(found) == [
+        "erase and check: looks at some of what is left only, and guarantees nothing."
+    ]
 
 
 def test_draws_do_not_depend_on_the_batch() -> None:
