@@ -41,7 +41,7 @@ STUDIES = {
         name: f"{name}_tinychat"
         for name in (
             *("injection", "one_step", "noise_and_mix", "epsilon_beta", "attacks", "failure_modes"),
-            *("long_tail", "methods", "certificates", "directions"),
+            *("long_tail", "methods", "certificates", "directions", "tampering"),
         )
     },
 }
