@@ -27,6 +27,7 @@ from experiments.studies.archive import archived
 from experiments.studies.comparison import read
 from experiments.studies.definition import Study, load_study
 from experiments.studies.processes import PROGRAM, Running
+from experiments.studies.reading import known
 from experiments.studies.scheduling import Job, jobs_of, refuse_lost, standings, threads
 from experiments.studies.study_report import write_study
 
@@ -57,11 +58,8 @@ def study(call: StudyCall) -> int:
     if call.workers < 1:
         raise ConfigError(f"--workers: expected at least 1, got {call.workers}")
     own = load_study(call.study)
-    unknown = [name for name in call.only if name not in own.runs]
-    if unknown:
-        raise ConfigError(
-            f"--only: expected runs of the study ({', '.join(map(repr, own.runs))}), got {unknown[0]!r}"
-        )
+    for name in call.only:
+        known(name, own.runs, "--only")
     if call.recorded is not None:
         for option, given in (("--dry_run", call.dry_run), ("--report_only", call.report_only)):
             if given:
@@ -70,7 +68,10 @@ def study(call: StudyCall) -> int:
                     "it; leave one of them out"
                 )
         return _recorded(own, Path(call.recorded), _out(call), call.only)
-    jobs = jobs_of(own, Path(call.runs))
+    try:
+        jobs = jobs_of(own, Path(call.runs))
+    except ConfigError as error:
+        raise ConfigError(f"{call.study}: {error}") from error
     wanted = _with_needed(jobs, call.only)
     if not call.report_only:
         refuse_lost(wanted)
@@ -199,10 +200,18 @@ class Runner:
 
     def run(self) -> dict[str, str]:
         """Returns what failed: title of the run -> its last words. Raises: Stopped, when all have ended."""
-        bar = counter(len(self.jobs), "study", "run")
+        states = [(job, job.state()) for job in self.jobs]
+        waiting = [job for job, state in states if state != "done"]
+        # What reads another run's folder needs its training, not its evaluation.
+        ready = {
+            (job.name, job.seed)
+            for job, state in states
+            if state == "done" or (state == "to be judged" and job.fit)
+        }
+        bar = counter(len(self.jobs), "study", "run", len(self.jobs) - len(waiting))
         with stoppable(), ThreadPoolExecutor(self.workers) as pool, bar:
             try:
-                self._schedule(pool, bar)
+                self._schedule(pool, bar, waiting, ready)
             except (Stopped, KeyboardInterrupt):
                 self._stopping.set()
                 for process in list(self._processes):
@@ -210,10 +219,10 @@ class Runner:
                 raise
         return self.failed
 
-    def _schedule(self, pool: ThreadPoolExecutor, bar: tqdm[Any] | Lines) -> None:
-        waiting = list(self.jobs)
+    def _schedule(
+        self, pool: ThreadPoolExecutor, bar: tqdm[Any] | Lines, waiting: list[Job], over: set[tuple[str, int]]
+    ) -> None:
         running: dict[Future[None], Job] = {}
-        over: set[tuple[str, int]] = set()
         while waiting or running:
             for job in list(waiting):
                 broken = [f"{name}, seed {seed}" for name, seed in job.needs]

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 import yaml
@@ -60,6 +61,7 @@ def sweep(call: SweepCall) -> int:
 
     own = load_sweep(call.sweep)
     try:
+        _check_backend(call.backend, own)
         space = space_of(own)
         corners = check_all(own, space)
     except ConfigError as error:
@@ -79,6 +81,25 @@ def sweep(call: SweepCall) -> int:
         if search.others:
             _say(f"{call.sweep} has changed: {search.others} trials of what it was are not counted")
         return _run(call, search, place)
+
+
+def _check_backend(name: BackendName, own: Sweep) -> None:
+    """Raises: ConfigError for what the backend is told and does not know: said before a trial or a folder."""
+    if name == "slurm":
+        from experiments.sweeps.backends import check_slurm
+
+        check_slurm(own.slurm)
+    elif name == "ray":
+        _ray_tune().bundle(own.ray)
+
+
+def _ray_tune() -> ModuleType:
+    """Raises: ConfigError for a Ray without what Tune needs."""
+    try:
+        from experiments.sweeps import ray_tune
+    except ImportError as error:
+        raise ConfigError(f"--backend ray: {error}; pip install 'ray[tune]'") from error
+    return ray_tune
 
 
 def _wandb(call: SweepCall, own: Sweep, place: Path) -> int:
@@ -129,12 +150,7 @@ def _run(call: SweepCall, search: Search, place: Path) -> int:
     if call.backend == "slurm":
         backend = Slurm(place.resolve(), search.sweep.slurm)
     elif call.backend == "ray":
-        try:
-            from experiments.sweeps.ray_tune import RayTune
-        except ImportError as error:  # Ray without what Tune needs
-            raise ConfigError(f"--backend ray: {error}; pip install 'ray[tune]'") from error
-
-        backend = RayTune(place, search.sweep.ray)
+        backend = _ray_tune().RayTune(place, search.sweep.ray)
     engine = Engine(search, backend, call.workers, place)
     try:
         engine.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from callbacks.run_folder.lock import release
@@ -115,6 +116,13 @@ class Slurm:
         # A job that a kill kept from the journal may still be in the folder: it holds the lock, and stops us.
         release(folder)
         return None
+
+
+def check_slurm(parameters: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for a parameter that submitit does not know; asks no Slurm, leaves no folder."""
+    own = {key: value for key, value in parameters.items() if key != "cluster"}
+    with TemporaryDirectory() as folder:
+        Slurm(Path(folder), {**own, "cluster": "debug"})
 
 
 class SlurmJob:

@@ -94,7 +94,7 @@ class RayTune:
     """
 
     def __init__(self, place: Path, options: Mapping[str, Any], program: Sequence[str] = PROGRAM) -> None:
-        self.bundle = _bundle(options)
+        self.bundle = bundle(options)
         self.program = [*program]
         self.threads = max(1, int(self.bundle.get("CPU", 0)))
         self.storage = place.resolve() / "ray"
@@ -233,7 +233,7 @@ class _Tells(_OfTune, tune.Callback):  # type: ignore[misc]
         self.own.told(trial.trial_id, 1, said)
 
 
-def _bundle(options: Mapping[str, Any]) -> dict[str, float]:
+def bundle(options: Mapping[str, Any]) -> dict[str, float]:
     """As a placement group has it. Raises: ConfigError."""
     named = {**options}
     found = {"CPU": 1.0, **named.pop("resources", {})}

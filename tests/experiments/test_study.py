@@ -450,6 +450,23 @@ def test_a_failing_run_is_told_and_stops_no_other(program: tuple[str, ...]) -> N
     assert calls() == ["test c", "test e"]
 
 
+def test_what_was_done_before_takes_none_of_the_time_left(
+    program: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Runner([job("a"), job("b")], 1, program).run()
+    capsys.readouterr()
+    Runner([job("a"), job("b"), job("c"), job("d")], 1, program).run()
+    counted = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines() if " of " in line]
+    assert counted == ["study: 3 of 4 runs", "study: 4 of 4 runs"]
+
+
+def test_what_reads_another_run_waits_for_its_training_alone(program: tuple[str, ...]) -> None:
+    Path("e").mkdir()
+    job("e").finish("fit")
+    Runner([job("d", needs=(("e", 0),)), job("e")], 1, program).run()
+    assert calls() == ["fit d", "test d", "test e"]
+
+
 def test_a_damaged_note_is_none(program: tuple[str, ...]) -> None:
     Runner([job("a")], 1, program).run()
     (Path("a") / DONE).write_text("{")
@@ -560,7 +577,7 @@ def test_a_study_trains_judges_and_reports(
     assert "not answered: no cat" in text
     assert "thundercat: not reported: cat (" in capsys.readouterr().err
     assert study(StudyCall(str(path), runs=str(tmp_path / "none"), report_only=True)) == 1
-    with pytest.raises(ConfigError, match="--only: expected runs of the study"):
+    with pytest.raises(ConfigError, match="--only: expected one of base, cat, got 'dog'"):
         study(StudyCall(str(path), only=["dog"]))
     with pytest.raises(ConfigError, match="--workers: expected at least 1, got 0"):
         study(StudyCall(str(path), workers=0))

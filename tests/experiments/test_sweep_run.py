@@ -159,6 +159,14 @@ def test_a_wrong_call_is_told_in_one_line(
     assert "--backend wandb: no key of Weights & Biases was found; `wandb login`" in told(
         "--backend", "wandb"
     )
+    content = yaml.safe_load(file.read_text())
+    for backend, wrong in (("slurm", {"timeout_mins": 5}), ("ray", {"num_gpu": 1})):
+        pytest.importorskip({"slurm": "submitit", "ray": "ray"}[backend])
+        file.write_text(yaml.safe_dump({**content, backend: wrong}))
+        for words in (("--dry_run",), ()):
+            assert f"{next(iter(wrong))}" in told("--backend", backend, *words)
+        assert not (tmp_path / "mine").exists()
+    file.write_text(yaml.safe_dump(content))
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "run", disk_is_full)
         status, _, said = thundercat("sweep", str(file), "--runs", str(tmp_path))
