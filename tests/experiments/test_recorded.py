@@ -50,9 +50,11 @@ PAGES = sorted(path.parent for path in RESULTS.glob("*/tables.csv"))
 LOST = "Not reported"
 
 
-FURTHER = sorted(
-    path.parent for path in ROOT.glob("experiments/results/*_further_cpu_202611/**/test_report.md")
-)
+FURTHER = [
+    (path.parent, path.name.removeprefix("test_").removesuffix("report.md").rstrip("_"))
+    for path in sorted(ROOT.glob("experiments/results/*_further_cpu_202611/**/test_*report.md"))
+]
+"""What was measured beside, and behind which defence; '' for none."""
 
 
 def prefix_of(stage: Stage) -> str:
@@ -105,14 +107,23 @@ MISSED = {
 """What it does not (LOG.md, results/README.md)."""
 
 
-@pytest.mark.parametrize("folder", FURTHER, ids=lambda own: own.name)
-def test_what_was_tried_further_can_be_printed_again_from_its_rows(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "defence"), FURTHER, ids=lambda own: getattr(own, "name", own))
+def test_what_was_tried_further_can_be_printed_again_from_its_rows(
+    folder: Path, defence: str, tmp_path: Path
+) -> None:
     alone = tmp_path / folder.name
     shutil.copytree(folder, alone, ignore=shutil.ignore_patterns("*report.md"))
-    tables = [line for line in document(load(alone, "test"), {}).splitlines() if line.startswith("| ")]
-    written = (folder / "test_report.md").read_text(encoding="utf-8").splitlines()
+    found = load(alone, "test", defence)
+    tables = [line for line in document(found, {}).splitlines() if line.startswith("| ")]
+    name = f"test_{defence}_report.md" if defence else "test_report.md"
+    written = (folder / name).read_text(encoding="utf-8").splitlines()
     assert tables == [line for line in written if line.startswith("| ")]
     assert len(tables) > 10
+
+
+def test_what_is_recorded_stays_small() -> None:
+    """A checkout carries it: 30 MB in all."""
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) <= 30e6
 
 
 def test_what_the_packaged_model_is_before_any_defence() -> None:
