@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from callbacks.evaluations.benign import AWAY_FROM_ANSWER, TOWARDS_REFUSAL
 from callbacks.judges.card import calibration
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.report.cells import MISSING, Cell, Table, estimate
@@ -17,6 +18,7 @@ from callbacks.report.markdown import table_text
 from callbacks.report.results import Estimate, Measure
 from callbacks.report.tables import arguments, class_name, inline
 from callbacks.run_folder.loggers import flat
+from datamodules.evaluation import Subject
 from experiments.compare.columns import Column
 from experiments.compare.runs import Run
 from experiments.compare.ways import Ways, letter_of
@@ -28,7 +30,7 @@ COLUMNS = (
     "run", "stage", "step", "weights", "metric", "title", "better", "value", "low", "high", "n", "complete",
     "before", "way", "settings", "judge", "judge_version", "judge_accuracy", "judge_accuracy_low",
     "judge_accuracy_high", "judge_n", "judge_card", "attack", "attack_settings", "passes_per_example",
-    "queries_per_example", "seconds_per_example",
+    "queries_per_example", "seconds_per_example", "budget",
 )  # fmt: skip
 
 
@@ -58,22 +60,39 @@ class Entry:
         own_settings = self.attack_settings or attack.replace("_", " ")
         if len(own_settings) > LONGEST:
             own_settings = f"{own_settings[:LONGEST]}..."
-        return f"{own_settings}: {', '.join(spent)} an example" if spent else own_settings
+        told = f"{own_settings}: {', '.join(spent)} an example" if spent else own_settings
+        return f"carried, not searched for; on harmful requests {told}" if self.carried else told
 
     @property
     def efforts(self) -> list[Estimate | None]:
-        """Passes, queries and seconds an example; of a worst case none, it has every attack's."""
+        """Passes, queries and seconds an example; of a worst case none, it has every attack's. Of benign
+        prompts that were not searched for themselves, those of the harmful requests' search."""
         metric = self.measure.metric
-        found = []
-        for quantity in ("passes_per_example", "queries_per_example", "seconds_per_example"):
-            own = self.run.measure(Metric(quantity, metric.subject, metric.attack))  # type: ignore[arg-type]
-            found.append(None if own is None else own.estimate)
-        return found
+        own = self._efforts(metric.subject, metric.attack)
+        return own if any(own) or metric.subject == "harmful" else self._efforts("harmful", self.attack)
+
+    def _efforts(self, subject: Subject, attack: str) -> list[Estimate | None]:
+        found = (
+            self.run.measure(Metric(quantity, subject, attack))
+            for quantity in ("passes_per_example", "queries_per_example", "seconds_per_example")
+        )
+        return [None if own is None else own.estimate for own in found]
+
+    @property
+    def carried(self) -> bool:
+        """Whether benign prompts carry what was found elsewhere, or a random point of the same ball."""
+        metric = self.measure.metric
+        return metric.subject != "harmful" and not any(self._efforts(metric.subject, metric.attack))
+
+    @property
+    def attack(self) -> str:
+        """The attack's name in its suite, whichever way its search went."""
+        return self.measure.metric.attack.removesuffix(TOWARDS_REFUSAL).removesuffix(AWAY_FROM_ANSWER)
 
     @property
     def attack_settings(self) -> str:
         """The attack as the configuration has it; '' where that was not recorded, or names no such attack."""
-        block = attacks_of(self.run.results.configuration).get(self.measure.metric.attack)
+        block = attacks_of(self.run.results.configuration).get(self.attack)
         name, inside = class_name(block), inline(flat(dict(arguments(block))))
         return f"{name} ({inside})" if name and inside else name
 
@@ -190,6 +209,7 @@ def _line(column: Column, entry: Entry) -> list[Any]:
         entry.measure.metric.attack or NO_ATTACK,
         entry.attack_settings,
         *("" if effort is None else effort.value for effort in entry.efforts),
+        entry.budget,
     ]
 
 

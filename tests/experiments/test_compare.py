@@ -168,8 +168,10 @@ def test_every_row_of_a_leaderboard_has_card_and_budget(written: Path) -> None:
             and line["attack_settings"] == "GCG (num_steps 10)"
         )
         assert line["passes_per_example"] == ("21.0" if line["run"] == "c" else "11.0")
+        assert line["budget"].startswith("GCG (num_steps 10): ") and line["budget"].endswith("an example")
+    assert all(line["budget"] for line in lines)
     refusal = next(line for line in lines if line["metric"] == "harmful/refusal_rate")
-    assert refusal["attack"] == "no attack" and refusal["judge_card"]
+    assert refusal["budget"] == refusal["attack"] == "no attack" and refusal["judge_card"]
     text = (written / "leaderboard.md").read_text(encoding="utf-8")
     assert (
         "| GCG (num_steps 10): 11 passes, an example |" in text
