@@ -61,7 +61,7 @@ class Entry:
         if len(own_settings) > LONGEST:
             own_settings = f"{own_settings[:LONGEST]}..."
         told = f"{own_settings}: {', '.join(spent)} an example" if spent else own_settings
-        return f"carried, not searched for; on harmful requests {told}" if self.carried else told
+        return f"{self.carried}; on harmful requests {told}" if self.carried else told
 
     @property
     def efforts(self) -> list[Estimate | None]:
@@ -79,10 +79,12 @@ class Entry:
         return [None if own is None else own.estimate for own in found]
 
     @property
-    def carried(self) -> bool:
-        """Whether benign prompts carry what was found elsewhere, or a random point of the same ball."""
+    def carried(self) -> str:
+        """How benign prompts met the attack, where their own effort is in no row."""
         metric = self.measure.metric
-        return metric.subject != "harmful" and not any(self._efforts(metric.subject, metric.attack))
+        if metric.subject == "harmful" or any(self._efforts(metric.subject, metric.attack)):
+            return ""
+        return "carried, not searched for" if metric.attack == self.attack else "the same search at these"
 
     @property
     def attack(self) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from callbacks.judges.card import calibration
-from callbacks.metrics.estimates import paired_difference
+from callbacks.metrics.estimates import Estimate, paired_difference
 from callbacks.metrics.names import Metric
 from callbacks.metrics.pareto import front
 from callbacks.report.cells import change
 from callbacks.report.events import events
 from callbacks.report.load import load_measured
 from callbacks.report.page import study_page
-from callbacks.report.results import PairedDifference, Stage
+from callbacks.report.results import Measure, PairedDifference, Stage
 from datamodules.results import Row
 from experiments.commands.compare import CompareCall, compare
 from experiments.commands.study import _side_by_side
@@ -29,6 +29,7 @@ from experiments.compare.comparison import warnings, write_comparison
 from experiments.compare.configurations import configuration_table, differing
 from experiments.compare.differences import Pairs
 from experiments.compare.figures import pareto
+from experiments.compare.leaderboard import Entry
 from experiments.compare.runs import Run, chosen, common_stage, kept, names, read
 from experiments.compare.ways import letter, ways_of, ways_table
 from experiments.config.errors import ConfigError
@@ -179,6 +180,17 @@ def test_every_row_of_a_leaderboard_has_card_and_budget(written: Path) -> None:
     )
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "%" in line]
     assert len(cells) == 9 and all(len(cell) == 9 and cell[5] and cell[7] for cell in cells)
+
+
+def test_benign_prompts_that_carry_an_attack_tell_whose_budget_it_was(runs: list[Run]) -> None:
+    def told(attack: str) -> str:
+        metric = Metric("over_refusal_rate", "harmless", attack)
+        return Entry(runs[0], Measure(metric, Estimate(0.0, 0.0, 1.0, 4), "keyword_refusal@3"), "").budget
+
+    assert told("gcg") == (
+        "carried, not searched for; on harmful requests GCG (num_steps 10): 11 passes an example"
+    )
+    assert told("gcg_towards_refusal").startswith("the same search at these; on harmful requests GCG (num")
 
 
 def test_a_card_says_accuracy_or_that_there_is_none() -> None:
