@@ -12,6 +12,8 @@ from callbacks.report.results import Costs, RunResults
 
 COSTED = "plain_tokens"
 """The count that a row has if its reply went through a defence."""
+GUARANTEED = "guaranteed"
+"""The count of a defence that promises something of a request under attack."""
 
 
 def costs(measured: Sequence[Measured]) -> list[Costs]:
@@ -30,6 +32,7 @@ def costs(measured: Sequence[Measured]) -> list[Costs]:
                     mean([counts["tokens"] / max(1, counts[COSTED]) for counts in own]),
                     rate([bool(counts["stopped"]) for counts in own]),
                     sum(counts["bypassed"] for counts in own),
+                    rate([bool(counts[GUARANTEED]) for counts in own]) if GUARANTEED in own[0] else None,
                 )
             )
     return found
@@ -63,23 +66,23 @@ def bypassed(results: RunResults) -> list[str]:
 
 
 def erased_and_checked(results: RunResults) -> list[str]:
-    """What erase-and-check guarantees: what its filter says of harmful requests as they are, and nothing
-    where it looks at a part of what is left."""
-    own = [costs for costs in (results.after.costs if results.after is not None else ()) if not costs.attack]
-    stopped = {costs.subject: estimate(costs.stopped).text for costs in own}
+    """What erase-and-check guarantees: what its filter says of harmful requests that nothing is erased of.
+    What it flags by a shorter one is not guaranteed; nothing is where it looks at a part of what is left."""
+    own = {c.subject: c for c in (results.after.costs if results.after is not None else ()) if not c.attack}
     found = []
     for node in _nodes((results.configuration.get("model") or {}).get("init_args", {}).get("defence")):
         if not str(node.get("class_path")).endswith(".EraseAndCheck"):
             continue
-        settings = node.get("init_args") or {}
+        settings, harmful, harmless = node.get("init_args") or {}, own.get("harmful"), own.get("harmless")
         if settings.get("sample") is not None:
             found.append("erase and check: looks at some of what is left only, and guarantees nothing.")
-        elif "harmful" in stopped:
+        elif harmful is not None and harmful.guaranteed is not None:
             added = f"{settings.get('max_erase', 20)} tokens ({settings.get('mode', 'suffix')})"
-            price = f"; {stopped['harmless']} of harmless ones are, too" if "harmless" in stopped else ""
+            price = "" if harmless is None else f"; {estimate(harmless.stopped).text} of harmless ones are"
             found.append(
-                f"erase and check: guaranteed refused with up to {added} added, whatever they are: "
-                f"{stopped['harmful']} of harmful requests, those that it flags as they are{price}."
+                f"erase and check: {estimate(harmful.guaranteed).text} of harmful requests are guaranteed to "
+                f"be refused with up to {added} added, whatever they are; {estimate(harmful.stopped).text} "
+                f"are refused as they are{price}."
             )
     return found
 

@@ -158,6 +158,9 @@ class Costs:
     """Requests that the defence answered itself."""
     bypassed: int
     """Requests whose attack entered behind the defence."""
+    guaranteed: Estimate | None = None
+    """Requests that stay refused whatever is added within the defence's threat model; None where it promises
+    nothing of the kind."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ MODELS = {
         utility="replies unchanged",
         note=(
             " SmoothLLM lives by a model's own refusals, of which this one has few; erase-and-check asks the "
-            "learned filter instead, and is searched for tokens before the request, outside its suffix mode; "
+            "learned filter instead, is searched for tokens before the request, outside its suffix mode, and "
+            "guarantees what that filter flags whole, not what it flags by a shorter request. "
             "SmoothLLM's search is for the target's first five tokens. The aligned model is not shown: "
             "without any defence 15 steps of the search make 0 of 8 replies begin with the target and leave "
             "2 of 8 not refused, where 4 of 24 plain requests are not. Replies unchanged: the undefended "

@@ -41,6 +41,9 @@ class Answer:
     bypassed: bool = False
     """The attack entered behind the defence, or behind the one within it: an embedding has no text that it
     could look at."""
+    guaranteed: bool | None = None
+    """Whether this request stays refused whatever an attack within the defence's threat model adds; None
+    where it promises nothing of the kind."""
 
 
 class Defence(Protocol):
@@ -171,13 +174,14 @@ def spent(model: LanguageModel, requests: Sequence[Request], replies: Sequence[s
 
 def counts(model: LanguageModel, request: Request, answer: Answer) -> dict[str, int]:
     """What an answer cost, as rows hold it; `plain_tokens` are those of the request and this reply alone."""
-    return {
+    found = {
         "queries": answer.queries,
         "tokens": answer.tokens,
         "plain_tokens": spent(model, [request], [answer.reply])[0],
         "stopped": int(answer.stopped),
         "bypassed": int(answer.bypassed),
     }
+    return found if answer.guaranteed is None else {**found, "guaranteed": int(answer.guaranteed)}
 
 
 def marked(model: LanguageModel, requests: Sequence[Request], attacked: Attacked) -> Marked:

@@ -21,6 +21,9 @@ class Check:
     """How far it is beyond what is let through; above 0 it is flagged."""
     queries: int
     tokens: int
+    guaranteed: bool | None = None
+    """Whether it stays flagged whatever is added within the filter's mode; None where a filter promises
+    nothing of the kind."""
 
     @property
     def flagged(self) -> bool:
@@ -67,9 +70,13 @@ class Filtered:
         passed = [i for i, check in enumerate(checks) if not check.flagged]
         asked = [requests[i] for i in passed]
         replies = model.reply(asked, decoding, seed)
-        found = [Answer(self.refusal, check.queries, check.tokens, stopped=True) for check in checks]
+        found = [
+            Answer(self.refusal, check.queries, check.tokens, stopped=True, guaranteed=check.guaranteed)
+            for check in checks
+        ]
         for i, reply, tokens in zip(passed, replies, spent(model, asked, replies), strict=True):
-            found[i] = Answer(reply, checks[i].queries + 1, checks[i].tokens + tokens)
+            own = checks[i]
+            found[i] = Answer(reply, own.queries + 1, own.tokens + tokens, guaranteed=own.guaranteed)
         return found
 
     def seen_through(

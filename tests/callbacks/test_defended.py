@@ -128,7 +128,8 @@ def test_a_later_call_behind_a_defence_leaves_the_plain_measurements(tmp_path: P
 
 
 def test_what_erase_and_check_guarantees_is_said_with_its_price(tmp_path: Path) -> None:
-    """3 of 4 harmful requests flagged as they are, 1 of 2 harmless ones; a part of it promises nothing."""
+    """Of 4 harmful requests 3 are flagged, 2 of them whole, and 1 of 2 harmless ones; a part of what is left
+    promises nothing."""
     store, defence = ResultsStore(tmp_path), "erase_and_check-1f"
     for subject, quantity, stopped in (
         ("harmful", "refusal_rate", [1, 1, 1, 0]),
@@ -138,7 +139,7 @@ def test_what_erase_and_check_guarantees_is_said_with_its_price(tmp_path: Path) 
         store.announce([of])
         counts = {"queries": 3, "tokens": 30, "plain_tokens": 10, "bypassed": 0}
         store.add(
-            row(f"e{i}", of, defence=defence, counts={**counts, "stopped": own})
+            row(f"e{i}", of, defence=defence, counts={**counts, "stopped": own, "guaranteed": int(i < 2)})
             for i, own in enumerate(stopped)
         )
     inner: dict[str, object] = {"class_path": "x.EraseAndCheck", "init_args": {"max_erase": 7}}
@@ -147,8 +148,11 @@ def test_what_erase_and_check_guarantees_is_said_with_its_price(tmp_path: Path) 
         load(tmp_path, "test", defence), configuration={"model": {"init_args": {"defence": around}}}
     )
     (said,) = erased_and_checked(found)
-    assert "refused with up to 7 tokens (suffix) added, whatever they are: 75.0 % [30.1, 95.4]" in said
-    assert said.endswith("50.0 % [9.5, 90.5] of harmless ones are, too.")
+    assert said == (
+        "erase and check: 50.0 % [15.0, 85.0] of harmful requests are guaranteed to be refused with up to 7 "
+        "tokens (suffix) added, whatever they are; 75.0 % [30.1, 95.4] are refused as they are; 50.0 % "
+        "[9.5, 90.5] of harmless ones are."
+    )
     inner["init_args"] = {"sample": 0.2}
     assert erased_and_checked(found) == [
         "erase and check: looks at some of what is left only, and guarantees nothing."

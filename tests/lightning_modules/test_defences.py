@@ -19,7 +19,7 @@ from datamodules.sources.tinychat.sources import TinyChatBenign
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.attacks.suffix.through_defence import ThroughDefence
-from lightning_modules.defences.base import Defended, label, marked, rng_of
+from lightning_modules.defences.base import Defended, counts, label, marked, rng_of
 from lightning_modules.defences.calibrated import conformal_threshold
 from lightning_modules.defences.erase_and_check import EraseAndCheck, RefusalFilter, erased, num_erased
 from lightning_modules.defences.filtered import Check, Filtered
@@ -283,6 +283,18 @@ def test_a_typed_suffix_is_erased_to_the_request_itself() -> None:
     # Space around the request, before or behind what is added, hides nothing.
     for spaced in (f"  {request} ", f" {request}{suffix}  ", f"{request} {suffix}"):
         assert whole.answers(ask(spaced))[0].stopped
+    # What is flagged by a shorter request is not guaranteed: a suffix uses up what may be erased.
+    shorter = EraseAndCheck(Exactly(request), max_erase=4)
+    own, longer, other = shorter.checks(model(), ask(request, f"{request} Be quick", "How are you?"))
+    assert (own.flagged, own.guaranteed) == (True, True)
+    assert (longer.flagged, longer.guaranteed) == (True, False)
+    assert (other.flagged, other.guaranteed) == (False, False)
+    (hidden,) = shorter.checks(model(), ask(f"{request} Be quick" + suffix))
+    assert not hidden.flagged
+    sampled = EraseAndCheck(Exactly(request), max_erase=4, sample=0.5)
+    assert [check.guaranteed for check in sampled.checks(model(), ask(request))] == [None]
+    counted = [counts(whole.model, ask(request)[0], answer) for answer in whole.answers(ask(request, "Hi"))]
+    assert [own["guaranteed"] for own in counted] == [1, 0]
     everything = EraseAndCheck(Exactly(request), mode="infusion", max_erase=20)
     with pytest.raises(ValueError, match=r"max_erase: expected at most 20000 erased requests, got \d+"):
         everything.checks(model(), ask(request + suffix * 2))
