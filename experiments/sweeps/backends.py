@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,9 @@ class Slurm:
         self.threads = int(own.get("cpus_per_task", 1))
         try:
             self.executor = submitit.AutoExecutor(self.folder, cluster=cluster)
+            # AutoExecutor's own `job_class` knows no cluster, and so of no job how it fares.
+            kinds = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
+            self.kind = kinds.get(self.executor.cluster, submitit.DebugJob)
             self.executor.update_parameters(name=f"sweep_{place.name}", **own)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise ConfigError(f"--backend slurm: {' '.join(str(error).split())}") from error
@@ -110,7 +114,7 @@ class Slurm:
         return SlurmJob(job, words[0], folder)
 
     def again(self, name: str, folder: Path) -> Command | None:
-        found = SlurmJob(self.executor.job_class(self.folder, name), "fit", folder)
+        found = SlurmJob(self.kind(self.folder, name), "fit", folder)
         if found.status() in (None, 0):
             return found
         # A job that a kill kept from the journal may still be in the folder: it holds the lock, and stops us.
@@ -137,7 +141,7 @@ class SlurmJob:
     def status(self) -> int | None:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
-        if not self.job.done():
+        if not self.job.done() or self._goes_on():
             return None
         try:
             return int(self.job.result())
@@ -147,11 +151,25 @@ class SlurmJob:
             return 1
 
     def stop(self) -> None:
+        if self._goes_on():
+            os.kill(int(self.job.job_id), signal.SIGINT)  # what the executor does to a job of its own
         self.job.cancel()
 
     def kill(self) -> None:
         """Slurm itself kills what does not end (KillWait)."""
-        self.job.cancel()
+        self.stop()
+
+    def _goes_on(self) -> bool:
+        """Whether a job of this machine that an earlier process has started still runs: submitit knows of
+        those alone that this one has started."""
+        from submitit import LocalJob
+
+        if not isinstance(self.job, LocalJob) or self.job._process is not None:
+            return False
+        try:  # its number is its process's; another process may have that by now
+            return b"submitit" in Path(f"/proc/{self.job.job_id}/cmdline").read_bytes()
+        except OSError:
+            return False
 
     def failure(self) -> str:
         return f"job {self.name}: {failure(self.command, self.status(), self.folder)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -228,6 +229,55 @@ def test_a_killed_sweep_goes_on_where_it_was(sweeping: Sweeping) -> None:
     # What was begun goes on in its own folder with its own values; no trial is lost, none is done twice.
     assert sweeping.calls() == ["fit trial_0000", *(f"fit trial_{i:04d}" for i in range(4))]
     assert engine.search.trials()[0].params == trial.params and states(engine) == ["COMPLETE"] * 4
+
+
+def test_a_killed_sweep_takes_up_the_jobs_that_went_on_without_it(sweeping: Sweeping) -> None:
+    """kill -9 of the sweep alone: Slurm's jobs know nothing of it. None is started twice, none is lost."""
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    settings: dict[str, Any] = {
+        "method": "random",
+        "run_cap": 3,
+        "parameters": {"vars.method": {"value": "slow"}, "vars.epsilon": {"min": 0.0, "max": 1.0}},
+    }
+
+    def slurm() -> Slurm:
+        return Slurm(sweeping.place, {"cluster": "local", "timeout_min": 5}, sweeping.program)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sweeping.engine(slurm(), workers=2, **settings).run()
+    )
+    process.start()
+    until = time.monotonic() + 60
+    while len([*sweeping.place.glob(f"{TRIALS}/*/own")]) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    engine = sweeping.engine(slurm(), workers=2, **settings)
+    drawn = [trial.params for trial in engine.search.trials()]
+    assert len(drawn) == 2
+    Path("go").touch()
+    engine.run()
+    assert sorted(sweeping.calls()) == [f"fit trial_{i:04d}" for i in range(3)]
+    trials = engine.search.trials()
+    assert states(engine) == ["COMPLETE"] * 3 and [trial.params for trial in trials[:2]] == drawn
+
+
+def test_a_job_that_still_waits_in_slurms_queue_is_not_lost_by_a_kill(
+    sweeping: Sweeping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sacct says of job 123 that it is pending, of 124 that it was cancelled."""
+    pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+    (tmp_path / "bin").mkdir()
+    (sweeping.place / "slurm").mkdir()  # the earlier process has made it
+    said = "JobID|State|NodeList\\n123|PENDING|\\n124|CANCELLED|"
+    for name, words in (("srun", ""), ("sacct", f'printf "{said}"')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{words}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    slurm = Slurm(sweeping.place, {}, sweeping.program)
+    waits = slurm.again("123", sweeping.place)
+    assert waits is not None and waits.status() is None
+    assert slurm.again("124", sweeping.place) is None
 
 
 def test_jobs_of_submitit_run_the_trials(sweeping: Sweeping) -> None:
