@@ -82,10 +82,11 @@ class WantsX:
         return [Check(self.count - 0.5 - own.text.count(" x"), 0, 0) for own in requests]
 
 
-def test_it_stays_under_a_filter_that_stops_the_static_one() -> None:
+@pytest.mark.parametrize("random_share", [0.25, 1.0], ids=["GCG", "random search"])
+def test_it_stays_under_a_filter_that_stops_the_static_one(random_share: float) -> None:
     own, batch, around = chat_model(), text_batch(2), Filtered(WantsX(4))
     for defence, stopped in ((around, False), (None, True)):
-        texts = found(defence, own, batch)
+        texts = found(defence, own, batch, random_share=random_share)
         excesses = around.excesses(own, [Request(text) for text in texts], batch.targets)
         assert excesses is not None and [excess > 0 for excess in excesses] == [stopped] * 2
 
