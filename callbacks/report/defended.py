@@ -32,7 +32,9 @@ def costs(measured: Sequence[Measured]) -> list[Costs]:
                     mean([counts["tokens"] / max(1, counts[COSTED]) for counts in own]),
                     rate([bool(counts["stopped"]) for counts in own]),
                     sum(counts["bypassed"] for counts in own),
-                    rate([bool(counts[GUARANTEED]) for counts in own]) if GUARANTEED in own[0] else None,
+                    rate([bool(counts[GUARANTEED]) for counts in own])
+                    if all(GUARANTEED in counts for counts in own)
+                    else None,
                 )
             )
     return found

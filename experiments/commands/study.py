@@ -200,18 +200,12 @@ class Runner:
 
     def run(self) -> dict[str, str]:
         """Returns what failed: title of the run -> its last words. Raises: Stopped, when all have ended."""
-        states = [(job, job.state()) for job in self.jobs]
-        waiting = [job for job, state in states if state != "done"]
-        # What reads another run's folder needs its training, not its evaluation.
-        ready = {
-            (job.name, job.seed)
-            for job, state in states
-            if state == "done" or (state == "to be judged" and job.fit)
-        }
-        bar = counter(len(self.jobs), "study", "run", len(self.jobs) - len(waiting))
+        over = {(job.name, job.seed) for job in self.jobs if job.state() == "done"}
+        waiting = [job for job in self.jobs if (job.name, job.seed) not in over]
+        bar = counter(len(self.jobs), "study", "run", len(over))
         with stoppable(), ThreadPoolExecutor(self.workers) as pool, bar:
             try:
-                self._schedule(pool, bar, waiting, ready)
+                self._schedule(pool, bar, waiting, over)
             except (Stopped, KeyboardInterrupt):
                 self._stopping.set()
                 for process in list(self._processes):

@@ -153,6 +153,16 @@ def test_what_erase_and_check_guarantees_is_said_with_its_price(tmp_path: Path) 
         "tokens (suffix) added, whatever they are; 75.0 % [30.1, 95.4] are refused as they are; 50.0 % "
         "[9.5, 90.5] of harmless ones are."
     )
+    # Rows from before guarantees were counted, beside newer ones, say nothing of them.
+    mixed = ResultsStore(tmp_path / "mixed")
+    of = measurement("refusal_rate", stage="test", defence=defence, n=2)
+    mixed.announce([of])
+    mixed.add(
+        row(f"e{i}", of, defence=defence, counts={**counts, "stopped": 1} | own)
+        for i, own in enumerate([{"guaranteed": 1}, {}])
+    )
+    (costs,) = load(tmp_path / "mixed", "test", defence).after.costs  # type: ignore[union-attr]
+    assert costs.guaranteed is None and costs.stopped.value == 1.0
     inner["init_args"] = {"sample": 0.2}
     assert erased_and_checked(found) == [
         "erase and check: looks at some of what is left only, and guarantees nothing."

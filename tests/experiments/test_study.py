@@ -460,11 +460,12 @@ def test_what_was_done_before_takes_none_of_the_time_left(
     assert counted == ["study: 3 of 4 runs", "study: 4 of 4 runs"]
 
 
-def test_what_reads_another_run_waits_for_its_training_alone(program: tuple[str, ...]) -> None:
+def test_what_reads_another_run_waits_for_its_evaluation_too(program: tuple[str, ...]) -> None:
+    """It may read the rows."""
     Path("e").mkdir()
     job("e").finish("fit")
     Runner([job("d", needs=(("e", 0),)), job("e")], 1, program).run()
-    assert calls() == ["fit d", "test d", "test e"]
+    assert calls() == ["test e", "fit d", "test d"]
 
 
 def test_a_damaged_note_is_none(program: tuple[str, ...]) -> None:
