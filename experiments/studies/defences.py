@@ -19,8 +19,9 @@ import yaml
 from callbacks.metrics.estimates import rate
 from callbacks.metrics.names import Metric
 from callbacks.report.cells import MISSING, Cell, Table, estimate
-from callbacks.report.load import load
+from callbacks.report.load import load, load_measured
 from callbacks.report.markdown import table_text
+from callbacks.report.measured import Measured
 from callbacks.report.results import Costs, Estimate, Snapshot
 from callbacks.run_folder.provenance import write_whole
 from datamodules.line_files import pack
@@ -88,9 +89,10 @@ def table(folder: Path, around: Around = MODELS["tinychat"]) -> Table:
     """A row a defence that the folder has measured."""
     rows = []
     for defence in measured(folder):
-        own = load(folder, "test", defence).after
+        found, measured_at = load_measured(folder, "test", defence)
+        own = found.after
         assert own is not None, "load fails where nothing was measured"
-        plain = _not_refused_plainly(folder, defence, own)
+        plain = _not_refused_plainly(own, measured_at[own.step])
         told = Cell(MISSING if plain is None else f"{estimate(plain).text} (n = {plain.n})")
         rows.append([Cell(around.shown[_name(defence)]), *_cells(own, told, bool(defence))])
     columns = [
@@ -120,16 +122,20 @@ def _name(defence: str) -> str:
     return defence.rpartition("-")[0]
 
 
-def _not_refused_plainly(folder: Path, defence: str, own: Snapshot) -> Estimate | None:
+def _not_refused_plainly(own: Snapshot, measured: Sequence[Measured]) -> Estimate | None:
     """Of the requests that were attacked, those of them that were asked without their attack too: what both
     searches start from. None where there are none."""
-    refused = own.measures.get(Metric("refusal_rate", "harmful"))
-    rows = [row for row in read_rows(folder) if row.defence == defence and row.subject == "harmful"]
-    attacked = {row.example for row in rows if row.attack == _searched(own)}
-    plain = {row.example: row for row in rows if not row.attack and row.example in attacked}
-    if refused is None or not plain:
+    harmful = {
+        item.measurement.attack: item
+        for item in measured
+        if item.measurement.subject == "harmful" and not item.measurement.block
+    }
+    plain, attacked = harmful.get(""), harmful.get(_searched(own))
+    if plain is None or attacked is None:
         return None
-    return rate([not plain[example].accepted(refused.judge, "test") for example in sorted(plain)])
+    refused = plain.outcome(plain.measurement.judge)
+    told = [not refused[example] for example in refused if example in attacked.rows]
+    return rate(told) if told else None
 
 
 def _cells(own: Snapshot, plain: Cell, defended: bool) -> list[Cell]:
