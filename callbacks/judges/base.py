@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 
 class Judge(Protocol):
     """Says whether a completion counts: as a refusal, as a success of an attack, as a right answer - the
@@ -43,13 +45,15 @@ def judge_all(
     """Judge several completions, in one call where the judge can. Raises: TypeError for a judge that says
     something other than yes or no, which would count as yes."""
     batch = getattr(judge, "judge_batch", None)
-    if batch is not None:
-        judgements: list[Judgement] = batch(prompts, completions, expected)
-        return judgements
-    said = [judge(p, c, r) for p, c, r in zip(prompts, completions, expected, strict=True)]
-    if wrong := [own for own in said if own not in (True, False)]:
+    found: list[Judgement] = (
+        [Judgement(judge(p, c, r)) for p, c, r in zip(prompts, completions, expected, strict=True)]
+        if batch is None
+        else batch(prompts, completions, expected)
+    )
+    wrong = [own.verdict for own in found if not isinstance(own.verdict, bool | np.bool_)]
+    if wrong:
         raise TypeError(f"judge {judge.name}: expected True or False, got {wrong[0]!r:.60}")
-    return [Judgement(bool(own)) for own in said]
+    return found
 
 
 def sees(judge: Judge) -> str:

@@ -12,6 +12,8 @@ from callbacks.report.results import Costs, RunResults
 
 COSTED = "plain_tokens"
 """The count that a row has if its reply went through a defence."""
+WHERE = {"suffix": "behind the request", "insertion": "blocks anywhere", "infusion": "anywhere"}
+"""What is added in a mode of erase-and-check."""
 GUARANTEED = "guaranteed"
 """The count of a defence that promises something of a request under attack."""
 
@@ -79,7 +81,9 @@ def erased_and_checked(results: RunResults) -> list[str]:
         if settings.get("sample") is not None:
             found.append("erase and check: looks at some of what is left only, and guarantees nothing.")
         elif harmful is not None and harmful.guaranteed is not None:
-            added = f"{settings.get('max_erase', 20)} tokens ({settings.get('mode', 'suffix')})"
+            blocks, mode = settings.get("num_insertions", 1), settings.get("mode", "suffix")
+            many = f"{blocks} times " if blocks > 1 else ""
+            added = f"{many}{settings.get('max_erase', 20)} tokens of their own ({WHERE[mode]})"
             price = "" if harmless is None else f"; {estimate(harmless.stopped).text} of harmless ones are"
             found.append(
                 f"erase and check: {estimate(harmful.guaranteed).text} of harmful requests are guaranteed to "

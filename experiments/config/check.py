@@ -51,10 +51,12 @@ def check(config: Mapping[str, Any], command: str) -> None:
             "model.defence: expected null in fit, where it would hide what training does to the model; leave "
             "it out here, and test the finished run with it"
         )
-    if TINYCHAT in str(defence) and TINYCHAT not in str(config["data"]):
+    base = str((config["model"].get("init_args") or {}).get("base"))
+    if TINYCHAT in str(defence) and TINYCHAT not in str(config["data"]) and "tinychat:" not in base:
         raise ConfigError(
-            "model.defence: it would be fitted to and calibrated on requests of the packaged tiny model, of "
-            "which the data has none; set the vars at the top of the defence's file to requests like yours "
+            "model.defence: it would be fitted to and calibrated on requests of the packaged tiny model, "
+            "which is neither the model nor in the data; set the vars at the top of the defence's file to "
+            "requests like yours "
             "(configs/data/smollm2_filters.yaml does so for SmolLM2)"
         )
     trainer = config.get("trainer") or {}
@@ -145,11 +147,11 @@ def _check_together(cls: type, arguments: Mapping[str, Any]) -> None:
     """Fields that are right one by one, and wrong together: a class whose constructor hands some on to
     another says so (`CHECKED_TOGETHER`). Raises: ConfigError."""
     for part in getattr(cls, "CHECKED_TOGETHER", ()):
-        own = parameters_of(cls)
-        names = [field.name for field in dataclasses.fields(part)]
+        defaults = {name: own.default for name, own in parameters_of(cls).items()}
+        names = [own.name for own in dataclasses.fields(part) if own.name in defaults]
         try:
-            part(**{name: arguments.get(name, own[name].default) for name in names})
-        except ValueError as error:
+            part(**{name: arguments.get(name, defaults[name]) for name in names})
+        except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from error
 
 

@@ -55,7 +55,9 @@ OF_SETS = {
     "token_perplexity": ("PerplexityEvaluation",),
 }
 """Quantities of a named set alone, and who measures them."""
-SUBJECTS = dict.fromkeys(OF_ATTACKS, "harmful") | {
+EFFORTS = {"passes_per_example", "queries_per_example", "seconds_per_example"}
+"""Of attacks, too; of what they cost."""
+SUBJECTS = dict.fromkeys(OF_ATTACKS - {"loss_start", "loss_best"}, "harmful") | {
     "refusal_rate": "harmful",
     "over_refusal_rate": "harmless",
     "forced_refusal_rate": "harmless",
@@ -104,9 +106,9 @@ def _check_possible(place: str, column: Column) -> None:
     own = column.quantity
     if column.subject != SUBJECTS.get(own, column.subject):
         raise ConfigError(f"{place}.subject: {own!r} is of {SUBJECTS[own]} prompts, got {column.subject!r}")
-    if own in OF_ATTACKS and not column.attack:
+    if own in OF_ATTACKS | EFFORTS and not column.attack:
         raise ConfigError(f"{place}.attack: {own!r} is measured under an attack; name one")
-    if column.attack and own not in {*OF_ATTACKS, *BENIGN, "judged_rate"}:
+    if column.attack and own not in {*OF_ATTACKS, *EFFORTS, *BENIGN, "judged_rate"}:
         raise ConfigError(f"{place}.attack: {own!r} is not measured under an attack; leave it out")
     if own in OF_SETS and not column.block:
         raise ConfigError(f"{place}.block: {own!r} is measured of a named set; name it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -74,6 +75,10 @@ class Local:
         return None
 
 
+CLUSTERS = ("slurm", "local", "debug")
+"""Of submitit's executors."""
+
+
 class Slurm:
     """Jobs of a Slurm cluster, through submitit; they go on where this process is killed.
 
@@ -98,8 +103,12 @@ class Slurm:
         cluster = own.pop("cluster", "slurm")
         self.folder = place / "slurm"
         self.program = program
-        self.threads = int(own.get("cpus_per_task", 1))
+        if cluster not in CLUSTERS:
+            raise ConfigError(
+                f"--backend slurm: slurm.cluster: expected {', '.join(CLUSTERS)}, got {cluster!r}"
+            )
         try:
+            self.threads = int(own.get("cpus_per_task", 1))
             self.executor = submitit.AutoExecutor(self.folder, cluster=cluster)
             # AutoExecutor's own `job_class` knows no cluster, and so of no job how it fares.
             kinds = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
@@ -124,9 +133,11 @@ class Slurm:
 
 def check_slurm(parameters: Mapping[str, Any]) -> None:
     """Raises: ConfigError for a parameter that submitit does not know; asks no Slurm, leaves no folder."""
-    own = {key: value for key, value in parameters.items() if key != "cluster"}
     with TemporaryDirectory() as folder:
-        Slurm(Path(folder), {**own, "cluster": "debug"})
+        own = dict(parameters)
+        if own.get("cluster", "slurm") == "slurm":
+            own["cluster"] = "debug"
+        Slurm(Path(folder), own)
 
 
 class SlurmJob:
@@ -151,13 +162,18 @@ class SlurmJob:
             return 1
 
     def stop(self) -> None:
-        if self._goes_on():
-            os.kill(int(self.job.job_id), signal.SIGINT)  # what the executor does to a job of its own
+        self._signal(signal.SIGINT)  # what the executor does to a job of its own
         self.job.cancel()
 
     def kill(self) -> None:
         """Slurm itself kills what does not end (KillWait)."""
-        self.stop()
+        self._signal(signal.SIGKILL)
+        self.job.cancel()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._goes_on():
+            with suppress(ProcessLookupError):
+                os.kill(int(self.job.job_id), number)
 
     def _goes_on(self) -> bool:
         """Whether a job of this machine that an earlier process has started still runs: submitit knows of
@@ -166,10 +182,11 @@ class SlurmJob:
 
         if not isinstance(self.job, LocalJob) or self.job._process is not None:
             return False
-        try:  # its number is its process's; another process may have that by now
-            return b"submitit" in Path(f"/proc/{self.job.job_id}/cmdline").read_bytes()
+        try:  # its number is its process's; another process may have that by now, of another sweep even
+            words = Path(f"/proc/{self.job.job_id}/cmdline").read_bytes()
         except OSError:
             return False
+        return b"submitit" in words and str(self.job.paths.folder).encode() in words
 
     def failure(self) -> str:
         return f"job {self.name}: {failure(self.command, self.status(), self.folder)}"

@@ -150,8 +150,14 @@ def test_what_erase_and_check_guarantees_is_said_with_its_price(tmp_path: Path) 
     (said,) = erased_and_checked(found)
     assert said == (
         "erase and check: 50.0 % [15.0, 85.0] of harmful requests are guaranteed to be refused with up to 7 "
-        "tokens (suffix) added, whatever they are; 75.0 % [30.1, 95.4] are refused as they are; 50.0 % "
+        "tokens of their own (behind the request) added, whatever they are; 75.0 % [30.1, 95.4] are refused "
+        "as they are; 50.0 % "
         "[9.5, 90.5] of harmless ones are."
+    )
+    inner["init_args"] = {"mode": "insertion", "num_insertions": 2, "max_erase": 3}
+    assert (
+        "refused with up to 2 times 3 tokens of their own (blocks anywhere) added"
+        in (erased_and_checked(found)[0])
     )
     # Rows from before guarantees were counted, beside newer ones, say nothing of them.
     mixed = ResultsStore(tmp_path / "mixed")

@@ -101,6 +101,14 @@ def test_a_judge_that_says_something_other_than_yes_or_no_is_refused() -> None:
         with pytest.raises(TypeError, match="judge own: expected True or False, got"):
             judge_all(Own(says), ["p"], ["c"], ["e"])
 
+    class Many(Own):
+        def judge_batch(self, prompts: list[str], replies: list[str], expected: list[str]) -> list[Judgement]:
+            return [Judgement(cast(bool, self.says))] * len(prompts)
+
+    assert judge_all(Many(True), ["p"], ["c"], ["e"])[0].verdict
+    with pytest.raises(TypeError, match="judge own: expected True or False, got 'no'"):
+        judge_all(Many("no"), ["p"], ["c"], ["e"])
+
 
 def test_a_composition_is_named_by_its_parts() -> None:
     assert label(Not(Says())) == "not_says@1"

@@ -59,6 +59,8 @@ PREFIX = {"class_path": "callbacks.judges.exact.TargetPrefix"}
         (Column("success_rate", "harmful", "worst_case"), robustness()),
         (Column("success_rate", "harmful", "initial_suffix"), ("robustness.GCGEvaluation", {})),
         (BENIGN, robustness(benign={"limit": 3})),
+        (Column("passes_per_example", "harmful", "pgd"), robustness()),
+        (Column("loss_best", "harmless", "pgd"), robustness()),
         (TOWARDS, robustness(benign={})),
         (AWAY, robustness(benign={"away_from_answer": ["pgd"]})),
         (JUDGED, robustness(judges=[PREFIX])),

@@ -160,11 +160,16 @@ def test_a_wrong_call_is_told_in_one_line(
         "--backend", "wandb"
     )
     content = yaml.safe_load(file.read_text())
-    for backend, wrong in (("slurm", {"timeout_mins": 5}), ("ray", {"num_gpu": 1})):
+    for backend, wrong in (
+        ("slurm", {"timeout_mins": 5}),
+        ("slurm", {"cluster": "slrm"}),
+        ("slurm", {"cpus_per_task": "two"}),
+        ("ray", {"num_gpu": 1}),
+    ):
         pytest.importorskip({"slurm": "submitit", "ray": "ray"}[backend])
         file.write_text(yaml.safe_dump({**content, backend: wrong}))
         for words in (("--dry_run",), ()):
-            assert f"{next(iter(wrong))}" in told("--backend", backend, *words)
+            assert str(wrong.get("cpus_per_task", next(iter(wrong)))) in told("--backend", backend, *words)
         assert not (tmp_path / "mine").exists()
     file.write_text(yaml.safe_dump(content))
     with monkeypatch.context() as patch:
