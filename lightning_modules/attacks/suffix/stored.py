@@ -10,7 +10,7 @@ from datamodules.text.chat_format import ChatFormat
 
 
 class Surroundings(NamedTuple):
-    """What an attack put around a request."""
+    """What an attack put around a request, or around a document where that is what it may write."""
 
     request: str
     before: str
@@ -76,7 +76,10 @@ class StoredSuffixes:
 
 def _around(row: Row) -> Surroundings | None:
     """None where the request does not stand as it is in what was sent, or nothing was put around it."""
-    request, sent = row.prompt.strip(), row.attacked or ""
+    sent = row.attacked or ""
+    # What was attacked: the document where it is in what was sent, which else is the user's text alone.
+    document = (row.document or "").strip()
+    request = document if document and document in sent else row.prompt.strip()
     before, middle, after = sent.partition(request)
     plain = row.history or row.prefill or not middle or not (before or after)
     return None if plain else Surroundings(request, before, after)
