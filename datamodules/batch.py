@@ -21,7 +21,7 @@ from torch import Tensor
 
 from datamodules.rows import Turn
 from datamodules.text.envelope import Envelope
-from datamodules.text.spans import Attackable
+from datamodules.text.spans import Attackable, attackable_in
 
 
 class _Movable:
@@ -54,8 +54,9 @@ class AdversarialBatch(_Movable):
     safe_ids: Int[Tensor, "batch safe"]
     safe_mask: Bool[Tensor, "batch safe"]
     prompts: tuple[str, ...] = ()
-    """The texts behind `prompt_ids` that an attack may write: the users', or with `attackable: data` the
-    documents. Attacks that rewrite text need them, others do not. Empty where unknown."""
+    """The texts behind `prompt_ids` that an attack may write: the users', or with `attackable: data` (or
+    `untrusted`, where there is one) the documents. Attacks that rewrite text need them, others do not. Empty
+    where unknown."""
     systems: tuple[str | None, ...] = ()
     targets: tuple[str, ...] = ()
     """The harmful targets as text."""
@@ -208,7 +209,7 @@ class EvaluationBatch(_Movable):
         """
         system = self.systems[row] if self.systems else None
         document = self.documents[row] if self.documents else None
-        if attackable != "data":
+        if attackable_in(attackable, document is not None) != "data":
             return self.prompts[row], Envelope(system, document=document)
         if document is None:
             raise ValueError(

@@ -8,6 +8,7 @@ import gc
 import os
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def data_batch(size: int = 2) -> AdversarialBatch:
     source = Injected(TinyChatTickets("test", size), "test", kinds=["fact"])
     rows = Encoder(tinychat_format(), EncodingConfig(200, attackable="data", system="Be brief."))
     return adversarial_batch(rows.harmful(source.rows()), "data")
+
+
+def untrusted_batch() -> AdversarialBatch:
+    """A document with a hidden instruction, then a request without one: of each an attack may write what
+    comes from outside."""
+    document = Injected(TinyChatTickets("test", 1), "test", kinds=["fact"]).rows()
+    rows = Encoder(tinychat_format(), EncodingConfig(200, attackable="untrusted"))
+    return adversarial_batch(
+        rows.harmful([*document, *islice(TinyChatHarmful("validation").rows(), 1)]), "untrusted"
+    )
 
 
 def ragged_batch(

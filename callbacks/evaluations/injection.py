@@ -17,7 +17,8 @@ class InjectionEvaluation(RobustnessEvaluation):
     injection success, and the task still done under it, by style and kind of task.
 
     Args:
-        attacks: attacks by name; they may write the document alone (data.encoding.attackable: data).
+        attacks: attacks by name; they may write the document alone (data.encoding.attackable: data, or
+            untrusted).
         schedule: when it runs and on how many rows; null takes the defaults.
         attack_limits: fewer rows for single attacks (by name) inside `fit`.
         benign: what every attack does is also done to clean documents; null measures hidden instructions
@@ -50,9 +51,9 @@ class InjectionEvaluation(RobustnessEvaluation):
 
     def attach(self, data: EvaluationData) -> None:
         """Raises: ValueError where attacks may write the trusted instruction."""
-        if data.encoding.attackable != "data":
+        if data.encoding.attackable not in ("data", "untrusted"):
             raise ValueError(
-                "InjectionEvaluation: expected data.encoding.attackable data, got "
+                "InjectionEvaluation: expected data.encoding.attackable data or untrusted, got "
                 f"{data.encoding.attackable!r}; the instruction is trusted, so attacks must leave it alone"
             )
         super().attach(data)

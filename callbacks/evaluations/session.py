@@ -27,6 +27,7 @@ from datamodules.evaluation import EvaluationData, Subject
 from datamodules.results import Measurement, ResultsStore, Row, Stage
 from datamodules.settings import contents, settings_digest
 from datamodules.text.encoding import EncodedHarmful
+from datamodules.text.spans import writable
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.transfer import Found, FreeSuffix, NothingCarried
 from lightning_modules.defences.base import Defence
@@ -307,7 +308,7 @@ class Session:
         rows = [self.store.get(identity) for job in donors for identity in job.identities]
         span = self.data.encoding.attackable
         sent = [
-            ((row.document or "") if span == "data" else row.prompt, row.attacked)
+            (writable(span, row.prompt, row.document), row.attacked)
             for row in rows
             if row is not None and not row.repetition and row.attacked
         ]

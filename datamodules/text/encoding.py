@@ -14,6 +14,7 @@ from datamodules.fields import checked
 from datamodules.rows import BadRowError, ChatRow, HarmfulRow, Row, RowProblem, example_id, texts
 from datamodules.text.chat_format import Attackable, ChatFormat, PromptTokens
 from datamodules.text.data_part import DataMarks
+from datamodules.text.spans import attackable_in, writable
 
 OnBadRow = Literal["error", "skip"]
 IGNORED = -100
@@ -29,7 +30,8 @@ class EncodingConfig:
     """Longest allowed prompt + reply, in tokens."""
     attackable: Attackable = "user"
     """Which prompt tokens attacks may perturb: the user's (`user`), those of the untrusted document (`data`),
-    or all of them (`prompt`) as in the CAT authors' code."""
+    those of the document where there is one and else the user's (`untrusted`, for mixtures of both kinds of
+    rows), or all of them (`prompt`) as in the CAT authors' code."""
     system: str | None = None
     """System message of every conversation that has none of its own; null for none, '' for an empty one."""
     on_bad_row: OnBadRow = "error"
@@ -198,18 +200,17 @@ def adversarial_batch(examples: Sequence[EncodedHarmful], attackable: Attackable
         harmful_mask=harmful_mask,
         safe_ids=safe_ids,
         safe_mask=safe_mask,
-        prompts=tuple(_written(e, attackable) for e in examples),
+        prompts=tuple(writable(attackable, e.row.prompt, e.prompt.data) for e in examples),
         systems=tuple(e.prompt.system for e in examples),
         targets=tuple(e.row.target for e in examples),
-        instructions=tuple(e.row.prompt if attackable == "data" else None for e in examples),
-        documents=tuple(None if attackable == "data" else e.prompt.data for e in examples),
+        instructions=tuple(e.row.prompt if _is_document(e, attackable) else None for e in examples),
+        documents=tuple(None if _is_document(e, attackable) else e.prompt.data for e in examples),
         lengths=tuple((len(e.prompt.ids), len(e.harmful), len(e.safe)) for e in examples),
     ).validate()
 
 
-def _written(example: EncodedHarmful, attackable: Attackable) -> str:
-    """The text of an example that an attack may write."""
-    return (example.prompt.data or "") if attackable == "data" else example.row.prompt
+def _is_document(example: EncodedHarmful, attackable: Attackable) -> bool:
+    return attackable_in(attackable, example.prompt.data is not None) == "data"
 
 
 def utility_batch(examples: Sequence[Learned]) -> UtilityBatch:

@@ -6,7 +6,20 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
-Attackable = Literal["user", "prompt", "data"]
+Attackable = Literal["user", "prompt", "data", "untrusted"]
+
+
+def attackable_in(span: Attackable, document: bool) -> Attackable:
+    """`untrusted` for a prompt with a document or without one: what comes from outside is the document, and
+    the user's text only where there is none."""
+    if span != "untrusted":
+        return span
+    return "data" if document else "user"
+
+
+def writable(span: Attackable, text: str, document: str | None) -> str:
+    """What an attack may write of a user's text and its document; without one there is nothing in `data`."""
+    return (document or "") if attackable_in(span, document is not None) == "data" else text
 
 
 class Role(IntEnum):
@@ -45,8 +58,9 @@ class PromptTokens:
     data_span: tuple[int, int] | None = None
 
     def attackable(self, span: Attackable) -> list[bool]:
-        """True where an attack may act: the user's tokens, those of the document, or every prompt token as in
-        the CAT authors' code."""
+        """True where an attack may act: the user's tokens, those of the document, those of the document or
+        else the user's, or every prompt token as in the CAT authors' code."""
+        span = attackable_in(span, self.data is not None)
         own = Role.DATA if span == "data" else Role.USER
         return [span == "prompt" or role is own for role in self.roles]
 

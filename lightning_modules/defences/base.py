@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datamodules.batch import EvaluationBatch
 from datamodules.settings import settings_digest
-from datamodules.text.spans import Attackable
+from datamodules.text.spans import Attackable, attackable_in
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.models.language_model import Attacked, LanguageModel
 from lightning_modules.models.requests import GREEDY, Decoding, Request
@@ -125,7 +125,11 @@ def requests_of(
     texts: Sequence[str] = batch.prompts
     documents: Sequence[str | None] = batch.documents or [None] * len(batch)
     if attacked is not None and attacked.texts:
-        texts, documents = (texts, attacked.texts) if attackable == "data" else (attacked.texts, documents)
+        sent = [
+            (text, own) if attackable_in(attackable, document is not None) == "data" else (own, document)
+            for text, document, own in zip(texts, documents, attacked.texts, strict=True)
+        ]
+        texts, documents = [text for text, _ in sent], [document for _, document in sent]
     histories = (attacked.histories if attacked is not None else ()) or batch.histories
     return [
         Request(

@@ -4,6 +4,7 @@ ones."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.hidden_states import perturbed_layers
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.likelihood import mean_cross_entropy
-from tests.conftest import FAMILIES, ROOT, chat_model, data_batch, ragged_batch, tiny_model
+from tests.conftest import FAMILIES, ROOT, chat_model, data_batch, ragged_batch, tiny_model, untrusted_batch
 from tests.support.attacks import CASES, Case, attack_classes
 
 FINITE = [name for name in CASES if name.startswith(("pgd", "restarts", "fgsm"))]
@@ -193,24 +194,26 @@ ON_DATA = (
 )
 
 
-def test_with_attackable_data_only_the_document_changes() -> None:
-    """The trusted instruction, the system message and the marks are what they were, whatever attacks."""
-    model, batch = chat_model(), data_batch(2)
+@pytest.mark.parametrize("make", [lambda: data_batch(2), untrusted_batch])
+def test_only_what_is_untrusted_changes(make: Callable[[], AdversarialBatch]) -> None:
+    """The trusted instruction, the system message and the marks are what they were, whatever attacks; in a
+    row without a document it is the user's text that changes."""
+    model, batch = chat_model(), make()
     chat = model.chat
     clean = [batch.envelope(i).prompt(chat, batch.prompts[i]) for i in range(2)]
     for name in ON_DATA:
         attacked = CASES[name].build()(model, batch, rng())
         for i, before in enumerate(clean):
             ids = attacked.prompt_ids[i, attacked.prompt_mask[i]].tolist()
-            places = [k for k, own in enumerate(before.attackable("data")) if own]
+            envelope = batch.envelope(i)
+            places = [k for k, role in enumerate(before.roles) if role is envelope.role]
             first, rest = places[0], len(before.ids) - places[-1] - 1
             assert ids[:first] == before.ids[:first], name
             assert ids[len(ids) - rest :] == before.ids[len(before.ids) - rest :], name
             if attacked.texts:
-                written = batch.envelope(i).prompt(chat, attacked.texts[i])
+                written = envelope.prompt(chat, attacked.texts[i])
                 assert ids == written.ids, name
-                left, right = before.data_span, written.data_span
-                assert left and right
+                left, right = envelope.span(before), envelope.span(written)
                 assert before.text[: left[0]] == written.text[: right[0]], name
                 assert before.text[left[1] :] == written.text[right[1] :], name
             if attacked.delta is not None:

@@ -22,6 +22,7 @@ from lightning_modules.attacks.suffix.initial_suffix import InitialSuffix
 from lightning_modules.attacks.suffix.random_search import RandomSearch
 from lightning_modules.attacks.suffix.stored import StoredSuffixes
 from lightning_modules.attacks.text.rewrites import DirectRequest, InContext, Noise, Prefilling, Templates
+from lightning_modules.attacks.text.transfer import TransferSuffixes
 from lightning_modules.attacks.transfer import (
     Found,
     NothingCarried,
@@ -34,7 +35,7 @@ from lightning_modules.attacks.transfer import (
     with_targets,
 )
 from lightning_modules.models.embeddings import mean_embedding_norm
-from tests.conftest import chat_model, text_batch, tinychat_format
+from tests.conftest import chat_model, data_batch, text_batch, tinychat_format
 from tests.support.rows import row, stored, verdicts
 
 REFUSALS = ["I'm sorry, but I can't help with that.", "I cannot help you."]
@@ -199,6 +200,25 @@ def test_who_has_a_ball_and_who_can_be_done_to_others() -> None:
     free = EmbeddingPGD(epsilon=None, step_unit="absolute")
     assert transfer_of(free) is None
     assert not has_ball(free)
+
+
+def test_suffixes_of_documents_are_replayed_on_documents(tmp_path: Path) -> None:
+    """What was attacked is the document where what was sent holds it, and the user's text elsewhere."""
+    batch = data_batch(2)
+    own, other = batch.prompts
+    run = stored(
+        tmp_path,
+        row("a", prompt="Which?", document=own, attacked=f"{own} y y", verdicts=verdicts(True)),
+        row("b", prompt="Which?", document="baker: hat", attacked="z baker: hat", verdicts=verdicts(True)),
+        row("c", prompt="Who?", document="a table", attacked="Who? x", verdicts=verdicts(True)),
+    )
+    told = [(found.request, found.before, found.after) for found in StoredSuffixes(run).surroundings()]
+    assert told == [(own, "", " y y"), ("baker: hat", "z ", ""), ("Who?", "", " x")]
+    attacked = TransferSuffixes(run)(chat_model(), batch)
+    assert attacked.texts[0] in (f"{own} y y", f"z {own}", f"{own} x")
+    assert attacked.texts[1] in (f"{other} y y", f"z {other}", f"{other} x")
+    only = TransferSuffixes(run, whose="own")(chat_model(), batch)
+    assert only.texts == (f"{own} y y", other)
 
 
 def test_suffixes_of_a_run_are_those_of_harmful_requests(tmp_path: Path) -> None:
