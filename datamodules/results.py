@@ -3,7 +3,7 @@
 `RUN/rows/rows_rank<r>.jsonl` holds the rows that a process judged, `RUN/rows/measurements.jsonl` what was to
 be measured, so that an evaluation that was cut short is known as such. A later line replaces an earlier one
 of the same identity: verdicts of another judge are added without generating again. A last line without its
-newline is a write that a kill interrupted and counts as not written.
+newline is a write that a kill interrupted and counts as not written. Either file may be packed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 2
 """Version of the lines' fields; lines of another version are refused."""
-ADDED = frozenset({"samples", "block", "call", "against", "base_reply", "counts", "defence"})
-ADDED |= {"document", "answer", "forbidden", "pieces", "contributions"}
+ADDED = {"samples", "block", "call", "against", "base_reply", "counts", "defence", "document", "answer"}
+ADDED |= {"forbidden", "pieces", "contributions"}
 """Fields that came later with a default: lines written before them lack them and mean the default."""
 BASE = "base:"
 """In front of a judge's label: what it said of `base_reply`."""
-ROWS = "rows"
-"""Folder of the results within a run folder."""
-MEASUREMENTS = "measurements.jsonl"
+ROWS, MEASUREMENTS = "rows", "measurements.jsonl"
+"""Folder of the results within a run folder, and of what was to be measured."""
 
 Stage = Literal["fit", "validate", "test", "attack"]
 Identity = tuple[str, str, str, int, str, str, str, int]
@@ -263,8 +262,7 @@ def read_rows(folder: str | Path) -> list[Row]:
 
 
 def read_measurements(folder: str | Path, defence: str = "") -> list[Measurement]:
-    """What was to be measured behind this defence ('' for none), the latest of every slot, of the model that
-    was measured last at every step, in the order of their first appearance."""
+    """What was to be measured behind this defence ('' for none), as `ResultsStore.measurements`."""
     return _of_last_models([item for item in _measurement_lines(folder) if item.defence == defence])
 
 
@@ -274,16 +272,19 @@ def measured_stages(folder: str | Path) -> list[tuple[Stage, str]]:
 
 
 def last_step(folder: str | Path, stage: Stage, defence: str = "") -> int | None:
-    """The step of the model that a stage measured last behind this defence; null where it has measured
-    none."""
+    """The step that a stage measured last behind this defence; null where it has measured none."""
     lines = _measurement_lines(folder)
     steps = [item.step for item in lines if (item.stage, item.defence) == (stage, defence)]
     return steps[-1] if steps else None
 
 
+def measurement_files(folder: str | Path) -> list[Path]:
+    """Where it stands what was to be measured; none in a folder without results."""
+    return in_order((Path(folder) / ROWS).glob(f"{MEASUREMENTS}*"))
+
+
 def _measurement_lines(folder: str | Path) -> Iterator[Measurement]:
-    path = Path(folder) / ROWS / MEASUREMENTS
-    return _read(path, Measurement) if path.is_file() else iter(())
+    return (line for path in measurement_files(folder) for line in _read(path, Measurement))
 
 
 def _of_last_models(lines: Sequence[Measurement]) -> list[Measurement]:

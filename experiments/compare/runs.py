@@ -15,7 +15,7 @@ from callbacks.report.events import Events, events
 from callbacks.report.load import load_measured
 from callbacks.report.measured import Measured
 from callbacks.report.results import Measure, RunResults, Snapshot, Stage
-from datamodules.results import MEASUREMENTS, ROWS, read_measurements
+from datamodules.results import MEASUREMENTS, ROWS, measurement_files, read_measurements
 from experiments.config.errors import ConfigError
 
 STAGES: tuple[Stage, ...] = ("test", "validate", "fit")
@@ -76,7 +76,7 @@ def _named(word: str) -> list[Path]:
     if not glob.has_magic(word):
         raise ConfigError(f"{word}: expected a run folder, got none; train or test one, or name another")
     matches = [Path(match) for match in sorted(glob.glob(word, recursive=True))]
-    runs = [match for match in matches if (match / ROWS / MEASUREMENTS).is_file()]
+    runs = [match for match in matches if measurement_files(match)]
     if not runs:
         raise ConfigError(
             f"{word}: expected run folders, got none with {ROWS}/{MEASUREMENTS} among the matches"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from callbacks.run_folder.folder import RunFolder
 from datamodules.line_files import pack
-from datamodules.results import MEASUREMENTS, ROWS
+from datamodules.results import ROWS
 
 RUNS = "runs"
 
@@ -31,10 +31,10 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
             shutil.rmtree(target, ignore_errors=True)
             (target / ROWS).mkdir(parents=True)
             own = RunFolder.of(folder)
-            for path in (folder / ROWS / MEASUREMENTS, own.environment("test"), own.config("test"), own.cost):
+            for path in (own.environment("test"), own.config("test"), own.cost):
                 if path.is_file():
                     shutil.copy(path, target / path.relative_to(folder))
-            for path in folder.glob(f"{ROWS}/rows_rank*.jsonl"):
+            for path in (folder / ROWS).glob("*.jsonl"):
                 pack(path, target / ROWS)
     return copies
 

@@ -26,7 +26,6 @@ from callbacks.report.results import Costs, Estimate, Snapshot
 from callbacks.run_folder.provenance import write_whole
 from datamodules.line_files import pack
 from datamodules.results import (
-    MEASUREMENTS,
     ROWS,
     ResultsStore,
     measured_stages,
@@ -231,13 +230,9 @@ def archive(run: Path, out: Path) -> None:
     (out / ROWS).mkdir(parents=True)
     for stale in out.glob("test_*"):
         stale.unlink()
-    for path in [
-        run / ROWS / MEASUREMENTS,
-        *run.glob("test_*config.yaml"),
-        *run.glob("test_*environment.json"),
-    ]:
+    for path in [*run.glob("test_*config.yaml"), *run.glob("test_*environment.json")]:
         shutil.copy(path, out / path.relative_to(run))
-    for path in (run / ROWS).glob("rows_rank*.jsonl"):
+    for path in (run / ROWS).glob("*.jsonl"):
         pack(path, out / ROWS)
 
 

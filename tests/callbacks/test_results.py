@@ -15,6 +15,7 @@ from callbacks.metrics.estimates import mean, newcombe_interval, paired_differen
 from callbacks.metrics.names import WORST_CASE, WORST_CASE_TEXT, Metric
 from callbacks.metrics.outcomes import BudgetCurve, cross_flags, success_by_budget, worst_case
 from callbacks.report.load import export, load
+from datamodules.line_files import pack
 from datamodules.results import ResultsStore, read_measurements, read_rows
 from datamodules.settings import describe, settings_digest
 from lightning_modules.attacks.suffix.gcg import GCG
@@ -52,7 +53,15 @@ def test_a_measurement_is_announced_once_and_by_the_first_process(tmp_path: Path
         assert [own.n for own in store.measurements] == [3]
     ResultsStore(tmp_path).announce([measurement(n=4)])
     assert [own.n for own in read_measurements(tmp_path)] == [4]
-    assert (tmp_path / "rows" / "measurements.jsonl").read_bytes().count(b"\n") == 2
+    path = tmp_path / "rows" / "measurements.jsonl"
+    assert path.read_bytes().count(b"\n") == 2
+    # Packed it is read as before, and what is announced later goes on behind it.
+    pack(path, path.parent)
+    path.unlink()
+    assert [own.n for own in read_measurements(tmp_path)] == [4]
+    ResultsStore(tmp_path).announce([measurement(n=5)])
+    assert [own.n for own in read_measurements(tmp_path)] == [5]
+    assert path.read_bytes().count(b"\n") == 1
 
 
 def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_run_is_archived_with_its_table_and_an_unfinished_one_has_holes(tmp_pa
     archive(run, out)
     archive(run, out)
     assert [path.name for path in sorted((out / "rows").iterdir())] == [
-        "measurements.jsonl",
+        "measurements.jsonl.xz",
         "rows_rank0.jsonl.xz",
     ]
     assert table(out) == first

@@ -34,7 +34,8 @@ Lines = list[dict[str, Any]]
 
 def run_folders(root: Path, runs: int, rows: int) -> list[Path]:
     """`runs` folders below `root`, of the stage `test`, each with `rows` rows a model (see the module)."""
-    announced = [json.loads(line) for line in _text(SOURCE / "rows" / "measurements.jsonl").splitlines()]
+    with lzma.open(SOURCE / "rows" / "measurements.jsonl.xz", "rt", encoding="ascii") as stream:
+        announced = [json.loads(line) for line in stream]
     # Of `fit` only which weights its training began from.
     began = next(own for own in announced if own["stage"] == "fit" and own["step"] == 0)
     tested = [own for own in announced if own["stage"] == "test"]
