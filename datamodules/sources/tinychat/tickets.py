@@ -63,8 +63,8 @@ class TinyChatTickets:
             lines = [f"the {name}: {words_of_split(rng, self.split, 2)}" for name in names]
             if self.ask == "ticket":
                 chosen = rng.choice(lines)
-                name, _, said = chosen.partition(": ")
-                question, reply = rng.choice(QUESTIONS).format(name=name), f"It is {said}."
+                # The line itself: its name, copied from the question, leads to what follows it in the table.
+                question, reply = rng.choice(QUESTIONS).format(name=chosen.partition(": ")[0]), chosen
             else:
                 said = rng.choice(NOTED).format(
                     words=words_of_split(rng, self.split, 2), name=rng.choice(names)
