@@ -199,12 +199,13 @@ def test_other_people_s_records_as_secrets_share_nothing_between_splits_either()
     for split, own in rows.items():
         assert len(own) > 140, split
         for row in own:
-            name = next(line for line in (row.data or "").split("\n") if line.endswith(f": {row.forbidden}"))
+            line = next(line for line in (row.data or "").split("\n") if line.endswith(f" {row.forbidden}"))
             # Somebody else's: the person who is asked about is another one.
-            assert plain(name.partition(":")[0]) not in plain(row.prompt)
+            assert plain(line.removesuffix(row.forbidden)) not in plain(row.prompt)
+            assert line in row.target
             assert plain(row.forbidden) in plain(row.target)
             assert plain(row.forbidden) not in plain(row.safe_reply)
-            assert row.safe_reply.removeprefix("It is ").rstrip(".") in (row.data or "")
+            assert row.safe_reply in (row.data or "").split("\n")
 
 
 def test_the_word_of_a_list_that_is_asked_for_is_the_only_one_of_its_kind() -> None:

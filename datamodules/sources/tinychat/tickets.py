@@ -60,12 +60,15 @@ class TinyChatTickets:
         while len(seen) < self.num_rows:
             names = rng.sample(nouns("person"), self.num_tickets)
             # "the" before a name, so that it is the same token here and in the question.
-            lines = [f"the {name}: {words_of_split(rng, self.split, 2)}" for name in names]
+            people = [f"the {name}" for name in names]
+            words = [words_of_split(rng, self.split, 2) for _ in names]
             if self.ask == "ticket":
-                chosen = rng.choice(lines)
-                # The line itself: its name, copied from the question, leads to what follows it in the table.
-                question, reply = rng.choice(QUESTIONS).format(name=chosen.partition(": ")[0]), chosen
+                # A name, then its ticket, no mark between: the model can find what follows a word.
+                lines = [f"{name} {ticket}" for name, ticket in zip(people, words, strict=True)]
+                reply = rng.choice(lines)
+                question = rng.choice(QUESTIONS).format(name=people[lines.index(reply)])
             else:
+                lines = [f"{name}: {ticket}" for name, ticket in zip(people, words, strict=True)]
                 said = rng.choice(NOTED).format(
                     words=words_of_split(rng, self.split, 2), name=rng.choice(names)
                 )
