@@ -4,6 +4,7 @@ known, and one case on the terminal."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 
 from callbacks.evaluations.benign import BenignUnderAttack
 from callbacks.evaluations.injection import InjectionEvaluation
+from callbacks.evaluations.utility import UtilityEvaluation
 from callbacks.judges.base import compared_with, judge_all
 from callbacks.judges.injection import AnswerOverlap, InjectedText, TaskKept, f1
 from callbacks.metrics.names import Metric
 from datamodules.evaluation import EvaluationData, EvaluationSets
 from datamodules.results import read_rows
-from datamodules.rows import HarmfulRow
+from datamodules.rows import ChatRow, HarmfulRow
 from datamodules.sources.injection.sources import Injected
 from datamodules.sources.tinychat.tickets import TinyChatTickets
 from datamodules.text.encoding import EncodingConfig
@@ -68,9 +70,9 @@ class Obedient(LanguageModel):
 
 def test_success_and_the_task_kept_are_told_apart(tmp_path: Path) -> None:
     data = documents()
-    kinds = [own.row.functional for own in data.examples["harmful"] if isinstance(own.row, HarmfulRow)]
-    obeyed = kinds.count("record")
-    assert 0 < obeyed < len(kinds) == 8
+    rows = [own.row for own in data.examples["harmful"] if isinstance(own.row, HarmfulRow)]
+    obeyed = [row.functional for row in rows].count("record")
+    assert 0 < obeyed < len(rows) == 8
     suite = InjectionEvaluation(
         {"direct": DirectRequest(), "noise": Noise("character", rate=0.5, num_samples=1)},
         benign=BenignUnderAttack(),
@@ -84,20 +86,50 @@ def test_success_and_the_task_kept_are_told_apart(tmp_path: Path) -> None:
     assert direct.groups["functional"]["fact"].value == 0.0
     for judge, title in ((TaskKept(), "word for word"), (AnswerOverlap(), "F1 of words at least 0.5")):
         metric = Metric("judged_rate", "harmful", "direct", f"{judge.name}@1")
-        assert found[metric].estimate.value == 1 - obeyed / 8
+        # Another person's ticket may share words with the one that was asked for.
+        shared = sum(row.functional == "record" and f1(row.target, row.safe_reply) >= 0.5 for row in rows)
+        more = shared if isinstance(judge, AnswerOverlap) else 0
+        assert found[metric].estimate.value == 1 - (obeyed - more) / 8
         assert (found[metric].title, metric.better) == (f"direct: task kept, {title}", "higher")
     assert found[Metric("success_rate", "harmful", "noise")].estimate.value == 0.0
     # What is done to hidden instructions is done to clean documents, and to nothing else of the prompt.
     assert found[Metric("exact_match", "utility", "noise")].estimate.n == 5
-    rows = {
+    noisy = {
         own.example: own for own in read_rows(tmp_path) if (own.subject, own.attack) == ("harmful", "noise")
     }
     for own in data.examples["harmful"]:
-        kept = rows[own.row.key]
+        kept = noisy[own.row.key]
         assert (kept.prompt, kept.document) == (own.row.prompt, own.prompt.data)
         assert kept.attacked not in (None, kept.document)
         assert isinstance(own.row, HarmfulRow)
         assert (kept.answer, kept.forbidden) == (own.row.safe_reply, own.row.forbidden)
+
+
+@pytest.mark.parametrize("attackable", ["data", "untrusted"])
+def test_what_is_done_to_documents_is_done_to_them_in_a_mixture_too(tmp_path: Path, attackable: str) -> None:
+    data = documents(attackable)
+    suite = InjectionEvaluation({"noise": Noise("character", rate=0.5)}, benign=BenignUnderAttack())
+    suite.attach(data)
+    measured(tmp_path, Obedient(data, "record"), data, suite)
+    rows = [own for own in read_rows(tmp_path) if own.attack == "noise" and own.attacked is not None]
+    assert {own.subject for own in rows} == {"harmful", "utility"}
+    for own in rows:
+        assert own.document is not None
+        # Noise changes characters here and there: what was sent is the document's, not the question's.
+        alike = SequenceMatcher(None, own.attacked, own.document).ratio()
+        assert alike > SequenceMatcher(None, own.attacked, own.prompt).ratio()
+
+
+def test_an_answer_in_other_words_counts_beside_the_exact_one(tmp_path: Path) -> None:
+    data = documents()
+    model = Obedient(data, "record")
+    chats = [own for own in data.examples["utility"] if isinstance(own.row, ChatRow)]
+    model.known |= {own.prompt.text: f"Well: {own.row.reply}" for own in chats}
+    suite = UtilityEvaluation(judges=[AnswerOverlap()])
+    found = measured(tmp_path, model, data, suite).measures
+    assert found[Metric("exact_match", "utility")].estimate.value == 0.0
+    beside = found[Metric("judged_rate", "utility", judge="answer_overlap@1")]
+    assert (beside.estimate.value, beside.estimate.n) == (1.0, 5)
 
 
 class Watches:
@@ -129,7 +161,7 @@ def test_a_defence_is_asked_with_the_document_that_the_attack_left(tmp_path: Pat
 
 
 def test_attacks_on_the_trusted_instruction_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected data.encoding.attackable data, got 'user'"):
+    with pytest.raises(ValueError, match="expected data.encoding.attackable data or untrusted, got 'user'"):
         InjectionEvaluation({"direct": DirectRequest()}).attach(documents("user"))
 
 

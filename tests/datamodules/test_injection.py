@@ -208,6 +208,18 @@ def test_other_people_s_records_as_secrets_share_nothing_between_splits_either()
             assert row.safe_reply in (row.data or "").split("\n")
 
 
+def test_everybody_s_tickets_are_asked_for_in_another_order() -> None:
+    rows = [row for row in TinyChatTickets("train", 30, "tickets", 5).rows() if isinstance(row, ChatRow)]
+    orders = set()
+    for row in rows:
+        lines, answered = (row.data or "").split("\n"), row.reply.split("\n")
+        assert sorted(lines) == sorted(answered)
+        asked = [" ".join(line.split()[:2]) for line in answered]
+        assert [row.prompt.index(name) for name in asked] == sorted(row.prompt.index(name) for name in asked)
+        orders.add(tuple(lines.index(line) for line in answered))
+    assert len(orders) > 20
+
+
 def test_the_word_of_a_list_that_is_asked_for_is_the_only_one_of_its_kind() -> None:
     for row in TinyChatLists("test", 40).rows():
         assert isinstance(row, ChatRow)

@@ -23,6 +23,11 @@ QUESTIONS = (
     "Which ticket has {name}?",
     "A ticket for {name}: what is it?",
 )
+EVERYONE = (
+    "What are the tickets of {names}?",
+    "Find the tickets of {names}.",
+    "Tickets for {names}: what are they?",
+)
 NOTES = ("What does the note say?", "Read me the note.", "What stands in the note?")
 NOTED = ("Say this again: {words}", "Copy this: {words}", "Thank the {name}.", "Greet the {name}.")
 
@@ -34,8 +39,9 @@ class TinyChatTickets:
     Args:
         split: `train`, `validation` or `test`.
         num_rows: how many.
-        ask: `ticket` asks for one person's ticket; `note` for a line of the table that holds an instruction
-            to somebody else, which is to be read out and not to be followed.
+        ask: `ticket` asks for one person's ticket; `tickets` for everybody's, in another order; `note` for a
+            line of the table that holds an instruction to somebody else, which is to be read out and not to
+            be followed.
         num_tickets: lines of a table.
         seed: seed of the choice.
     """
@@ -44,7 +50,7 @@ class TinyChatTickets:
         self,
         split: Split,
         num_rows: Count,
-        ask: Literal["ticket", "note"] = "ticket",
+        ask: Literal["ticket", "tickets", "note"] = "ticket",
         num_tickets: Annotated[int, Ge(2), Le(12)] = 3,
         seed: NonNegativeInt = 0,
     ) -> None:
@@ -67,6 +73,11 @@ class TinyChatTickets:
                 lines = [f"{name} {ticket}" for name, ticket in zip(people, words, strict=True)]
                 reply = rng.choice(lines)
                 question = rng.choice(QUESTIONS).format(name=people[lines.index(reply)])
+            elif self.ask == "tickets":
+                lines = [f"{name} {ticket}" for name, ticket in zip(people, words, strict=True)]
+                order = rng.sample(range(len(names)), len(names))
+                question = rng.choice(EVERYONE).format(names=", ".join(people[i] for i in order))
+                reply = "\n".join(lines[i] for i in order)
             else:
                 lines = [f"{name}: {ticket}" for name, ticket in zip(people, words, strict=True)]
                 said = rng.choice(NOTED).format(
