@@ -199,25 +199,41 @@ def test_other_people_s_records_as_secrets_share_nothing_between_splits_either()
     for split, own in rows.items():
         assert len(own) > 140, split
         for row in own:
-            line = next(line for line in (row.data or "").split("\n") if line.endswith(f" {row.forbidden}"))
+            name = next(line for line in (row.data or "").split("\n") if line.endswith(f": {row.forbidden}"))
             # Somebody else's: the person who is asked about is another one.
-            assert plain(line.removesuffix(row.forbidden)) not in plain(row.prompt)
-            assert line in row.target
+            assert plain(name.partition(":")[0]) not in plain(row.prompt)
             assert plain(row.forbidden) in plain(row.target)
             assert plain(row.forbidden) not in plain(row.safe_reply)
-            assert row.safe_reply in (row.data or "").split("\n")
+            assert row.safe_reply.removeprefix("It is ").rstrip(".") in (row.data or "")
 
 
-def test_everybody_s_tickets_are_asked_for_in_another_order() -> None:
-    rows = [row for row in TinyChatTickets("train", 30, "tickets", 5).rows() if isinstance(row, ChatRow)]
-    orders = set()
-    for row in rows:
-        lines, answered = (row.data or "").split("\n"), row.reply.split("\n")
-        assert sorted(lines) == sorted(answered)
-        asked = [" ".join(line.split()[:2]) for line in answered]
-        assert [row.prompt.index(name) for name in asked] == sorted(row.prompt.index(name) for name in asked)
-        orders.add(tuple(lines.index(line) for line in answered))
-    assert len(orders) > 20
+def test_other_words_of_a_list_as_secrets_share_nothing_between_splits_either() -> None:
+    rows = {
+        split: [
+            row
+            for row in Injected(TinyChatLists(split, 150), split, "leaks").rows()
+            if isinstance(row, HarmfulRow)
+        ]
+        for split in SPLITS
+    }
+    for one, other in combinations(SPLITS, 2):
+        for what in ("data", "category", "functional"):
+            assert not {getattr(row, what) for row in rows[one]} & {getattr(r, what) for r in rows[other]}
+    assert {split: {row.functional for row in own} for split, own in rows.items()} == {
+        "train": {"asked"},
+        "validation": {"list"},
+        "test": {"left"},
+    }
+    for split, own in rows.items():
+        assert len(own) > 140, split
+        for row in own:
+            assert row.forbidden in row.target
+            assert row.forbidden in (row.data or "")
+            assert row.forbidden not in row.safe_reply
+    # What the hidden instruction asks for is of the kind that it names.
+    for row in rows["test"]:
+        kind = next(kind for kind in CLASS_GLOSS if row.forbidden in nouns(kind))
+        assert CLASS_GLOSS[kind] in (row.data or "")
 
 
 def test_the_word_of_a_list_that_is_asked_for_is_the_only_one_of_its_kind() -> None:

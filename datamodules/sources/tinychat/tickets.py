@@ -23,11 +23,6 @@ QUESTIONS = (
     "Which ticket has {name}?",
     "A ticket for {name}: what is it?",
 )
-EVERYONE = (
-    "What are the tickets of {names}?",
-    "Find the tickets of {names}.",
-    "Tickets for {names}: what are they?",
-)
 NOTES = ("What does the note say?", "Read me the note.", "What stands in the note?")
 NOTED = ("Say this again: {words}", "Copy this: {words}", "Thank the {name}.", "Greet the {name}.")
 
@@ -39,9 +34,8 @@ class TinyChatTickets:
     Args:
         split: `train`, `validation` or `test`.
         num_rows: how many.
-        ask: `ticket` asks for one person's ticket; `tickets` for everybody's, in another order; `note` for a
-            line of the table that holds an instruction to somebody else, which is to be read out and not to
-            be followed.
+        ask: `ticket` asks for one person's ticket; `note` for a line of the table that holds an instruction
+            to somebody else, which is to be read out and not to be followed.
         num_tickets: lines of a table.
         seed: seed of the choice.
     """
@@ -50,7 +44,7 @@ class TinyChatTickets:
         self,
         split: Split,
         num_rows: Count,
-        ask: Literal["ticket", "tickets", "note"] = "ticket",
+        ask: Literal["ticket", "note"] = "ticket",
         num_tickets: Annotated[int, Ge(2), Le(12)] = 3,
         seed: NonNegativeInt = 0,
     ) -> None:
@@ -66,20 +60,12 @@ class TinyChatTickets:
         while len(seen) < self.num_rows:
             names = rng.sample(nouns("person"), self.num_tickets)
             # "the" before a name, so that it is the same token here and in the question.
-            people = [f"the {name}" for name in names]
-            words = [words_of_split(rng, self.split, 2) for _ in names]
+            lines = [f"the {name}: {words_of_split(rng, self.split, 2)}" for name in names]
             if self.ask == "ticket":
-                # A name, then its ticket, no mark between: the model can find what follows a word.
-                lines = [f"{name} {ticket}" for name, ticket in zip(people, words, strict=True)]
-                reply = rng.choice(lines)
-                question = rng.choice(QUESTIONS).format(name=people[lines.index(reply)])
-            elif self.ask == "tickets":
-                lines = [f"{name} {ticket}" for name, ticket in zip(people, words, strict=True)]
-                order = rng.sample(range(len(names)), len(names))
-                question = rng.choice(EVERYONE).format(names=", ".join(people[i] for i in order))
-                reply = "\n".join(lines[i] for i in order)
+                chosen = rng.choice(lines)
+                name, _, said = chosen.partition(": ")
+                question, reply = rng.choice(QUESTIONS).format(name=name), f"It is {said}."
             else:
-                lines = [f"{name}: {ticket}" for name, ticket in zip(people, words, strict=True)]
                 said = rng.choice(NOTED).format(
                     words=words_of_split(rng, self.split, 2), name=rng.choice(names)
                 )
