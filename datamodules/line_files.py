@@ -22,6 +22,8 @@ def _unxz(content: bytes) -> bytes:
     return unpacked
 
 
+PLAIN = ".jsonl"
+"""Ending of a file that is written to."""
 UNPACK = {PACKED: _unxz, ".gz": gzip.decompress}
 """Endings of packed files -> what unpacks them."""
 
@@ -45,8 +47,10 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 def in_order(paths: Iterable[Path]) -> list[Path]:
     """Files of lines, those that go on later last: a plain file has been written to since the packed one of
-    its name. Raises: ValueError naming two packed files of one name."""
-    ordered = sorted(paths, key=lambda path: (path.suffix not in UNPACK, path))
+    its name. Copies under other endings (`.bak`) are nobody's lines. Raises: ValueError naming two packed
+    files of one name."""
+    known = (path for path in paths if path.suffix in UNPACK or path.suffix == PLAIN)
+    ordered = sorted(known, key=lambda path: (path.suffix not in UNPACK, path))
     packed: dict[Path, Path] = {}
     for path in ordered:
         other = packed.setdefault(path.with_suffix(""), path) if path.suffix in UNPACK else path
@@ -74,13 +78,26 @@ def pack(path: Path, folder: Path) -> None:
     the same file, on whatever day. By xz, which leaves two fifths less of results than gzip. Written beside
     and renamed: a kill leaves an earlier copy whole."""
     content = path.read_bytes()
-    content = content[: content.rfind(b"\n") + 1]
+    _packed(content[: content.rfind(b"\n") + 1], folder / f"{path.name}{PACKED}")
+
+
+def pack_all(source: Path, folder: Path) -> None:
+    """As `pack`, all files of lines of a folder: one that was packed and then gone on with is one again."""
+    contents: dict[str, bytes] = {}
+    for path in in_order(source.glob(f"*{PLAIN}*")):
+        name = path.stem if path.suffix in UNPACK else path.name
+        lines = b"".join(line + b"\n" for _, line in whole_lines(path))
+        contents[name] = contents.get(name, b"") + lines
+    for name, content in contents.items():
+        _packed(content, folder / f"{name}{PACKED}")
+
+
+def _packed(content: bytes, target: Path) -> None:
     if content:
-        packed = lzma.compress(content, preset=lzma.PRESET_DEFAULT | lzma.PRESET_EXTREME)
         # No reader of rows takes a hidden file for some.
-        partial = folder / f".{path.name}{PACKED}.partial"
-        partial.write_bytes(packed)
-        partial.replace(folder / f"{path.name}{PACKED}")
+        partial = target.with_name(f".{target.name}.partial")
+        partial.write_bytes(lzma.compress(content, preset=lzma.PRESET_DEFAULT | lzma.PRESET_EXTREME))
+        partial.replace(target)
 
 
 def drop_torn_line(path: Path) -> None:

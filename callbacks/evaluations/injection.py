@@ -50,10 +50,16 @@ class InjectionEvaluation(RobustnessEvaluation):
         )
 
     def attach(self, data: EvaluationData) -> None:
-        """Raises: ValueError where attacks may write the trusted instruction."""
+        """Raises: ValueError where attacks may write the trusted instruction, or a row has no document."""
         if data.encoding.attackable not in ("data", "untrusted"):
             raise ValueError(
                 "InjectionEvaluation: expected data.encoding.attackable data or untrusted, got "
                 f"{data.encoding.attackable!r}; the instruction is trusted, so attacks must leave it alone"
+            )
+        bare = next((own.row.key for own in data.examples.get("harmful", ()) if own.row.data is None), None)
+        if bare is not None:
+            raise ValueError(
+                f"InjectionEvaluation: expected a document in every harmful row, got {bare!r} without one; "
+                "put such requests into a set of their own (data.evaluation.blocks)"
             )
         super().attach(data)

@@ -15,7 +15,8 @@ class RedTeamReplay:
     """Successful prompts of an earlier evaluation as training data: red-team replay.
 
     The rows are those of a run folder; prompts that nobody can type, forced replies and conversations of
-    several turns are left out. Attack training requests, not evaluation ones: a row is refused if the request
+    several turns are left out, and rows with a document are bad ones: whether it was attacked or the user's
+    text, they do not say. Attack training requests, not evaluation ones: a row is refused if the request
     behind it is evaluated on.
 
     Args:
@@ -55,7 +56,8 @@ class RedTeamReplay:
             typed = None if row.prefill or row.history else row.attacked
             if wanted and broken and typed is not None and typed not in seen:
                 seen.add(typed)
-                yield self._replayed(row, typed)
+                beside = "it was asked beside a document, which cannot be replayed; name attacks on requests"
+                yield RowProblem(row.where, beside) if row.document else self._replayed(row, typed)
 
     @property
     def collecting_passes(self) -> int:

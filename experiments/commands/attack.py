@@ -152,7 +152,8 @@ def measured(
         probe = Probe("harmful", "success_rate", judge, name, attack, KeywordRefusal())
         job = Job(replace(plan, attack=name), probe, batch, MAX_NEW_TOKENS, module.seed)
         with tqdm(desc=name, unit=" iterates", leave=False, disable=None) as bar, observed(_watch(bar)):
-            rows += judged(measure(module.language_model, job, defence=module.defence), probe.asked)
+            found = measure(module.language_model, job, defence=module.defence, attackable="untrusted")
+            rows += judged(found, probe.asked)
     plain, attacked = rows
     return plain, attacked
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from callbacks.run_folder.folder import RunFolder
-from datamodules.line_files import pack
+from datamodules.line_files import pack_all
 from datamodules.results import ROWS
 
 RUNS = "runs"
@@ -34,8 +34,7 @@ def archive(runs: Mapping[str, Mapping[int, Path]], out: Path) -> dict[str, dict
             for path in (own.environment("test"), own.config("test"), own.cost):
                 if path.is_file():
                     shutil.copy(path, target / path.relative_to(folder))
-            for path in (folder / ROWS).glob("*.jsonl"):
-                pack(path, target / ROWS)
+            pack_all(folder / ROWS, target / ROWS)
     return copies
 
 

@@ -24,7 +24,7 @@ from callbacks.report.markdown import table_text
 from callbacks.report.measured import Measured
 from callbacks.report.results import Costs, Estimate, Snapshot
 from callbacks.run_folder.provenance import write_whole
-from datamodules.line_files import pack
+from datamodules.line_files import pack_all
 from datamodules.results import (
     ROWS,
     ResultsStore,
@@ -232,8 +232,7 @@ def archive(run: Path, out: Path) -> None:
         stale.unlink()
     for path in [*run.glob("test_*config.yaml"), *run.glob("test_*environment.json")]:
         shutil.copy(path, out / path.relative_to(run))
-    for path in (run / ROWS).glob("*.jsonl"):
-        pack(path, out / ROWS)
+    pack_all(run / ROWS, out / ROWS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

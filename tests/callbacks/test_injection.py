@@ -21,11 +21,15 @@ from datamodules.results import read_rows
 from datamodules.rows import ChatRow, HarmfulRow
 from datamodules.sources.injection.sources import Injected
 from datamodules.sources.tinychat.tickets import TinyChatTickets
-from datamodules.text.encoding import EncodingConfig
+from datamodules.text.encoding import EncodingConfig, evaluation_batch
 from datamodules.text.tokenizers import TokenizerConfig
+from experiments.commands.attack import AttackedModel
+from experiments.commands.attack import measured as case
+from lightning_modules.attacks.suffix.initial_suffix import InitialSuffix
 from lightning_modules.attacks.text.rewrites import DirectRequest, Noise
 from lightning_modules.defences.base import Answer
 from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.requests import GREEDY, Decoding, Request
 from tests.conftest import chat_model
 from tests.support.rows import row
@@ -163,6 +167,26 @@ def test_a_defence_is_asked_with_the_document_that_the_attack_left(tmp_path: Pat
 def test_attacks_on_the_trusted_instruction_are_refused() -> None:
     with pytest.raises(ValueError, match="expected data.encoding.attackable data or untrusted, got 'user'"):
         InjectionEvaluation({"direct": DirectRequest()}).attach(documents("user"))
+    mixed = documents("untrusted")
+    mixed.examples["harmful"] = mixed.encoder.harmful([HarmfulRow("bare", "Steal a car.", "Yes.", "No.", "")])
+    with pytest.raises(ValueError, match="expected a document in every harmful row, got 'bare' without one"):
+        InjectionEvaluation({"direct": DirectRequest()}).attach(mixed)
+
+
+def test_one_case_is_defended_with_its_document(tmp_path: Path) -> None:
+    """`thundercat attack` asks a defence with the trusted question, and the attacked document beside it."""
+    data, watches = documents(), Watches()
+    module = AttackedModel(ModelConfig("tinychat:aligned"), InitialSuffix(5), seed=0, defence=watches)
+    module.attach(data.chat)
+    module.configure_model()
+    rows = [own.row for own in data.examples["harmful"][:1]]
+    batch = evaluation_batch(data.encoder.harmful(rows), "data")  # type: ignore[arg-type]
+    plain, attacked = case(module, batch, 0)
+    assert [(own.text, own.data) for own in watches._asked] == [
+        (rows[0].prompt, plain.document),
+        (rows[0].prompt, attacked.attacked),
+    ]
+    assert attacked.attacked not in (None, plain.document)
 
 
 def test_judges_by_hand() -> None:

@@ -13,7 +13,7 @@ from datamodules.overlap import EvaluatedTexts
 from datamodules.rows import ChatRow, HarmfulRow, RowProblem
 from datamodules.sources.combinators import AnsweredRequests
 from datamodules.sources.injection.imperatives import IMPERATIVES
-from datamodules.sources.injection.sources import Injected, OfSplit, WithImperatives
+from datamodules.sources.injection.sources import Injected, OfSplit, Unwritten, WithImperatives
 from datamodules.sources.injection.styles import STYLES
 from datamodules.sources.injection.tasks import KINDS, LEAKS
 from datamodules.sources.tables import ChatTable
@@ -234,6 +234,23 @@ def test_other_words_of_a_list_as_secrets_share_nothing_between_splits_either() 
     for row in rows["test"]:
         kind = next(kind for kind in CLASS_GLOSS if row.forbidden in nouns(kind))
         assert CLASS_GLOSS[kind] in (row.data or "")
+
+
+def test_without_its_instruction_a_document_is_what_it_was() -> None:
+    source = TinyChatLists("test", 20)
+    documents = [row.data for row in source.rows() if isinstance(row, ChatRow)]
+    injected_rows = [*Injected(source, "test", "leaks").rows()]
+    bare = [*Unwritten(Injected(source, "test", "leaks")).rows()]
+    assert len(bare) == len(injected_rows) == 20
+    for one, other, document in zip(bare, injected_rows, documents, strict=True):
+        assert isinstance(one, HarmfulRow)
+        assert isinstance(other, HarmfulRow)
+        assert one.data == document != other.data
+        assert (one.target, one.safe_reply, one.forbidden) == (
+            other.target,
+            other.safe_reply,
+            other.forbidden,
+        )
 
 
 def test_the_word_of_a_list_that_is_asked_for_is_the_only_one_of_its_kind() -> None:

@@ -399,6 +399,33 @@ def test_a_packed_folder_that_goes_on_is_read_with_what_was_added_to_it(tmp_path
         read_rows(tmp_path)
 
 
+def test_an_archive_holds_what_was_packed_and_what_came_after(tmp_path: Path) -> None:
+    source, target = tmp_path / "run", tmp_path / "archive"
+    (target / "rows").mkdir(parents=True)
+    stored(source, row("a"))
+    ResultsStore(source).announce([measurement(n=1)])
+    for path in [*(source / "rows").iterdir()]:
+        line_files.pack(path, path.parent)
+        path.unlink()
+    stored(source, row("b"))
+    ResultsStore(source).announce([measurement(quantity="refusal_rate", n=2)])
+    line_files.pack_all(source / "rows", target / "rows")
+    assert read_rows(target) == read_rows(source)
+    assert [own.example for own in read_rows(target)] == ["a", "b"]
+    assert [own.n for own in read_measurements(target)] == [1, 2]
+
+
+def test_a_copy_under_another_ending_is_nobody_s_lines(tmp_path: Path) -> None:
+    stored(tmp_path, row("a"))
+    ResultsStore(tmp_path).announce([measurement(n=3)])
+    for path in [*(tmp_path / "rows").iterdir()]:
+        path.with_name(f"{path.name}.bak").write_bytes(path.read_bytes())
+    ResultsStore(tmp_path).announce([measurement(n=4)])
+    stored(tmp_path, replace(row("a"), reply="later"))
+    assert [own.n for own in read_measurements(tmp_path)] == [4]
+    assert [own.reply for own in read_rows(tmp_path)] == ["later"]
+
+
 def test_a_kill_while_packing_leaves_the_earlier_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

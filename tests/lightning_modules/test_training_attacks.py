@@ -12,7 +12,7 @@ import torch
 from callbacks.judges.exact import TargetPrefix
 from datamodules.batch import AdversarialBatch
 from datamodules.overlap import EvaluatedTexts
-from datamodules.rows import HarmfulRow
+from datamodules.rows import HarmfulRow, RowProblem
 from datamodules.sources.replay import RedTeamReplay
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from lightning_modules.attacks.base import Attack, NoAttack, example_rngs, load_attack_state, state_of
@@ -257,6 +257,10 @@ def test_replay_takes_successes_that_can_be_typed(tmp_path: Path) -> None:
         "p6 y"
     ]
     assert len(list(RedTeamReplay(run, judge="keyword_refusal").rows())) == 1
+    # Whether a document was attacked or the text before it, a row does not say: nothing to learn from.
+    beside = row("d", prompt="p7", document="a list", attacked="a list x", verdicts=verdicts(True))
+    (bad,) = RedTeamReplay(stored(tmp_path / "documents", beside)).rows()
+    assert isinstance(bad, RowProblem) and "asked beside a document" in bad.reason
     for wrong, message in (
         (RedTeamReplay(run, attacks=["pair"]), "did not run in"),
         (RedTeamReplay(run, judge="gpt"), "no verdict of 'gpt'"),

@@ -16,6 +16,8 @@ from datamodules.sources.injection.styles import STYLES, hidden, put
 from datamodules.sources.injection.tasks import KINDS, LEAKS, Kind, hidden_task
 from datamodules.sources.tinychat.splits import Split, split_of
 
+BEFORE = "\n"
+"""Between prompt and document in what an injected row comes from."""
 NO_DOCUMENT = "has no document; name its column: columns: {prompt: ..., reply: ..., data: ...}"
 
 
@@ -106,7 +108,7 @@ class Injected:
                 system=task.system or row.system,
                 data=hidden(document, text, rng),
                 forbidden=task.forbidden,
-                origin=f"{row.prompt}\n{document}",
+                origin=f"{row.prompt}{BEFORE}{document}",
             )
         return RowProblem(
             row.where, f"no hidden task of {list(self.kinds)} can be told from its right answer"
@@ -123,6 +125,27 @@ class Injected:
                 f"{bad!r}"
             )
         return {"own": found}
+
+
+@checked
+class Unwritten:
+    """The same rows without the hidden instruction, with the same target: what an attack wins here, no
+    instruction has won.
+
+    Args:
+        source: documents with hidden instructions.
+    """
+
+    def __init__(self, source: Injected) -> None:
+        self.source = source
+
+    def rows(self) -> Iterator[HarmfulRow | RowProblem]:
+        for row in self.source.rows():
+            if isinstance(row, HarmfulRow):
+                document = row.origin.removeprefix(f"{row.prompt}{BEFORE}")
+                yield replace(row, key=f"{row.key}/unwritten", data=document)
+            else:
+                yield row
 
 
 @checked

@@ -15,7 +15,7 @@ Whose = Literal["own", "others", "all"]
 
 
 class Stored:
-    """A request in what a run put around requests, the request's own first.
+    """A request in what a run put around requests, its own first, those of others as they are drawn.
 
     Args:
         suffixes: where they are read.
@@ -34,6 +34,8 @@ class Stored:
         found = self.suffixes.surroundings()
         own = [entry for entry in found if entry.request == request and self.whose != "others"]
         others = [entry for entry in found if entry.request != request and self.whose != "own"]
+        # In their order an attack's come together, and the first one's would be all that the limit leaves.
+        rng.shuffle(others)
         texts = [f"{entry.before}{request}{entry.after}" for entry in [*own, *others]]
         return [Variant(text) for text in dict.fromkeys(texts)][: self.limit] or [Variant(prompt)]
 
@@ -47,7 +49,7 @@ class TransferSuffixes(Rewrite):
         attacks: names of its attacks; null for all.
         judge: as StoredSuffixes: whose yes counts there; null takes failures too.
         whose: `own` replays what was found for the same request, `others` only what was found for other
-            requests, `all` both, the own first.
+            requests (in an order drawn for every request), `all` both, the own first.
         num_samples: variants per request.
         chooser: which variant becomes the attack; null takes the one under which the target is likeliest.
             FirstSuccess tries them in turn.
