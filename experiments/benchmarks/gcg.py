@@ -47,7 +47,7 @@ TOLERANCE = 1e-4
 
 def speed(behaviours: int, width: int, topk: int, repeats: int) -> dict[str, Any]:
     """Candidates per second on both sides for one step of all behaviours, medians over interleaved rounds."""
-    model, batch = _llama(behaviours)
+    model, batch = llama(behaviours)
     # Ours is timed with its set-up (slots, cached prefixes, typable tokens), spread over some steps as in
     # use; the yardstick without.
     steps = max(1, 1024 // (behaviours * width))
@@ -134,7 +134,8 @@ def sign_flip_test(differences: list[float], flips: int = 20_000, seed: int = 0)
     return (hits + 1) / (flips + 1)
 
 
-def _llama(behaviours: int) -> tuple[LanguageModel, AdversarialBatch]:
+def llama(behaviours: int) -> tuple[LanguageModel, AdversarialBatch]:
+    """20 M parameters of random weights with a real tokenizer, and public behaviours."""
     root = Path(os.environ.get("THUNDERCAT_DATA", "../shared"))
     chat = ChatFormat(
         load_tokenizer(TokenizerConfig(str(root / "models/tokenizers/llama2"), chat_template=LLAMA2_TEMPLATE))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from experiments.benchmarks import training_yardstick
+from experiments.benchmarks import gcg_nano, training_yardstick
 from experiments.benchmarks.rows import equal_rows
 from experiments.benchmarks.sides import Ours, Public
 from experiments.benchmarks.training_step import interleaved, losses_agree, perturbations_agree
@@ -53,6 +56,32 @@ def test_the_yardstick_draws_its_micro_batches_and_pads_them_to_their_longest() 
         assert length == max(int(kind.mask.sum(1).max()) for kind in kinds)
         assert all(bool((kind.labels[~kind.mask] == -100).all()) for kind in kinds)
     assert sum(0 if part.utility is None else len(part.utility.ids) for part in parts) == chats
+
+
+SIDE = """
+import json, sys
+print(json.dumps({"nanogcg": "0"}), flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    n = len(job["behaviours"])
+    said = {"seconds": 2.0, "candidates": 100 * n, "best_loss": [1.0] * n, "seed": job["seed"]}
+    print(json.dumps(said), flush=True)
+"""
+
+
+def test_nanogcg_is_asked_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = tmp_path / "side.py"
+    side.write_text(SIDE, encoding="utf-8")
+    monkeypatch.setattr(gcg_nano, "SIDE", side)
+    row = gcg_nano.measure(Path(sys.executable), "tinychat", width=8, behaviours=2, steps=2, repeats=2)
+    assert row["rates"]["nanogcg"] == [100.0, 100.0]
+    # 2 steps of 8 candidates for two requests, in seconds.
+    assert len(row["rates"]["ours"]) == 2 and min(row["rates"]["ours"]) > 0
+    assert row["ratio"] == row["medians"]["ours"] / 100.0
+    assert row["versions"] == {"nanogcg": "0"}
+    side.write_text("raise SystemExit(3)", encoding="utf-8")
+    with pytest.raises(RuntimeError, match="nanoGCG's process ended with status 3; --python must name"):
+        gcg_nano.Nano(Path(sys.executable), tmp_path)
 
 
 def test_equal_rows_have_no_padding() -> None:
