@@ -54,7 +54,7 @@ runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
 	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
 
 # Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
-RECORDED := attacks_tinychat certificates_tinychat directions_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat tampering_tinychat
+RECORDED := attacks_tinychat certificates_tinychat directions_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat injection_leaks_tinychat injection_leaks_control_tinychat injection_jailbreaks_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat tampering_tinychat
 RESULTS := experiments/results
 pages: $(VENV)/.installed
 	for study in $(RECORDED); do \
@@ -62,7 +62,7 @@ pages: $(VENV)/.installed
 	  $(BIN)/thundercat study configs/study/$$study.yaml --recorded $$place --out $$place || exit 1; \
 	done
 	$(BIN)/thundercat study configs/study/smollm2.yaml --only aligned cat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
-	for study in ablations failure_modes inside trade_off; do \
+	for study in ablations failure_modes injection inside trade_off; do \
 	  place=$(RESULTS)/smollm2_$${study}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$${study}_smollm2.yaml --recorded $$place --out $$place || exit 1; \
 	done

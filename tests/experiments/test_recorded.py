@@ -36,12 +36,13 @@ INJECTION = ROOT / "experiments" / "results" / "injection_cpu_202611"
 RESULTS = ROOT / "experiments" / "results"
 STUDIES = {
     "smollm2": "smollm2",
-    **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "inside", "trade_off")},
+    **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "injection", "inside", "trade_off")},
     **{
         name: f"{name}_tinychat"
         for name in (
             *("injection", "one_step", "noise_and_mix", "epsilon_beta", "attacks", "failure_modes"),
             *("long_tail", "methods", "certificates", "directions", "tampering"),
+            *("injection_leaks", "injection_leaks_control", "injection_jailbreaks"),
         )
     },
 }
