@@ -36,7 +36,8 @@ INJECTION = ROOT / "experiments" / "results" / "injection_cpu_202611"
 RESULTS = ROOT / "experiments" / "results"
 STUDIES = {
     "smollm2": "smollm2",
-    **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "injection", "inside", "trade_off")},
+    **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "inside", "trade_off")},
+    "smollm2_injection": "injection_smollm2",
     **{
         name: f"{name}_tinychat"
         for name in (
