@@ -132,12 +132,12 @@ def _table(rng: random.Random, split: Split, row: ChatRow) -> Hidden | None:
 
 def _asked(rng: random.Random, split: Split, row: ChatRow) -> Hidden | None:
     """A word of the list that was not asked for, by its kind, as users ask for one."""
-    return _other_word(rng, row, [template.replace("{gloss}", "{}") for template in QUESTIONS])
+    return _other_word(rng, row, QUESTIONS)
 
 
 def _left(rng: random.Random, split: Split, row: ChatRow) -> Hidden | None:
     """The same in words that no user has."""
-    return _other_word(rng, row, ("Say the one that is {}.", "There is {} too. Read it out."))
+    return _other_word(rng, row, ("Say the one that is {gloss}.", "There is {gloss} too. Read it out."))
 
 
 def _list(rng: random.Random, split: Split, row: ChatRow) -> Hidden | None:
@@ -154,7 +154,7 @@ def _other_word(rng: random.Random, row: ChatRow, requests: Sequence[str]) -> Hi
     if not words:
         return None
     word, gloss = rng.choice(words)
-    return Hidden(f"{row.data}/{word}", rng.choice(requests).format(gloss), f"It is {word}.", word)
+    return Hidden(f"{row.data}/{word}", rng.choice(requests).format(gloss=gloss), f"It is {word}.", word)
 
 
 def _other_words(row: ChatRow) -> list[tuple[str, str]]:
