@@ -56,7 +56,7 @@ runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
 	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml
 
 # Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
-RECORDED := attacks_tinychat certificates_tinychat directions_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat injection_leaks_tinychat injection_leaks_control_tinychat injection_jailbreaks_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat tampering_tinychat
+RECORDED := attacks_tinychat certificates_tinychat directions_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat injection_leaks_tinychat injection_leaks_control_tinychat injection_jailbreaks_tinychat injection_adaptive_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat tampering_tinychat
 RESULTS := experiments/results
 pages: $(VENV)/.installed
 	for study in $(RECORDED); do \

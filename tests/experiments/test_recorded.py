@@ -43,7 +43,7 @@ STUDIES = {
         for name in (
             *("injection", "one_step", "noise_and_mix", "epsilon_beta", "attacks", "failure_modes"),
             *("long_tail", "methods", "certificates", "directions", "tampering"),
-            *("injection_leaks", "injection_leaks_control", "injection_jailbreaks"),
+            *("injection_leaks", "injection_leaks_control", "injection_jailbreaks", "injection_adaptive"),
         )
     },
 }
