@@ -69,6 +69,8 @@ LOADING = (
 )
 """What must be equal for an evaluation to load the weights: it may have data, attack and precision of its
 own."""
+COMPUTING = ("model.base.lora.merge",)
+"""Fields below those that do not: how attacks compute with the weights."""
 
 Flat = dict[str, Any]
 """`model.attack.epsilon` -> value, `init_args` left out."""
@@ -104,9 +106,9 @@ def decisive(config: Mapping[str, Any]) -> Flat:
 
 
 def differences(then: Flat, now: Flat, only: tuple[str, ...] | None = None) -> list[str]:
-    """`field: X then, Y now` for every field that differs, of those below `only`; of all but the steps where
-    it is not given."""
-    keys = sorted(key for key in {*then, *now} if (_below(key, only) if only else key not in STEPS))
+    """`field: X then, Y now` for every field that differs, of those below `only` that decide how weights are
+    loaded; of all but the steps where it is not given."""
+    keys = sorted(key for key in {*then, *now} if (_loads(key, only) if only else key not in STEPS))
     return [
         f"{key}: {_word(then.get(key, '(unset)'))} then, {_word(now.get(key, '(unset)'))} now"
         for key in keys
@@ -131,6 +133,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _word(value: Any) -> str:
     return value if value == "(unset)" else json.dumps(value, ensure_ascii=False)
+
+
+def _loads(key: str, only: tuple[str, ...]) -> bool:
+    return _below(key, only) and not _below(key, COMPUTING)
 
 
 def _below(key: str, parents: tuple[str, ...]) -> bool:
