@@ -60,15 +60,20 @@ class Document:
     row: SampleRow
     attacks: Sequence[Attacked]
 
+    @property
+    def outcome(self) -> tuple[tuple[bool, bool], ...]:
+        """Obeyed before and after, attack by attack."""
+        return tuple((own.before is not None and own.before.obeyed, own.after.obeyed) for own in self.attacks)
+
 
 def documents(results: RunResults) -> list[Document]:
-    """Of every kind of outcome the first document, in the order of the rows, then the next ones; only
-    documents that most attacks tried. Empty where no document holds a hidden instruction."""
+    """Of every outcome, attack by attack, the first document, in the order of the rows, then the next ones;
+    only documents that most attacks tried. Empty where no document holds a hidden instruction."""
     after = _of_documents(results.after)
     before = _of_documents(results.before if results.before is not results.after else None)
     most = max(map(len, after.values()), default=0)
     every = [_document(own, before.get(key, {})) for key, own in after.items() if len(own) == most]
-    firsts = list({own.kind: own for own in reversed(every)}.values())
+    firsts = list({own.outcome: own for own in reversed(every)}.values())
     chosen = [own for own in every if own in firsts] + [own for own in every if own not in firsts]
     return chosen[:SHOWN]
 

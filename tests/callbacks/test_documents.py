@@ -69,6 +69,18 @@ def test_one_document_of_every_kind_of_outcome_then_the_next_ones(tmp_path: Path
     assert (direct.before.verdict, direct.after.verdict) == ("obeys, task lost", "does not obey, task kept")
 
 
+def test_documents_that_one_attack_wins_and_another_loses_are_outcomes_apart(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    # GCG wins every time, so that by "obeyed under any attack" all of them would be alike.
+    said = {"a": "Paris.", "b": "Paris.", "c": "Red."}
+    for attack in ATTACKS:
+        store.announce([measurement(attack=attack, step=5, n=len(said), **JUDGES)])
+        store.add(
+            judged(key, attack, 5, reply if attack == "direct" else "Paris.") for key, reply in said.items()
+        )
+    assert [shown.row.key for shown in documents(load(tmp_path))] == ["a", "c", "b"]
+
+
 def test_the_page_folds_what_was_attacked_and_shows_the_replies(tmp_path: Path) -> None:
     html = page(results(tmp_path, {"a": ("Paris.", "Red."), "b": ("Red.", "Red.")}), {})
     section = html.partition("<h2>Documents with hidden instructions</h2>")[2].partition("</section>")[0]

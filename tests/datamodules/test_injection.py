@@ -15,7 +15,7 @@ from datamodules.sources.combinators import AnsweredRequests
 from datamodules.sources.injection.imperatives import IMPERATIVES
 from datamodules.sources.injection.sources import Injected, OfSplit, Unwritten, WithImperatives
 from datamodules.sources.injection.styles import STYLES
-from datamodules.sources.injection.tasks import KINDS, LEAKS
+from datamodules.sources.injection.tasks import KINDS, LEAKS, Kind
 from datamodules.sources.tables import ChatTable
 from datamodules.sources.tinychat.lists import TinyChatLists
 from datamodules.sources.tinychat.splits import SPLITS, Split
@@ -29,7 +29,9 @@ from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
 DOCUMENT = "baker: red drum\nguard: blue hat"
 
 
-def injected(split: Split, num_rows: int = 60, kinds: Literal["leaks"] | None = None) -> list[HarmfulRow]:
+def injected(
+    split: Split, num_rows: int = 60, kinds: list[Kind] | Literal["leaks"] | None = None
+) -> list[HarmfulRow]:
     rows = [*Injected(TinyChatTickets(split, num_rows), split, kinds).rows()]
     return [row for row in rows if isinstance(row, HarmfulRow)]
 
@@ -94,6 +96,24 @@ def test_other_people_s_records_as_secrets_share_nothing_between_splits_either()
             assert plain(row.forbidden) in plain(row.target)
             assert plain(row.forbidden) not in plain(row.safe_reply)
             assert row.safe_reply.removeprefix("It is ").rstrip(".") in (row.data or "")
+
+
+def test_tickets_as_the_recipe_splits_their_kinds_share_nothing_either() -> None:
+    """configs/experiment/injection_tickets.yaml: kinds that are listed, whatever split has them otherwise."""
+    kinds: dict[Split, list[Kind]] = {
+        "train": ["line", "copy"],
+        "validation": ["table"],
+        "test": ["record", "secret"],
+    }
+    rows = {split: injected(split, 150, kinds[split]) for split in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        for what in ("data", "target", "forbidden", "category", "functional"):
+            assert not {getattr(row, what) for row in rows[one]} & {getattr(r, what) for r in rows[other]}
+    secrets = [row for row in rows["test"] if row.functional == "secret"]
+    assert secrets and len(secrets) < len(rows["test"])
+    for row in rows["test"]:
+        assert (row.functional == "secret") == (row.system is not None)
+        assert (row.forbidden in (row.system or row.data or "")) and row.forbidden not in row.safe_reply
 
 
 def test_other_words_of_a_list_as_secrets_share_nothing_between_splits_either() -> None:

@@ -52,9 +52,10 @@ class Injected:
 
     Args:
         source: conversations with a document and the right reply.
-        split: whose styles and tasks are used; no style, kind or content is in two splits.
-        kinds: only these kinds of tasks; `leaks` for the split's own that want another record of the
-            document, null for the split's kinds.
+        split: whose styles and tasks are used; no style and no content is in two splits, and no kind where
+            `kinds` does not list them.
+        kinds: only these kinds of tasks, whatever split they belong to otherwise; `leaks` for the split's own
+            that want another record of the document, null for the split's kinds.
         templates: a text file with a style of your own a line, `{task}` where the hidden instruction stands;
             null for the split's styles.
         seed: seed of the choice.

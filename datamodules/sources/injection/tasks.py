@@ -1,5 +1,5 @@
 """What hidden instructions ask for: a task with a reply of its own, a secret of the system message, or
-another record of the document. No kind and no content is in two splits.
+another record of the document. No content is in two splits, nor a kind where a recipe lists none.
 """
 
 from __future__ import annotations
