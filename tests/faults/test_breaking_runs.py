@@ -20,7 +20,7 @@ from callbacks.report.load import export, load
 from callbacks.report.report import write_report
 from callbacks.report.tables import rates
 from callbacks.run_folder.checkpoints import RunCheckpoints
-from callbacks.run_folder.decisive import ORDER, decisive, differences
+from callbacks.run_folder.decisive import LOADING, ORDER, decisive, differences
 from callbacks.run_folder.folder import RunFolder
 from datamodules.results import Measurement, ResultsStore
 from datamodules.settings import describe, settings_digest
@@ -248,3 +248,15 @@ def test_a_run_of_several_micro_batches_does_not_go_on_with_other_rows(parts: in
     begun = {key: value for key, value in now.items() if key != ORDER}
     assert differences(now, now) == []
     assert [text.split(":")[0] for text in differences(begun, now)] == ([ORDER] if parts > 1 else [])
+
+
+def test_an_evaluation_may_merge_adapters_its_own_way_and_a_training_may_not() -> None:
+    """How attacks compute with the weights is not what the weights are; a rank is."""
+    model = "lightning_modules.adversarial.AdversarialFineTuning"
+    then, merged, other = (
+        decisive({"model": {"class_path": model, "init_args": {"base": {"lora": lora}}}})
+        for lora in ({"r": 4}, {"r": 4, "merge": "rounded"}, {"r": 8})
+    )
+    assert differences(then, merged, LOADING) == []
+    assert [text.split(":")[0] for text in differences(then, merged)] == ["model.base.lora.merge"]
+    assert [text.split(":")[0] for text in differences(then, other, LOADING)] == ["model.base.lora.r"]
