@@ -38,6 +38,7 @@ STUDIES = {
     "smollm2": "smollm2",
     **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "inside", "trade_off")},
     "smollm2_injection": "injection_smollm2",
+    "smollm2_injection_tickets": "injection_tickets_smollm2",
     **{
         name: f"{name}_tinychat"
         for name in (
