@@ -37,13 +37,11 @@ tinychat: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
 # CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Trainings go on where they were stopped, replies (minutes) begin again.
-# The base's weights are bf16 where the CPU multiplies them, which is faster there and much slower elsewhere.
-BF16 := $(if $(shell grep -m1 -o -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),--config configs/model/bf16.yaml)
 smollm2: runs/smollm2_aligned_seed0/model_merged/config.json
-	$(BIN)/thundercat fit --config configs/experiment/cat_smollm2.yaml $(BF16) --ckpt_path last
+	$(BIN)/thundercat fit --config configs/experiment/cat_smollm2.yaml --ckpt_path last
 
 runs/smollm2_aligned_seed0/model_merged/config.json: | runs/smollm2_replies/predictions.jsonl
-	$(BIN)/thundercat fit --config configs/experiment/smollm2_aligned.yaml $(BF16) --ckpt_path last
+	$(BIN)/thundercat fit --config configs/experiment/smollm2_aligned.yaml --ckpt_path last
 
 # Every defence of the study, judged: hours on 2 cores. What is done is kept.
 smollm2-study: runs/smollm2_replies/predictions.jsonl

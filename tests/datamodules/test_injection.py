@@ -25,6 +25,7 @@ from datamodules.text.chat_format import ChatFormat
 from datamodules.text.data_part import DataMarks
 from datamodules.text.opening import plain
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
+from experiments.config.compose import compose
 
 DOCUMENT = "baker: red drum\nguard: blue hat"
 
@@ -99,13 +100,15 @@ def test_other_people_s_records_as_secrets_share_nothing_between_splits_either()
 
 
 def test_tickets_as_the_recipe_splits_their_kinds_share_nothing_either() -> None:
-    """configs/experiment/injection_tickets.yaml: kinds that are listed, whatever split has them otherwise."""
-    kinds: dict[Split, list[Kind]] = {
-        "train": ["line", "copy"],
-        "validation": ["table"],
-        "test": ["record", "secret"],
-    }
-    rows = {split: injected(split, 150, kinds[split]) for split in SPLITS}
+    """Kinds that configs/experiment/injection_tickets.yaml lists, whatever split has them otherwise."""
+    rows = {}
+    for split in SPLITS:
+        data = compose(
+            ["configs/experiment/injection_tickets.yaml"], [("vars.split", split)] if split != "train" else []
+        )["data"]["init_args"]
+        own = (data if split == "train" else data["evaluation"])["harmful"][0]["init_args"]
+        assert own["split"] == split
+        rows[split] = injected(split, 150, own["kinds"])
     for one, other in combinations(SPLITS, 2):
         for what in ("data", "target", "forbidden", "category", "functional"):
             assert not {getattr(row, what) for row in rows[one]} & {getattr(r, what) for r in rows[other]}
