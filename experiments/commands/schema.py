@@ -87,7 +87,7 @@ def schema() -> Schema:
         "else": {
             # What a run is judged on may be a file of its own (configs/data/sets).
             "if": {"anyOf": [{"required": [name]} for name in (*SUBJECTS, "blocks")]},
-            "then": _fields(EvaluationSets, {}),
+            "then": _fields(EvaluationSets, {}, {"vars": top["vars"]}),
             "else": {"type": "object", "properties": top, "additionalProperties": False},
         },
         "$defs": {"class": node, **definitions},
@@ -102,8 +102,9 @@ def _class(path: str) -> type | None:
     return cls if usable else None
 
 
-def _fields(cls: type, fields: Mapping[str, Any]) -> Schema:
-    """The schema of a constructor's arguments; `fields` are annotations that say more than its own."""
+def _fields(cls: type, fields: Mapping[str, Any], beside: Mapping[str, Schema] | None = None) -> Schema:
+    """The schema of a constructor's arguments; `fields` are annotations that say more than its own, `beside`
+    is what may stand beside them."""
     try:
         hints = {**typing.get_type_hints(cls.__init__, include_extras=True), **fields}  # type: ignore[misc]
         parameters = parameters_of(cls)
@@ -119,7 +120,8 @@ def _fields(cls: type, fields: Mapping[str, Any]) -> Schema:
         }
         appended[f"{name}+"] = {"type": "array"}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {"type": "object", "properties": properties | appended, "additionalProperties": open_ended}
+    properties |= appended | dict(beside or {})
+    return {"type": "object", "properties": properties, "additionalProperties": open_ended}
 
 
 def _value(hint: Any) -> Schema:
