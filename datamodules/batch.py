@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,6 +22,16 @@ from torch import Tensor
 from datamodules.rows import Turn
 from datamodules.text.envelope import Envelope
 from datamodules.text.spans import Attackable, attackable_in
+
+
+class RowLengths(NamedTuple):
+    """What a row's masks say, for the host, which would wait to read them from a GPU: tokens of its prompt,
+    of its harmful and of its safe reply, and of the prompt those before the first attackable one."""
+
+    prompt: int
+    harmful: int
+    safe: int
+    fixed: int
 
 
 class _Movable:
@@ -64,12 +74,17 @@ class AdversarialBatch(_Movable):
     """The trusted instructions before `prompts` where those are documents; None elsewhere."""
     documents: tuple[str | None, ...] = ()
     """The documents behind `prompts` where those are the users' texts; None where there is none."""
-    lengths: tuple[tuple[int, int, int], ...] = ()
-    """Tokens of each row's prompt, harmful and safe reply: what the masks say, for the host, which would wait
-    to read them from a GPU. Empty where unknown; whoever changes a mask leaves it empty."""
+    lengths: tuple[RowLengths, ...] = ()
+    """Empty where unknown; whoever changes a mask leaves it empty."""
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
+
+    def counted(self) -> tuple[RowLengths, ...]:
+        """The lengths, read from the masks."""
+        before = self.prompt_mask & (self.attackable_mask.cumsum(1) == 0)
+        masks = (self.prompt_mask, self.harmful_mask, self.safe_mask, before)
+        return tuple(RowLengths(*own) for own in torch.stack([mask.sum(1) for mask in masks], 1).tolist())
 
     def envelope(self, row: int) -> Envelope:
         """What stands around a row's text."""
@@ -125,9 +140,7 @@ class AdversarialBatch(_Movable):
                     f"expected {name} right-padded with at least one token per row, got an empty or "
                     "left-padded reply"
                 )
-        masks = (self.prompt_mask, self.harmful_mask, self.safe_mask)
-        counted = zip(*(mask.sum(1).tolist() for mask in masks), strict=True)
-        if self.lengths and self.lengths != tuple(counted):
+        if self.lengths and self.lengths != self.counted():
             raise ValueError("expected lengths as the masks have them, got others; leave them empty")
         if (self.attackable_mask & ~self.prompt_mask).any():
             raise ValueError("expected attackable_mask within prompt_mask, got attackable padding")

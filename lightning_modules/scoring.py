@@ -24,13 +24,13 @@ def score_replies(
 
     Raises: ValueError for begun replies with a reference, whose scores are of whole replies.
     """
-    _, harmful_lengths, safe_lengths = zip(*batch.lengths, strict=True) if batch.lengths else ((), (), ())
-    safe_reply = Reply(batch.safe_ids, batch.safe_mask, safe_lengths)
+    safe_reply = Reply(batch.safe_ids, batch.safe_mask, tuple(own.safe for own in batch.lengths))
     if reference is not None and any(attacked.forced):
         raise ValueError(
             "model.attack: expected an attack that begins no reply beside an objective with a reference, "
             "whose scores are of whole replies; use another attack, or an objective without one"
         )
+    harmful_lengths = tuple(own.harmful for own in batch.lengths)
     harmful_reply = Reply(batch.harmful_ids, batch.harmful_mask, harmful_lengths)
     harmful_reply = remaining(harmful_reply, attacked.forced)
     with attacked.applied(model) as embeds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Protocol, TypeVar
 
 import torch
@@ -191,7 +191,7 @@ def adversarial_batch(examples: Sequence[EncodedHarmful], attackable: Attackable
     attack, _ = pad([[int(a) for a in e.prompt.attackable(attackable)] for e in examples], "left")
     harmful_ids, harmful_mask = pad([e.harmful for e in examples], "right")
     safe_ids, safe_mask = pad([e.safe for e in examples], "right")
-    return AdversarialBatch(
+    batch = AdversarialBatch(
         example_id=torch.tensor([example_id(e.row.key) for e in examples]),
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -205,8 +205,8 @@ def adversarial_batch(examples: Sequence[EncodedHarmful], attackable: Attackable
         targets=tuple(e.row.target for e in examples),
         instructions=tuple(e.row.prompt if _is_document(e, attackable) else None for e in examples),
         documents=tuple(None if _is_document(e, attackable) else e.prompt.data for e in examples),
-        lengths=tuple((len(e.prompt.ids), len(e.harmful), len(e.safe)) for e in examples),
-    ).validate()
+    )
+    return replace(batch, lengths=batch.counted()).validate()
 
 
 def _is_document(example: EncodedHarmful, attackable: Attackable) -> bool:

@@ -4,6 +4,7 @@ tokenizer's lengths."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,8 +55,8 @@ def equal_rows(
         full(reply),
         ids(reply),
         full(reply),
-        lengths=((prompt, reply, reply),) * ADVERSARIAL_ROWS,
     )
+    batch = replace(batch, lengths=batch.counted())
     conversations = ids(prompt + reply)
     labels = conversations.clone()
     labels[:, :prompt] = -100

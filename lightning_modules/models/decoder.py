@@ -56,7 +56,7 @@ def decode(
         replies: how many scored replies each row holds.
     """
     hidden = hidden_states(module, embeds, attention_mask, positions, cache)
-    count_passes(hidden, len(hidden) * replies)
+    count_passes(hidden, len(embeds) * replies)
     return hidden
 
 

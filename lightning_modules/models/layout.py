@@ -45,10 +45,12 @@ def decode_whole(
     return decode(module, embeds, attention, torch.arange(width, device=embeds.device)[None], cache)
 
 
-def causal_attention(module: nn.Module, width: int, device: torch.device) -> tuple[Any, Cache]:
-    """What a decoder takes as masks and cache for rows of this width that begin at position 0 and are padded
-    at their end only: None where its kernel needs no mask."""
-    cache = Uncached()
+def causal_attention(
+    module: nn.Module, width: int, device: torch.device, cache: Uncached | None = None
+) -> tuple[Any, Uncached]:
+    """What a decoder takes as masks and cache for rows of this width that follow what a cache holds, by
+    default nothing, and are padded at their end only: None where its kernel needs no mask."""
+    cache = Uncached() if cache is None else cache
     # Only the shape, the type and the device of the embeddings are asked for.
     embeds = torch.empty(1, width, 1, dtype=weight_dtype(module), device=device)
     made = create_masks_for_generate(text_config(module), embeds, None, cache)
@@ -63,6 +65,10 @@ class Uncached(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+
+    def rows(self, index: Int[Tensor, " row"]) -> Uncached:
+        """For some of the rows."""
+        return self
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -2,8 +2,8 @@
 
 A batch pads prompts on the left and replies on the right. Here each row's prompt and reply stand together and
 all padding at its end, where no token looks under causal attention: rows are shorter, and need no mask, so
-that a kernel may be used that takes none. Masks are read once at most, when the rows are made; scoring them
-waits for nothing.
+that a kernel may be used that takes none. What stands before the first place that changes is computed once.
+Masks are read once at most, when the rows are made; scoring them waits for nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import Cache
 
+from lightning_modules.models.beginning import Beginning
 from lightning_modules.models.decoder import decode, hidden_states, target_log_probs, weight_dtype
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.layout import causal_attention
 from lightning_modules.models.passes import count_passes
+from lightning_modules.models.tail import positions_read
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class PackedRows:
         reply: what is scored; its last token is not fed.
         prompt_lengths: tokens of each prompt, where the host knows them: with the reply's it then waits for
             nothing.
+        fixed: so many first tokens of every row are scored as they are, whatever they are said to be.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class PackedRows:
         prompt_mask: Bool[Tensor, "batch prompt"],
         reply: Reply,
         prompt_lengths: Sequence[int] = (),
+        fixed: int = 0,
     ) -> None:
         self._compiled = model.compiled
         self.module, self.reply = model.module, reply
@@ -65,12 +69,19 @@ class PackedRows:
         ids = torch.cat([prompt_ids, reply.ids], dim=1).gather(1, column)
         self.clean: Float[Tensor, "batch place dim"] = model.embed(ids).detach()
         """Embeddings of prompts and replies."""
-        predicting = own - 1 + torch.arange(reply.ids.shape[1], device=device)
-        first = torch.arange(len(own), device=device)[:, None] * self.width
-        self._predicting = first + predicting.clamp_max(self.width - 1)
+        # Dynamo would make the graph again for every batch's beginning.
+        begun = (
+            None if self._compiled or not fixed else Beginning.computed(self.module, self.clean[:, :fixed])
+        )
+        self._fixed = 0 if begun is None else fixed
+        self.computed = self.width - self._fixed
+        """Places of a row that are computed each time."""
+        predicting = own - 1 - self._fixed + torch.arange(reply.ids.shape[1], device=device)
+        first = torch.arange(len(own), device=device)[:, None] * self.computed
+        self._predicting = first + predicting.clamp_max(self.computed - 1)
         self._scored = reply.scored
-        self._attention, self._cache = causal_attention(self.module, self.width, device)
-        self._positions = place
+        self._attention, self._cache = causal_attention(self.module, self.computed, device, begun)
+        self._positions = place[:, self._fixed :]
 
     def placed(self, values: Tensor) -> Tensor:
         """(batch, prompt, ...) -> (batch, place, ...): values of the prompts' columns, 0 at the replies."""
@@ -94,21 +105,24 @@ class PackedRows:
 
         Raises: ValueError where a graph is asked for and cannot be made.
         """
-        own = embeds.to(weight_dtype(self.module))
-        scored, predicting, ids = self._scored, self._predicting, self.reply.ids
+        own = embeds.to(weight_dtype(self.module))[:, self._fixed :]
+        scored, predicting, ids, cache = self._scored, self._predicting, self.reply.ids, self._cache
         if rows is not None:
             scored, ids = Reply(ids[rows], self.reply.mask[rows]).scored, ids[rows]
             moved = torch.arange(len(rows), device=rows.device) - rows
-            predicting = predicting[rows] + moved[:, None] * self.width
-        given = self._attention, self._positions, self._cache
+            predicting, cache = predicting[rows] + moved[:, None] * self.computed, cache.rows(rows)
+        given = self._attention, self._positions, cache
         where, targets = predicting.flatten()[scored], ids.flatten()[scored]
         # Without a gradient an attack scores once, at its end: not worth a graph of its own.
         if self._compiled and rows is None and own.requires_grad:
             scores = _scored_by_graph(self.module, own, *given, where, targets)
             count_passes(scores, len(own))
         else:
-            hidden = decode(self.module, own, *given).flatten(0, 1)
-            scores = target_log_probs(self.module, hidden.index_select(0, where), targets)
+            with positions_read(self.module, where) as cut:
+                hidden = decode(self.module, own, *given)
+            if not cut:
+                hidden = hidden.flatten(0, 1).index_select(0, where)
+            scores = target_log_probs(self.module, hidden, targets)
         whole = torch.zeros(ids.numel(), dtype=scores.dtype, device=scores.device)
         return whole.index_copy(0, scored, scores).view(ids.shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,8 +75,8 @@ def test_an_attack_s_iterations_wait_for_nothing(size: int, merged: bool) -> Non
     benchmark.pgd(1)(model, batch)
     one, many = (benchmark.counted(lambda n: benchmark.pgd(n)(model, batch), n) for n in (1, 6))
     assert one.syncs == many.syncs
-    # The scored positions, and how long the longest row is.
-    assert one.syncs == {"nonzero": 1, "scalar read": 1}
+    # How long each row is, and where it may be changed.
+    assert one.syncs == {"copy to the host": 1}
 
 
 class _Costs(CostMonitor):
@@ -113,9 +114,7 @@ def test_an_optimiser_step_waits_for_nothing(tmp_path: Path, checkpointed: bool)
 
 
 def with_lengths(batch: AdversarialBatch) -> AdversarialBatch:
-    masks = (batch.prompt_mask, batch.harmful_mask, batch.safe_mask)
-    lengths = tuple(zip(*(mask.sum(1).tolist() for mask in masks), strict=True))
-    return replace(batch, lengths=lengths).validate()
+    return replace(batch, lengths=batch.counted()).validate()
 
 
 def test_an_attack_that_is_told_the_lengths_waits_for_nothing_at_all() -> None:
@@ -137,7 +136,8 @@ def test_merging_halves_an_iteration() -> None:
 
 def test_the_gcg_step_and_its_yardstick_are_counted() -> None:
     figures = benchmark.measure("GCG", benchmark.gcg_step(1), 1, repeats=1)["figures"]
-    assert all(side["kernels"] > 0 and side["host_milliseconds"] > 0 for side in figures.values())
+    # Times are differences of two calls': on a busy machine either may be the longer one.
+    assert all(side["kernels"] > 0 and math.isfinite(side["host_milliseconds"]) for side in figures.values())
 
 
 def test_a_gcg_step_waits_twice() -> None:

@@ -19,6 +19,7 @@ from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.loading import LoraSettings, ModelConfig
 from lightning_modules.models.norms import short_norms
 from lightning_modules.models.packed import PackedRows
+from lightning_modules.models.passes import PassCounter
 from lightning_modules.pretrained import PretrainedModel
 from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model, utility
 from tests.support.adapters import lora
@@ -146,6 +147,7 @@ def test_merged_adapters_compute_the_same_and_leave_no_trace() -> None:
     assert torch.equal(model(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize("fixed", [0, 2], ids=["all anew", "beginnings once"])
 @pytest.mark.parametrize("size", [1, 3], ids=["no padding", "padding"])
 @pytest.mark.parametrize(
     ("family", "implementation"),
@@ -156,16 +158,22 @@ def test_merged_adapters_compute_the_same_and_leave_no_trace() -> None:
         if (family, kind) != ("gemma2", "sdpa")
     ],
 )
-def test_rows_without_gaps_score_as_the_batch_does(family: str, size: int, implementation: str) -> None:
+def test_rows_without_gaps_score_as_the_batch_does(
+    family: str, size: int, implementation: str, fixed: int
+) -> None:
     module, batch = tiny_model(family, torch.float64), ragged_batch(size=size)
     module.set_attn_implementation(implementation)
     model, reply = LanguageModel(module), Reply(batch.harmful_ids, batch.harmful_mask)
     noise = torch.randn(*batch.prompt_ids.shape, 32, generator=torch.Generator().manual_seed(0)).double()
-    noise = (noise * batch.prompt_mask[..., None]).requires_grad_()
+    touched = batch.prompt_mask & (batch.prompt_mask.cumsum(1) > fixed)
+    noise = (noise * touched[..., None]).requires_grad_()
     (expected,) = model.reply_log_probs(model.embed(batch.prompt_ids) + noise, batch.prompt_mask, reply)
     (gradient,) = torch.autograd.grad(expected.sum(), noise)
     with model.frozen():
-        rows = PackedRows(model, batch.prompt_ids, batch.prompt_mask, reply)
+        with PassCounter() as passes:
+            rows = PackedRows(model, batch.prompt_ids, batch.prompt_mask, reply, fixed=fixed)
+        assert passes.total == 0
+        assert rows.computed == rows.width - fixed
         assert torch.equal(rows.returned(rows.placed(noise)), noise)
         scores = rows.log_probs(rows.clean + rows.placed(noise))
         (own,) = torch.autograd.grad(scores.sum(), noise)
@@ -174,7 +182,8 @@ def test_rows_without_gaps_score_as_the_batch_does(family: str, size: int, imple
     lengths = batch.prompt_mask.sum(1) + batch.harmful_mask.sum(1)
     assert rows.width == int(lengths.max()) - 1
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(own, gradient, atol=1e-6, rtol=0)
+    gradient = gradient * touched[..., None]
+    torch.testing.assert_close(own * touched[..., None], gradient, atol=1e-6, rtol=0)
     torch.testing.assert_close(some, expected[-1], atol=1e-6, rtol=0)
 
 

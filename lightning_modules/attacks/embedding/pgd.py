@@ -131,9 +131,11 @@ class EmbeddingPGD:
         require_gradients(self)
         radius, step = self.lengths(model)
         with model.frozen():
-            prompts, targets, _ = zip(*batch.lengths, strict=True) if batch.lengths else ((), (), ())
-            reply = Reply(batch.harmful_ids, batch.harmful_mask, targets)
-            rows = PackedRows(model, batch.prompt_ids, batch.prompt_mask, reply, prompts)
+            lengths = batch.lengths or batch.counted()
+            reply = Reply(batch.harmful_ids, batch.harmful_mask, tuple(own.harmful for own in lengths))
+            prompts = [own.prompt for own in lengths]
+            fixed = min(own.fixed for own in lengths)
+            rows = PackedRows(model, batch.prompt_ids, batch.prompt_mask, reply, prompts, fixed)
 
             def loss(
                 point: Float[Tensor, "active place dim"], active: Int[Tensor, " active"]

@@ -75,7 +75,7 @@ class BegunReply:
 
     def _counts(self, batch: AdversarialBatch, rng: torch.Generator | None) -> list[int]:
         """How many tokens each reply is begun with."""
-        lengths = [own[1] for own in batch.lengths] or batch.harmful_mask.sum(1).tolist()
+        lengths = [own.harmful for own in batch.lengths or batch.counted()]
         counts = []
         for length, own in zip(lengths, example_rngs(batch, rng), strict=True):
             most = min(self.longest, length - 1)

@@ -93,14 +93,8 @@ class RandomAblation:
 
     def _drawn(self, batch: AdversarialBatch, rng: torch.Generator | None) -> dict[int, Tensor]:
         """Layer -> where each example loses its direction, by the example's own random state."""
-        lengths = batch.lengths or tuple(
-            zip(
-                *(own.sum(1).tolist() for own in (batch.prompt_mask, batch.harmful_mask, batch.safe_mask)),
-                strict=True,
-            )
-        )
         # A begun reply stands in the prompt, and the safe one behind it.
-        sizes = [sum(own) for own in lengths]
+        sizes = [own.prompt + own.harmful + own.safe for own in batch.lengths or batch.counted()]
         where = {layer: torch.zeros(len(batch), max(sizes), dtype=torch.bool) for layer in self._vectors}
         for row, (size, own) in enumerate(zip(sizes, example_rngs(batch, rng), strict=True)):
             if torch.rand((), generator=own).item() >= self.examples:

@@ -1,0 +1,61 @@
+"""The beginning of rows that are scored many times, where it stays the same: computed once.
+
+What an attack may not touch before its first position (a template, a system message, the instruction before a
+document) has the same keys and values whatever it does behind. They carry no gradient to it either.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lightning_modules.models.decoder import hidden_states
+from lightning_modules.models.layout import Uncached, causal_attention
+from lightning_modules.models.tail import last_positions
+
+Layer = tuple[Float[Tensor, "row head place dim"], Float[Tensor, "row head place dim"]]
+
+
+class Beginning(Uncached):
+    """What the decoder takes for a cache: keys and values of the rows' first `length` places, to which it
+    adds nothing."""
+
+    def __init__(self, layers: tuple[Layer, ...], length: int) -> None:
+        super().__init__()
+        self._layers, self.length = layers, length
+
+    @classmethod
+    def computed(cls, module: nn.Module, embeds: Float[Tensor, "row place dim"]) -> Self | None:
+        """Of rows without padding, without a gradient; None where a decoder keeps anything else than keys and
+        values of every place. No pass is counted: each later one counts as a whole."""
+        length, cache = embeds.shape[1], DynamicCache()
+        attention, _ = causal_attention(module, length, embeds.device)
+        places = torch.arange(length, device=embeds.device)[None]
+        with torch.no_grad(), last_positions(module, 1):
+            hidden_states(module, embeds, attention, places, cache)
+        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+        whole = all(keys is not None and keys.shape[-2] == length for keys, _ in layers)
+        return cls(layers, length) if layers and whole else None
+
+    def rows(self, index: Int[Tensor, " row"]) -> Beginning:
+        """Of some of the rows."""
+        return Beginning(tuple((keys[index], values[index]) for keys, values in self._layers), self.length)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self._layers[layer_idx]
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.length + query_length, 0
