@@ -35,7 +35,7 @@ ADVERSARIAL_ROWS, MICRO_BATCH, UTILITY_BATCHES, MAX_LENGTH = 8, 8, 7, 256
 def equal_rows(
     vocabulary: int, prompt: int = 128, reply: int = 32
 ) -> tuple[AdversarialBatch, list[UtilityBatch]]:
-    """Random rows without any padding; the first 24 prompt tokens are the template's."""
+    """Random rows without any padding; the first 24 prompt tokens are the template's, or all but the last."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ def equal_rows(
         return torch.ones(ADVERSARIAL_ROWS, length, dtype=torch.bool)
 
     attackable = full(prompt)
-    attackable[:, :24] = False
+    attackable[:, : min(24, prompt - 1)] = False
     batch = AdversarialBatch(
         torch.arange(ADVERSARIAL_ROWS),
         ids(prompt),
@@ -56,7 +56,7 @@ def equal_rows(
         ids(reply),
         full(reply),
     )
-    batch = replace(batch, lengths=batch.counted())
+    batch = replace(batch, lengths=batch.counted()).validate()
     conversations = ids(prompt + reply)
     labels = conversations.clone()
     labels[:, :prompt] = -100
