@@ -28,6 +28,10 @@ from lightning_modules.models.tail import positions_read
 
 log = logging.getLogger(__name__)
 
+WORTH = 0.25
+"""Share of a row that must stand before the first place that changes: reading it from memory takes up to 13
+kernels a layer and iteration, which a smaller share would hardly pay for."""
+
 
 class PackedRows:
     """The rows of a batch.
@@ -39,7 +43,8 @@ class PackedRows:
         reply: what is scored; its last token is not fed.
         prompt_lengths: tokens of each prompt, where the host knows them: with the reply's it then waits for
             nothing.
-        fixed: so many first tokens of every row are scored as they are, whatever they are said to be.
+        fixed: so many first tokens of every row do not change; where they are WORTH of the rows or more,
+            what `log_probs` is given of them is not looked at.
     """
 
     def __init__(
@@ -70,9 +75,8 @@ class PackedRows:
         self.clean: Float[Tensor, "batch place dim"] = model.embed(ids).detach()
         """Embeddings of prompts and replies."""
         # Dynamo would make the graph again for every batch's beginning.
-        begun = (
-            None if self._compiled or not fixed else Beginning.computed(self.module, self.clean[:, :fixed])
-        )
+        worth = not self._compiled and fixed >= WORTH * self.width
+        begun = Beginning.computed(self.module, self.clean[:, :fixed]) if worth else None
         self._fixed = 0 if begun is None else fixed
         self.computed = self.width - self._fixed
         """Places of a row that are computed each time."""
