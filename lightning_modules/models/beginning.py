@@ -11,12 +11,14 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
-from lightning_modules.models.decoder import hidden_states
+from lightning_modules.models.decoder import hidden_states, text_config
 from lightning_modules.models.layout import Uncached, causal_attention
 from lightning_modules.models.tail import last_positions
 
+_BY_LENGTH = ("dynamic", "longrope")
+"""Rotations whose angles depend on the longest position seen: a beginning alone would be turned otherwise."""
 Layer = tuple[Float[Tensor, "row head place dim"], Float[Tensor, "row head place dim"]]
 
 
@@ -27,11 +29,15 @@ class Beginning(Uncached):
     def __init__(self, layers: tuple[Layer, ...], length: int) -> None:
         super().__init__()
         self._layers, self.length = layers, length
+        self._asked: set[int] = set()
 
     @classmethod
     def computed(cls, module: nn.Module, embeds: Float[Tensor, "row place dim"]) -> Self | None:
         """Of rows without padding, without a gradient; None where a decoder keeps anything else than keys and
-        values of every place. No pass is counted: each later one counts as a whole."""
+        values of every place, or where those depend on how long the whole is. No pass is counted: each later
+        one counts as a whole."""
+        if _depends_on_the_whole(text_config(module)):
+            return None
         length, cache = embeds.shape[1], DynamicCache()
         attention, _ = causal_attention(module, length, embeds.device)
         places = torch.arange(length, device=embeds.device)[None]
@@ -48,8 +54,15 @@ class Beginning(Uncached):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self._asked.add(layer_idx)
         keys, values = self._layers[layer_idx]
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    def check(self) -> None:
+        """Raises: RuntimeError where a layer read the rows without their beginning."""
+        asked, self._asked = self._asked, set()
+        if len(asked) != len(self._layers):
+            raise RuntimeError(f"{len(asked)} of {len(self._layers)} layers asked for their beginnings")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -59,3 +72,11 @@ class Beginning(Uncached):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.length + query_length, 0
+
+
+def _depends_on_the_whole(config: PreTrainedConfig) -> bool:
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One for each kind of layer, where they differ.
+    kinds = [own for own in (rope, *rope.values()) if isinstance(own, dict)]
+    turned = any(name in str(own.get("rope_type")) for own in kinds for name in _BY_LENGTH)
+    return turned or bool(getattr(config, "alibi", False))

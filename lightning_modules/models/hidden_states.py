@@ -97,8 +97,8 @@ def _counted(states: Mapping[int, Tensor], layers: Sequence[int]) -> list[Tensor
 
 @contextmanager
 def _hooked(model: LanguageModel, hooks: Mapping[int, Any]) -> Iterator[None]:
-    layers = _layers(model)
-    handles = [layers[number].register_forward_hook(hook) for number, hook in hooks.items()]
+    # Not every decoder names its layers so, and most attacks hook none.
+    handles = [_layers(model)[number].register_forward_hook(hook) for number, hook in hooks.items()]
     try:
         yield
     finally:

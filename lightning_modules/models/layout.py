@@ -70,6 +70,9 @@ class Uncached(Cache):
         """For some of the rows."""
         return self
 
+    def check(self) -> None:
+        """After a pass. Raises: RuntimeError where a layer did not ask for what is held for it."""
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,8 @@ class PackedRows:
         reply: what is scored; its last token is not fed.
         prompt_lengths: tokens of each prompt, where the host knows them: with the reply's it then waits for
             nothing.
-        fixed: so many first tokens of every row do not change; where they are WORTH of the rows or more,
-            what `log_probs` is given of them is not looked at.
+        fixed: so many first tokens of every row do not change, fewer than any prompt has; where they are
+            WORTH of the rows or more, what `log_probs` is given of them is not looked at.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class PackedRows:
         ids = torch.cat([prompt_ids, reply.ids], dim=1).gather(1, column)
         self.clean: Float[Tensor, "batch place dim"] = model.embed(ids).detach()
         """Embeddings of prompts and replies."""
+        # A prompt's last token predicts the reply's first, and is computed with it.
+        fixed = min(fixed, *(length - 1 for length in prompt_lengths))
         # Dynamo would make the graph again for every batch's beginning.
         worth = not self._compiled and fixed >= WORTH * self.width
         begun = Beginning.computed(self.module, self.clean[:, :fixed]) if worth else None
@@ -123,9 +125,9 @@ class PackedRows:
             count_passes(scores, len(own))
         else:
             with positions_read(self.module, where) as cut:
-                hidden = decode(self.module, own, *given)
-            if not cut:
-                hidden = hidden.flatten(0, 1).index_select(0, where)
+                hidden = decode(self.module, own, *given).flatten(0, 1)
+            cache.check()
+            hidden = hidden if cut else hidden.index_select(0, where)
             scores = target_log_probs(self.module, hidden, targets)
         whole = torch.zeros(ids.numel(), dtype=scores.dtype, device=scores.device)
         return whole.index_copy(0, scored, scores).view(ids.shape)

@@ -41,10 +41,12 @@ class Removal:
 def removed(model: LanguageModel, removal: Removal | None) -> Iterator[None]:
     """The batch that the removal was made for is read without its directions while the context lasts; None
     changes nothing."""
+    if removal is None:
+        yield
+        return
     handles = []
     layers = causal_lm(model.module).get_decoder().layers
-    for number, where in (removal.where if removal is not None else {}).items():
-        assert removal is not None
+    for number, where in removal.where.items():
         vector = removal.vectors[number]
         hook = _hook(vector / vector.norm(), where)
         handles.append(layers[number].register_forward_hook(hook, with_kwargs=True))

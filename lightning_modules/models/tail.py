@@ -33,8 +33,9 @@ def last_positions(module: nn.Module, count: int) -> Iterator[bool]:
 
 @contextmanager
 def positions_read(module: nn.Module, where: Int[Tensor, " read"]) -> Iterator[bool]:
-    """The same for positions by their numbers in the flattened batch: states are then (read, dim)."""
-    with _read(module, lambda states: states.flatten(0, 1).index_select(0, where)) as done:
+    """The same for positions by their numbers in the flattened batch: states are then (1, read, dim), since
+    mixtures of experts ask for three dimensions."""
+    with _read(module, lambda states: states.flatten(0, 1).index_select(0, where)[None]) as done:
         yield done
 
 
