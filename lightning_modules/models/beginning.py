@@ -11,14 +11,13 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 
 from lightning_modules.models.decoder import hidden_states, text_config
 from lightning_modules.models.layout import Uncached, causal_attention
+from lightning_modules.models.rotations import same_angles
 from lightning_modules.models.tail import last_positions
 
-_BY_LENGTH = ("dynamic", "longrope")
-"""Rotations whose angles depend on the longest position seen: a beginning alone would be turned otherwise."""
 Layer = tuple[Float[Tensor, "row head place dim"], Float[Tensor, "row head place dim"]]
 
 
@@ -32,11 +31,12 @@ class Beginning(Uncached):
         self._asked: set[int] = set()
 
     @classmethod
-    def computed(cls, module: nn.Module, embeds: Float[Tensor, "row place dim"]) -> Self | None:
-        """Of rows without padding, without a gradient; None where a decoder keeps anything else than keys and
-        values of every place, or where those depend on how long the whole is. No pass is counted: each later
-        one counts as a whole."""
-        if _depends_on_the_whole(text_config(module)):
+    def computed(cls, module: nn.Module, embeds: Float[Tensor, "row place dim"], width: int) -> Self | None:
+        """Of rows of `width` places in all, without padding, without a gradient; None where a decoder keeps
+        anything else than keys and values of every place, or where those depend on how long the whole is. No
+        pass is counted: each later one counts as a whole."""
+        config = text_config(module)
+        if not same_angles(config, embeds.shape[1], width) or getattr(config, "alibi", False):
             return None
         length, cache = embeds.shape[1], DynamicCache()
         attention, _ = causal_attention(module, length, embeds.device)
@@ -72,11 +72,3 @@ class Beginning(Uncached):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.length + query_length, 0
-
-
-def _depends_on_the_whole(config: PreTrainedConfig) -> bool:
-    rope = getattr(config, "rope_parameters", None) or {}
-    # One for each kind of layer, where they differ.
-    kinds = [own for own in (rope, *rope.values()) if isinstance(own, dict)]
-    turned = any(name in str(own.get("rope_type")) for own in kinds for name in _BY_LENGTH)
-    return turned or bool(getattr(config, "alibi", False))

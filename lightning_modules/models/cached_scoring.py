@@ -9,10 +9,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from lightning_modules.models.decoder import decode, log_probs_at, logits_of, scores_at, weight_dtype
+from lightning_modules.models.decoder import (
+    decode,
+    log_probs_at,
+    logits_of,
+    scores_at,
+    text_config,
+    weight_dtype,
+)
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.masks import positions_of
 from lightning_modules.models.prefix_cache import PrefixCache
+from lightning_modules.models.rotations import same_angles
 from lightning_modules.models.shared_prefix import can_share, decode_shared
 from lightning_modules.models.tail import last_positions
 
@@ -120,11 +128,21 @@ def _continued_by(
     whole = torch.cat([embeds.to(weight_dtype(model.module)), model.embed(reply.fed.ids)], dim=1)
     with last_positions(model.module, reply.ids.shape[1]):
         if names is not None and not embeds.requires_grad and can_share(model.module, prefix, whole.shape[1]):
+            _check_angles(model, prefix, whole.shape[1])
             hidden = decode_shared(model.module, prefix, rows, names, whole)
         else:
             fed = torch.cat([mask, reply.fed.mask], dim=1)
             hidden = _continue(model, prefix, rows, whole, fed)
     return hidden[:, -reply.ids.shape[1] :]
+
+
+def _check_angles(model: LanguageModel, prefix: PrefixCache, rest: int) -> None:
+    if not same_angles(text_config(model.module), prefix.length, prefix.length + rest):
+        raise ValueError(
+            f"prompts of {prefix.length} tokens with {rest} more behind them: beyond a length that these "
+            "pass this model turns its keys by the longest position, so that a beginning cannot be shared; "
+            "shorten prompts or targets"
+        )
 
 
 def _continue(
@@ -136,6 +154,7 @@ def _continue(
     cache: Cache | None = None,
 ) -> Float[Tensor, "row rest dim"]:
     """Final hidden states of embeddings that continue cached beginnings."""
+    _check_angles(model, prefix, embeds.shape[1])
     whole = torch.cat([prefix.mask[rows], mask], dim=1)
     positions = positions_of(whole)[:, prefix.length :]
     return decode(model.module, embeds, whole, positions, cache or prefix.rows(rows))

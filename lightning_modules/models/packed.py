@@ -78,7 +78,7 @@ class PackedRows:
         fixed = min(fixed, *(length - 1 for length in prompt_lengths))
         # Dynamo would make the graph again for every batch's beginning.
         worth = not self._compiled and fixed >= WORTH * self.width
-        begun = Beginning.computed(self.module, self.clean[:, :fixed]) if worth else None
+        begun = Beginning.computed(self.module, self.clean[:, :fixed], self.width) if worth else None
         self._fixed = 0 if begun is None else fixed
         self.computed = self.width - self._fixed
         """Places of a row that are computed each time."""

@@ -3,6 +3,7 @@ is said."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.models import packed
+from lightning_modules.models.cached_scoring import continued_log_probs, prefix_cache
 from lightning_modules.models.language_model import LanguageModel, Reply
 from lightning_modules.models.packed import PackedRows
 from tests.conftest import SHAPE, VOCABULARY, ragged_batch, tiny_model
@@ -27,7 +29,7 @@ from tests.conftest import SHAPE, VOCABULARY, ragged_batch, tiny_model
 
 def model_of(config: PreTrainedConfig) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(AutoModelForCausalLM.from_config(config).eval())
+    return LanguageModel(AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval())
 
 
 def rows_of(model: LanguageModel, fixed: int, size: int = 2) -> PackedRows:
@@ -40,7 +42,9 @@ def rows_of(model: LanguageModel, fixed: int, size: int = 2) -> PackedRows:
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
 ROTATIONS = {
     "longrope": Phi3Config(
-        **SHAPE, rope_parameters=LONG | {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+        **SHAPE,
+        original_max_position_embeddings=16,
+        rope_parameters=LONG | {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4},
     ),
     "dynamic": LlamaConfig(
         **SHAPE | {"max_position_embeddings": 16},
@@ -50,12 +54,28 @@ ROTATIONS = {
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)
-def test_a_rotation_that_depends_on_the_length_has_no_beginning(kind: str) -> None:
+def test_a_rotation_that_depends_on_the_length_has_no_beginning_beyond_it(kind: str) -> None:
     """Its keys would be turned for a row as short as they are."""
     model = model_of(ROTATIONS[kind])
     with model.frozen():
         rows = rows_of(model, 12)
-    assert rows.computed == rows.width
+        assert rows.width > 16
+        assert rows.computed == rows.width
+        config = model.module.config
+        config.max_position_embeddings = rows.width
+        config.rope_parameters |= {"original_max_position_embeddings": rows.width}
+        assert rows_of(model, 12).computed == rows.width - 12
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_a_search_for_suffixes_across_that_length_is_refused(kind: str) -> None:
+    model, batch = model_of(ROTATIONS[kind]), ragged_batch(size=1, prompt=12)
+    reply = Reply(batch.harmful_ids, batch.harmful_mask)
+    prefix = prefix_cache(model, batch.prompt_ids, batch.prompt_mask)
+    rest = model.embed(torch.ones(1, 8, dtype=torch.long))
+    own = prefix, torch.tensor([0]), rest, torch.ones(1, 8, dtype=torch.bool), reply
+    with pytest.raises(ValueError, match="12 tokens with 12 more .* shorten prompts or targets"):
+        continued_log_probs(model, *own)
 
 
 @pytest.mark.parametrize(
