@@ -75,7 +75,7 @@ class PackedRows:
         self.clean: Float[Tensor, "batch place dim"] = model.embed(ids).detach()
         """Embeddings of prompts and replies."""
         # A prompt's last token predicts the reply's first, and is computed with it.
-        fixed = min(fixed, *(length - 1 for length in prompt_lengths))
+        fixed = min([fixed, *(length - 1 for length in prompt_lengths)])
         # Dynamo would make the graph again for every batch's beginning.
         worth = not self._compiled and fixed >= WORTH * self.width
         begun = Beginning.computed(self.module, self.clean[:, :fixed], self.width) if worth else None
