@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -135,9 +134,9 @@ def test_merging_halves_an_iteration() -> None:
 
 
 def test_the_gcg_step_and_its_yardstick_are_counted() -> None:
-    figures = benchmark.measure("GCG", benchmark.gcg_step(1), 1, repeats=1)["figures"]
-    # Times are differences of two calls': on a busy machine either may be the longer one.
-    assert all(side["kernels"] > 0 and math.isfinite(side["host_milliseconds"]) for side in figures.values())
+    # Times are differences of two calls', of which one may come out below zero on a busy machine: medians.
+    figures = benchmark.measure("GCG", benchmark.gcg_step(1), 1, repeats=5)["figures"]
+    assert all(side["kernels"] > 0 and side["host_milliseconds"] > 0 for side in figures.values())
 
 
 def test_a_gcg_step_waits_twice() -> None:
