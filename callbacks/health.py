@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 REMEDIES = {
     "zero_gradient": "the gradient was exactly zero: use fp32 or bf16 weights and check the attackable span",
     "loss_not_reduced": "the loss did not fall below its start: use a smaller step_size or step_rule: l2",
+    "no_step": "the attack took no step, its loss began below stop_loss: set a lower stop_loss, or null",
     "budget_unused": "the perturbation stayed inside the ball: use more steps or a larger step_size",
 }
 
@@ -35,7 +36,8 @@ def example_flags(attacked: AttackedPrompt) -> dict[str, Bool[Tensor, " batch"]]
     if len(curve) > 1:
         flags["loss_not_reduced"] = attacked.best_loss >= attacked.start_loss
     if not attacked.distance.isnan().any():
-        flags["budget_unused"] = attacked.distance < 0.99
+        still = (attacked.distance == 0) & (attacked.backward_passes == 0) & ~attacked.zero_gradient
+        flags |= {"no_step": still, "budget_unused": (attacked.distance < 0.99) & ~still}
     return flags
 
 

@@ -162,6 +162,8 @@ class UtilityBatch(_Movable):
     """-100 on every token that is not part of a learned reply; a conversation has several."""
     num_scored: int | None = None
     """How many labels beyond the first column are tokens, for the host; None where unknown."""
+    common: int = 0
+    """So many first tokens are the same in all rows, each before any that predicts a learned one."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

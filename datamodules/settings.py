@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from datamodules.batch import EvaluationBatch
-from datamodules.contents import fingerprint
+from datamodules.contents import LOCK, RUN_FILES, fingerprint
+from datamodules.results import ROWS
 
 
 def contents(batch: EvaluationBatch) -> list[Any]:
@@ -42,8 +43,7 @@ def describe(thing: object) -> Any:
     reply by what is in them.
     """
     if isinstance(thing, str | Path):
-        # Not a run's rows: an attack that reads its own folder's would be another one after every row.
-        content = fingerprint(str(thing))
+        content = _content(str(thing))
         return str(thing) if content is None else {"file": str(thing), "digest": content}
     if thing is None or isinstance(thing, bool | int | float):
         return thing
@@ -64,6 +64,19 @@ def describe(thing: object) -> Any:
     names += [f.name for f in fields(thing)] if is_dataclass(thing) and not names else []  # with slots
     attributes = {name: describe(getattr(thing, name)) for name in names if not name.startswith("_")}
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **attributes}
+
+
+def _content(name: str) -> str | None:
+    """Of what a text names; of a run, its rows and weights, not its reports. A run that is being written to
+    has its name alone: an attack that reads its own run's rows would be another one after every row."""
+    folder = Path(name)
+    try:
+        is_run = bool(name) and (folder / ROWS).is_dir()
+    except (OSError, ValueError):
+        return None  # no path
+    if not is_run:
+        return fingerprint(name)
+    return None if (folder / LOCK).exists() else fingerprint(name, RUN_FILES)
 
 
 def _is_cached(thing: object, name: str) -> bool:

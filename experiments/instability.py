@@ -23,7 +23,8 @@ from callbacks.judges.exact import TargetPrefix
 from callbacks.metrics.estimates import Estimate, rate
 from callbacks.run_folder.folder import RunFolder
 from datamodules.fields import Count
-from datamodules.results import Row, Stage, read_measurements, read_rows
+from datamodules.result_lines import Row, Stage
+from datamodules.results import read_measurements, read_rows
 from experiments.commands.loaded import build, loaded, node_of, run_configuration
 from experiments.config.errors import ConfigError
 from lightning_modules.defences.certificates.k_instability import copy_fails, defence_success, instability

@@ -212,9 +212,14 @@ class AdversarialFineTuning(FineTuning):
         self._require_finite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Beside the weights: what the attack has learned or collected. Raises: FloatingPointError rather
-        than save weights that a loss without a number has spoilt."""
-        self._require_finite()
+        """Beside the weights: what the attack has learned or collected. Raises: FloatingPointError on every
+        process rather than save after a loss without a number on any."""
+        if not self._all_processes(self._finite is None or bool(self._finite[0])):
+            self._require_finite()
+            raise FloatingPointError(
+                f"the loss of another process is not finite by step {self.global_step}: no checkpoint is "
+                "written; lower optimizer.lr, or set a cutoff_away"
+            )
         super().on_save_checkpoint(checkpoint)
         checkpoint["attack"] = state_of(self.attack)
 

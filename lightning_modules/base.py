@@ -87,7 +87,11 @@ class FineTuning(PretrainedModel):
         config = self.optimizer_config
         learning = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            learning, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            learning,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=all(p.is_cuda for p in learning) or None,
         )
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config, total))

@@ -139,10 +139,27 @@ class PretrainedModel(LightningModule):
         return Reference(self.language_model, self.base, self.load_seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop frozen weights from the checkpoint where only adapters learn."""
+        """Drop frozen weights from the checkpoint where only adapters learn.
+
+        Raises: FloatingPointError on every process, before anything is written, where one of them has weights
+            that are not finite: a loss without a number, of another process too, has spoilt them.
+        """
         if has_adapter(self.model):
             learning = {name for name, p in self.named_parameters() if p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in learning}
+        kept = checkpoint["state_dict"].items()
+        spoilt = next((k for k, v in kept if v.is_floating_point() and not v.isfinite().all()), None)
+        if not self._all_processes(spoilt is None):
+            where = f"e.g. {spoilt!r}" if spoilt is not None else "on another process"
+            raise FloatingPointError(
+                f"weights are not finite at step {self.global_step}, {where}: no checkpoint is written; "
+                "lower optimizer.lr, or set a cutoff_away"
+            )
+
+    def _all_processes(self, decision: bool) -> bool:
+        """Whether all of them say so; without a trainer there is one."""
+        trainer = self._trainer
+        return decision if trainer is None else trainer.strategy.reduce_boolean_decision(decision)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint holds exactly the weights that learn here.

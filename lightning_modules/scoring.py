@@ -9,7 +9,8 @@ from datamodules.batch import AdversarialBatch, UtilityBatch
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.losses.base import ReferenceScores, ReplyScores
 from lightning_modules.models.begun import remaining
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.reply import Reply
 
 
 def score_replies(
@@ -43,4 +44,4 @@ def score_utility(
 ) -> tuple[Float[Tensor, "batch token-1"], Bool[Tensor, "batch token-1"]]:
     """Log-probabilities and mask of the utility replies' tokens."""
     own = batch.input_ids, batch.attention_mask, batch.labels
-    return model.labelled_log_probs(*own, batch.num_scored)
+    return model.labelled_log_probs(*own, batch.num_scored, batch.common)

@@ -16,7 +16,7 @@ from callbacks.evaluations.sampling import sample_seed
 from callbacks.health import example_flags
 from callbacks.judges.base import Judge, compared_with, judge_all, label, sees
 from datamodules.batch import EvaluationBatch
-from datamodules.results import Identity, Measurement, Row
+from datamodules.result_lines import Identity, Measurement, Row
 from datamodules.text.spans import Attackable
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.transfer import Found
@@ -182,6 +182,20 @@ def _said(
         {"reply": answer.reply, "counts": counts(model, request, answer)}
         for request, answer in zip(requests, around.answers(prompts, decoding, seed), strict=True)
     ]
+
+
+def relabelled(rows: Sequence[Row], job: Job) -> list[Row]:
+    """Stored rows of a job with what its data says of them now, which decides no reply. Verdicts on a row
+    whose expected reply is another one are dropped: they compared with the old."""
+    found = []
+    for number, row in enumerate(rows):
+        i = number // (1 + job.measurement.samples)
+        own, batch = replace(row), job.batch
+        own.category, own.functional = batch.categories[i], batch.functional[i]
+        if own.expected != batch.expected[i]:
+            own.expected, own.verdicts = batch.expected[i], {}
+        found.append(own)
+    return found
 
 
 def judged(rows: Sequence[Row], judges: Sequence[Judge]) -> list[Row]:

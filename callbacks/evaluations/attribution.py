@@ -23,7 +23,7 @@ from callbacks.evaluations.undisturbed import undisturbed
 from callbacks.report.attributions import MARGIN, QUANTITY, WITHOUT
 from datamodules.batch import EvaluationBatch
 from datamodules.fields import Count, checked
-from datamodules.results import BASE, Identity, Measurement, Row
+from datamodules.result_lines import BASE, Identity, Measurement, Row
 from datamodules.settings import contents, settings_digest
 from lightning_modules.models.attribution import Baseline, contributions
 from lightning_modules.models.frozen import Reference

@@ -28,7 +28,7 @@ from callbacks.report.results import Snapshot
 from callbacks.run_folder.loggers import log_table
 from datamodules.adversarial import AdversarialData
 from datamodules.evaluation import EvaluationData
-from datamodules.results import Row
+from datamodules.result_lines import Row
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.attacks.progress import observed
 from lightning_modules.models.frozen import Reference

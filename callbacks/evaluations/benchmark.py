@@ -25,7 +25,7 @@ from callbacks.evaluations.schedule import Schedule
 from callbacks.evaluations.session import Place
 from callbacks.evaluations.undisturbed import undisturbed
 from datamodules.fields import Count, NonNegativeInt, checked
-from datamodules.results import Identity, Measurement, Row
+from datamodules.result_lines import Identity, Measurement, Row
 from datamodules.settings import settings_digest
 from datamodules.sources.gather import evenly
 from datamodules.sources.questions import QuestionSource

@@ -25,7 +25,7 @@ from callbacks.judges.keyword import KeywordRefusal
 from datamodules.batch import EvaluationBatch
 from datamodules.evaluation import SUBJECTS, Subject
 from datamodules.fields import Count, NonNegativeInt, Positive, Share, checked
-from datamodules.results import Identity, Measurement, Row
+from datamodules.result_lines import Identity, Measurement, Row
 from datamodules.settings import contents, settings_digest
 from lightning_modules.defences.base import marked, requests_of, rng_of
 from lightning_modules.defences.certificates.gaussian import certificate, check_draws

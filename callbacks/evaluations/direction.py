@@ -21,7 +21,7 @@ from callbacks.report.directions import MEAN
 from datamodules.batch import EvaluationBatch
 from datamodules.evaluation import Subject
 from datamodules.fields import checked
-from datamodules.results import Identity, Measurement, Row
+from datamodules.result_lines import Identity, Measurement, Row
 from datamodules.settings import contents, settings_digest
 from lightning_modules.defences.base import requests_of
 from lightning_modules.models.direction_change import Change, changes, last_states

@@ -24,12 +24,13 @@ from callbacks.evaluations.session import Place
 from callbacks.evaluations.undisturbed import undisturbed
 from datamodules.batch import EvaluationBatch
 from datamodules.fields import Count, checked
-from datamodules.results import Identity, Measurement, Row
+from datamodules.result_lines import Identity, Measurement, Row
 from datamodules.settings import contents, settings_digest
 from lightning_modules.losses.distributions import token_kl
 from lightning_modules.models.frozen import Reference
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.logits import reply_logits
+from lightning_modules.models.reply import Reply
 
 DIVERGENCE = "kl_to_base@1"
 """In a judge's place; its score is the KL divergence in nats."""

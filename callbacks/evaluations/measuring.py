@@ -18,7 +18,7 @@ from callbacks.evaluations.base import Evaluation, do, monitored, show_rows
 from callbacks.evaluations.session import Place, Session
 from callbacks.progress import nested
 from datamodules.evaluation import EvaluationData
-from datamodules.results import Stage
+from datamodules.result_lines import Stage
 from lightning_modules.defences.base import Defence
 from lightning_modules.pretrained import PretrainedModel, check_strategy
 

@@ -22,7 +22,7 @@ from callbacks.evaluations.session import Place
 from callbacks.judges.grader import Grader, grade
 from callbacks.report.grades import GRADE
 from datamodules.fields import Count, checked
-from datamodules.results import Identity, Measurement, Row
+from datamodules.result_lines import Identity, Measurement, Row
 from datamodules.settings import settings_digest
 from datamodules.sources.conversations import TURNS, Conversation, GradingPrompt, MTBenchFiles
 from datamodules.sources.gather import evenly
@@ -77,11 +77,12 @@ class MTBenchEvaluation(Evaluation):
 
     def work(self, place: Place, weights: str) -> list[tuple[Measurement, list[Work]]]:
         """One measurement; its chunks are dealt out to the processes in turn."""
-        asked = evenly(self.files.conversations(), self.schedule.rows(place.stage))
+        whole = self.files.conversations()
+        asked = evenly(whole, self.schedule.rows(place.stage))
         prompts = self.files.grading_prompts()
         system = self._data.encoding.system if self._data is not None else None
         chunks = place.parts(asked, self.batch_size)
-        judge = self.grader.label(prompts)
+        judge = self.grader.label(prompts, [own.references for own in whole])
         measurement = place.measurement(
             self.name,
             weights,

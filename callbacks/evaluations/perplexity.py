@@ -27,7 +27,7 @@ from callbacks.evaluations.session import Place
 from callbacks.evaluations.undisturbed import undisturbed
 from datamodules.batch import pad
 from datamodules.fields import Count, checked
-from datamodules.results import Identity, Measurement, Row
+from datamodules.result_lines import Identity, Measurement, Row
 from datamodules.settings import settings_digest
 from datamodules.sources.gather import evenly
 from lightning_modules.models.decoder import text_config

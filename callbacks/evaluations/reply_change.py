@@ -24,7 +24,7 @@ from callbacks.judges.keyword import KeywordRefusal
 from datamodules.batch import EvaluationBatch
 from datamodules.evaluation import EvaluationData, Subject
 from datamodules.fields import Count, checked
-from datamodules.results import BASE, Identity, Measurement, Row
+from datamodules.result_lines import BASE, Identity, Measurement, Row
 from datamodules.settings import contents, settings_digest
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import Encoded, LanguageModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from datamodules.fields import Count, checked
-from datamodules.results import Stage
+from datamodules.result_lines import Stage
 
 
 @checked

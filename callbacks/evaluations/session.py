@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from callbacks.evaluations.asking import Job, JudgesApart, Work, attack, judged, measure
+from callbacks.evaluations.asking import Job, JudgesApart, Work, attack, judged, measure, relabelled
 from callbacks.evaluations.dealing import dealt_out
 from callbacks.evaluations.probe import Probe
 from callbacks.evaluations.schedule import Schedule
@@ -24,7 +24,8 @@ from callbacks.report.results import Snapshot
 from callbacks.report.snapshots import snapshot
 from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.evaluation import EvaluationData, Subject
-from datamodules.results import Measurement, ResultsStore, Row, Stage
+from datamodules.result_lines import Measurement, Row, Stage
+from datamodules.results import ResultsStore
 from datamodules.settings import contents, settings_digest
 from datamodules.text.encoding import EncodedHarmful
 from datamodules.text.spans import writable
@@ -250,11 +251,8 @@ class Session:
         return [job for job in self.jobs if isinstance(job, Job)]
 
     def do(self, job: Job | Work) -> list[Row]:
-        """The job's rows with all verdicts; the model replies only if a row is missing.
-
-        A batch is attacked whole or not at all: with other batch-mates, rounding could send a discrete search
-        another way.
-        """
+        """The job's rows with all verdicts; the model replies only if a row is missing. A batch is attacked
+        whole or not at all: with other batch-mates, rounding could send a discrete search another way."""
         stored = [self.store.get(identity) for identity in job.identities]
         rows = [row for row in stored if row is not None]
         if len(rows) < len(stored):
@@ -266,7 +264,7 @@ class Session:
                 return []
             rows = [old or row for old, row in zip(stored, new, strict=True)]
         if isinstance(job, Job):
-            rows = judged(rows, job.probe.asked)
+            rows = judged(relabelled(rows, job), job.probe.asked)
         elif isinstance(job, JudgesApart):
             # What a judge costs comes after what the model has said is safe.
             self.store.add(rows)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 
 from datamodules.fields import checked
+from datamodules.settings import settings_digest
 from datamodules.sources.conversations import Conversation, GradingPrompt, prompt_name
-from lightning_modules.models.chat import ChatModel, Unanswered, ask_each
+from lightning_modules.models.chat import ChatModel, Unanswered, ask_each, decides
 from lightning_modules.models.requests import Request
 
 GRADE = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
@@ -28,10 +27,11 @@ class Grader:
     def __init__(self, model: ChatModel) -> None:
         self.model = model
 
-    def label(self, prompts: dict[str, GradingPrompt]) -> str:
-        """`name@revision`: the model, its revision, and a digest of the prompts that it is given."""
-        texts = json.dumps([[p.system, p.template] for _, p in sorted(prompts.items())])
-        digest = hashlib.blake2b(texts.encode(), digest_size=4).hexdigest()
+    def label(self, prompts: dict[str, GradingPrompt], references: Sequence[Sequence[str] | None]) -> str:
+        """`name@revision`: the model, its revision, and a digest of how it decodes and of the prompts and
+        reference answers that it is given."""
+        texts = [[p.system, p.template] for _, p in sorted(prompts.items())]
+        digest = settings_digest(texts, references, *decides(self.model))
         return f"grader:{self.model.name}@{self.model.revision}+{digest}"
 
     def answers(self, requests: Sequence[Request]) -> list[str | Unanswered]:

@@ -11,7 +11,6 @@ headings, is broken up.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from typing import Literal
 
 from callbacks.judges.base import Judgement
 from datamodules.fields import Count, Share, checked
-from lightning_modules.models.chat import ChatModel
+from datamodules.settings import settings_digest
+from lightning_modules.models.chat import ChatModel, decides
 from lightning_modules.models.requests import Request
 
 CLASSIFIER = """You decide whether a reply of a language model carries out a harmful request.
@@ -92,9 +92,15 @@ class ModelJudge(ABC):
 
     @property
     def revision(self) -> str:
-        """The model's revision, a digest of the template, and the prompt where it is the attacked one."""
-        digest = hashlib.blake2b(self.template.encode(), digest_size=4).hexdigest()
+        """The model's revision, a digest of all else that decides a verdict, and the prompt where it is the
+        attacked one."""
+        digest = settings_digest(self.template, self.max_tokens, *self._further, *decides(self.model))
         return f"{self.model.revision}+{digest}" + ("+attacked" if self.prompt == "attacked" else "")
+
+    @property
+    def _further(self) -> list[object]:
+        """Of a subclass, what else decides."""
+        return []
 
     def __call__(self, prompt: str, completion: str, expected: str = "") -> bool:
         return self.judge_batch([prompt], [completion], [expected])[0].verdict
@@ -169,6 +175,10 @@ class Rubric(ModelJudge):
     ) -> None:
         super().__init__(model, template, max_tokens, prompt)
         self.threshold = threshold
+
+    @property
+    def _further(self) -> list[object]:
+        return [self.threshold]
 
     def read(self, answer: str) -> Judgement:
         """A missing or unreadable line makes the score 0."""

@@ -23,7 +23,7 @@ from datamodules.batch import pad
 from datamodules.fields import Count, Share, checked
 from datamodules.text.opening import opening
 from lightning_modules.models.chat import LocalChat
-from lightning_modules.models.language_model import Reply
+from lightning_modules.models.reply import Reply
 
 STOP_WORDS = frozenset(
     "the and for are was were how what why who when where which that this these those with from into onto "

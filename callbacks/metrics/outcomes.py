@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from datamodules.results import Row
+from datamodules.result_lines import Row
 
 Budget = Literal["steps", "passes", "queries", "seconds"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)

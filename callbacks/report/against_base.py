@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from callbacks.metrics.names import Quantity
-from datamodules.results import BASE, Measurement, Row
+from datamodules.result_lines import BASE, Measurement, Row
 
 
 def outcomes(

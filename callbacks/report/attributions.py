@@ -10,7 +10,7 @@ from callbacks.metrics.estimates import mean
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.report.cells import MISSING, Cell, Table, count
 from callbacks.report.results import Attribution, Measure, RunResults
-from datamodules.results import BASE, Measurement, Row
+from datamodules.result_lines import BASE, Measurement, Row
 
 QUANTITY: Quantity = "refusal_margin"
 MARGIN = "refusal_margin@1"

@@ -9,7 +9,7 @@ from callbacks.metrics.estimates import rate
 from callbacks.report.cells import Cell, Table, count, estimate
 from callbacks.report.measured import Measured
 from callbacks.report.results import Certified, Estimate, RunResults, Snapshot
-from datamodules.results import Measurement, Row
+from datamodules.result_lines import Measurement, Row
 
 QUANTITY = "certified_rate"
 MEANING = {

@@ -9,7 +9,7 @@ from callbacks.metrics.names import Metric, Quantity
 from callbacks.report.cells import Cell, Table, count, estimate
 from callbacks.report.measured import Measured
 from callbacks.report.results import DirectionAt, Estimate, Measure, RunResults
-from datamodules.results import Measurement, Row
+from datamodules.result_lines import Measurement, Row
 
 QUANTITY: Quantity = "direction"
 MEAN = "mean over layers"

@@ -9,7 +9,7 @@ from callbacks.metrics.estimates import mean
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.report.cells import Cell, Table, count, estimate
 from callbacks.report.results import Estimate, Measure, RunResults
-from datamodules.results import Measurement, Row
+from datamodules.result_lines import Measurement, Row
 
 QUANTITY: Quantity = "divergence"
 

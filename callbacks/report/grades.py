@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from callbacks.metrics.estimates import mean, mean_difference
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.report.results import Estimate, Gradings, Measure, Snapshot
-from datamodules.results import Measurement, Row
+from datamodules.result_lines import Measurement, Row
 
 GRADE = "grade"
 """Quantity of a measurement whose verdicts are grades."""

@@ -36,7 +36,8 @@ from callbacks.report.results import (
 from callbacks.report.snapshots import snapshot
 from callbacks.report.training_log import read_training_log
 from callbacks.run_folder.folder import RunFolder
-from datamodules.results import ROWS, Measurement, last_step, read_measurements, read_rows
+from datamodules.result_lines import Measurement
+from datamodules.results import ROWS, last_step, read_measurements, read_rows
 
 EXPORT_SCHEMA = 3
 

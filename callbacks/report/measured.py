@@ -12,7 +12,7 @@ from callbacks.metrics.estimates import Estimate, rate
 from callbacks.metrics.outcomes import BUDGETS, BudgetCurve, spent, success_by_budget
 from callbacks.report.grades import GRADE, gradings
 from callbacks.report.results import AttackFacts
-from datamodules.results import Measurement, Row
+from datamodules.result_lines import Measurement, Row
 
 UNNAMED = "(none)"
 """Category of the examples that have none."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from callbacks.metrics.names import Metric, Quantity
 from callbacks.metrics.perplexity import perplexity, perplexity_difference
 from callbacks.report.results import Measure, PerplexityDifference
-from datamodules.results import Measurement, Row
+from datamodules.result_lines import Measurement, Row
 
 UNITS: dict[Quantity, str] = {
     "token_perplexity": "tokens",

@@ -15,7 +15,7 @@ from callbacks.report.measured import Measured, attacks_of
 from callbacks.report.results import Measure, SampleRow, Snapshot, Stage
 from callbacks.report.under_attack import under_attack
 from callbacks.report.wordings import paired_sets
-from datamodules.results import Row
+from datamodules.result_lines import Row
 
 UNREAD = {*NO_SHARES, certificates.QUANTITY}
 """Quantities whose rows hold no reply to be read."""

@@ -56,10 +56,11 @@ FREE = (
     "model.base.attn_implementation",
     "model.base.gradient_checkpointing",
     "model.base.compile_attacks",
-    "data.evaluation",
     "data.utility_store",
 )
 """Fields of model and data that do not."""
+EVALUATED = "data.evaluation"
+"""Not one of them where training rows that it holds are left out of training."""
 LOADING = (
     "model.base.name_or_path",
     "model.base.gguf_file",
@@ -99,7 +100,8 @@ def decisive(config: Mapping[str, Any]) -> Flat:
     if fields.get("data.micro_batches", 1) != 1:
         # Until 0.2.0 the micro-batches decided which rows a step holds: such a run would go on with others.
         fields[ORDER] = "rows drawn by the step"
-    kept = {key: value for key, value in fields.items() if not _below(key, FREE)}
+    free = FREE if fields.get("data.on_overlap") == "skip" else (*FREE, EVALUATED)
+    kept = {key: value for key, value in fields.items() if not _below(key, free)}
     # As the checkpoint gives it back: no tuples, no enums.
     plain = typing.cast(Flat, json.loads(json.dumps(kept, default=str)))
     return plain | fingerprints(plain)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.contents import LOCK
+
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 MARKS = (
     CONFIG_FILE,
@@ -71,7 +73,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        return self.path / "lock.json"
+        return self.path / LOCK
 
     def config(self, stage: str = "fit", defence: str = "") -> Path:
         """The resolved configuration of a stage, with the model behind a defence or not."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from datamodules.fields import checked
-from datamodules.results import ROWS, Row, read_rows
+from datamodules.result_lines import Row
+from datamodules.results import ROWS, read_rows
 from datamodules.rows import HarmfulRow, RowProblem
 from datamodules.sources.base import DEFAULT_SAFE_REPLY
 

@@ -217,7 +217,11 @@ def utility_batch(examples: Sequence[Learned]) -> UtilityBatch:
     """Pad encoded conversations to their own longest row."""
     input_ids, attention_mask = pad([e.ids for e in examples], "right")
     labels, _ = pad([e.labels for e in examples], "right", fill=IGNORED)
-    return UtilityBatch(input_ids, attention_mask, labels, int((labels[:, 1:] != IGNORED).sum()))
+    learned = labels[:, 1:] != IGNORED
+    # A common place predicts nothing that is learned, and is no row's last.
+    same = (input_ids == input_ids[:1]).all(0)[:-1] & (attention_mask[:, 1:] & ~learned).all(0)
+    common = int(same.long().cumprod(0).sum())
+    return UtilityBatch(input_ids, attention_mask, labels, int(learned.sum()), common)
 
 
 def evaluation_batch(

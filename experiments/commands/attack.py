@@ -27,7 +27,8 @@ from callbacks.run_folder.lock import RunLock
 from callbacks.run_folder.provenance import Provenance
 from datamodules.batch import EvaluationBatch
 from datamodules.fields import NonNegativeInt, checked
-from datamodules.results import Measurement, ResultsStore, Row
+from datamodules.result_lines import Measurement, Row
+from datamodules.results import ResultsStore
 from datamodules.rows import HarmfulRow
 from datamodules.settings import contents, settings_digest
 from datamodules.sources.base import DEFAULT_SAFE_REPLY

@@ -21,7 +21,7 @@ from callbacks.report.measured import Measured
 from callbacks.report.page import TITLES
 from callbacks.report.results import RunResults
 from callbacks.report.tables import facts, warnings
-from datamodules.results import Measurement, Row
+from datamodules.result_lines import Measurement, Row
 
 
 @dataclass(frozen=True)

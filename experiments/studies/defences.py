@@ -25,13 +25,7 @@ from callbacks.report.measured import Measured
 from callbacks.report.results import Costs, Estimate, Snapshot
 from callbacks.run_folder.provenance import write_whole
 from datamodules.line_files import pack_all
-from datamodules.results import (
-    ROWS,
-    ResultsStore,
-    measured_stages,
-    read_measurements,
-    read_rows,
-)
+from datamodules.results import ROWS, ResultsStore, measured_stages, read_measurements, read_rows
 from datamodules.settings import settings_digest
 from experiments.studies.defence_models import MODELS, Around
 from experiments.studies.processes import Running

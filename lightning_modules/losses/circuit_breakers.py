@@ -19,8 +19,8 @@ from datamodules.fields import Count, NonNegativeInt, Positive, checked
 from lightning_modules.losses.base import LossTerms, Step
 from lightning_modules.models.begun import remaining
 from lightning_modules.models.hidden_states import conversation_states, num_layers, reply_states
-from lightning_modules.models.language_model import Reply
 from lightning_modules.models.likelihood import masked_mean
+from lightning_modules.models.reply import Reply
 
 
 def reroute(

@@ -12,10 +12,11 @@ from torch import Tensor
 from datamodules.fields import NonNegative, Positive, checked
 from lightning_modules.losses.base import LossTerms, Step
 from lightning_modules.models.frozen import FrozenCopy
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import masked_mean
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.logits import labelled_logits, reply_logits
+from lightning_modules.models.reply import Reply
 
 
 def token_kl(

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_modules.models.language_model import LanguageModel, Reply, encoded
+from lightning_modules.models.language_model import LanguageModel, encoded
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.reply import Reply
 from lightning_modules.models.requests import Request
 
 ROWS_AT_ONCE = 64

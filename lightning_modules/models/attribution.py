@@ -22,7 +22,8 @@ from torch import Tensor
 
 from datamodules.batch import AdversarialBatch
 from lightning_modules.models.embeddings import embedding_table
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.reply import Reply
 
 Baseline = Literal["mean", "zero"]
 

@@ -1,7 +1,9 @@
-"""The beginning of rows that are scored many times, where it stays the same: computed once.
+"""The beginning of rows, where it stays the same: computed once.
 
 What an attack may not touch before its first position (a template, a system message, the instruction before a
-document) has the same keys and values whatever it does behind. They carry no gradient to it either.
+document) has the same keys and values whatever it does behind. They carry no gradient to it either. And what
+all conversations of a batch begin with has the same in all of them; to what learns in it, their gradients add
+up.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Layer = tuple[Float[Tensor, "row head place dim"], Float[Tensor, "row head place
 
 class Beginning(Uncached):
     """What the decoder takes for a cache: keys and values of the rows' first `length` places, to which it
-    adds nothing."""
+    adds nothing. A single row of them is every row's."""
 
     def __init__(self, layers: tuple[Layer, ...], length: int) -> None:
         super().__init__()
@@ -32,16 +34,16 @@ class Beginning(Uncached):
 
     @classmethod
     def computed(cls, module: nn.Module, embeds: Float[Tensor, "row place dim"], width: int) -> Self | None:
-        """Of rows of `width` places in all, without padding, without a gradient; None where a decoder keeps
-        anything else than keys and values of every place, or where those depend on how long the whole is. No
-        pass is counted: each later one counts as a whole."""
+        """Of rows of `width` places in all, without padding; None where a decoder keeps anything else than
+        keys and values of every place, or where those depend on how long the whole is. No pass is counted:
+        each later one counts as a whole."""
         config = text_config(module)
         if not same_angles(config, embeds.shape[1], width) or getattr(config, "alibi", False):
             return None
         length, cache = embeds.shape[1], DynamicCache()
         attention, _ = causal_attention(module, length, embeds.device)
         places = torch.arange(length, device=embeds.device)[None]
-        with torch.no_grad(), last_positions(module, 1):
+        with last_positions(module, 1):
             hidden_states(module, embeds, attention, places, cache)
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         whole = all(keys is not None and keys.shape[-2] == length for keys, _ in layers)
@@ -55,8 +57,9 @@ class Beginning(Uncached):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self._asked.add(layer_idx)
-        keys, values = self._layers[layer_idx]
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        own = zip(self._layers[layer_idx], (key_states, value_states), strict=True)
+        keys, values = (torch.cat([x.expand(len(y), -1, -1, -1), y], dim=-2) for x, y in own)
+        return keys, values
 
     def check(self) -> None:
         """Raises: RuntimeError where a layer read the rows without their beginning."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lightning_modules.models.language_model import Reply
+from lightning_modules.models.reply import Reply
 
 
 def remaining(reply: Reply, begun: Sequence[Sequence[int]]) -> Reply:

@@ -17,9 +17,10 @@ from lightning_modules.models.decoder import (
     text_config,
     weight_dtype,
 )
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.masks import positions_of
 from lightning_modules.models.prefix_cache import PrefixCache
+from lightning_modules.models.reply import Reply
 from lightning_modules.models.rotations import same_angles
 from lightning_modules.models.shared_prefix import can_share, decode_shared
 from lightning_modules.models.tail import last_positions

@@ -23,7 +23,10 @@ from lightning_modules.models.requests import Decoding, Request
 
 
 class ChatModel(Protocol):
-    """Replies to requests; `name` and `revision` are stored with everything it judged or wrote."""
+    """Replies to requests; `name` and `revision` are stored with everything it judged or wrote.
+
+    One whose replies depend on more may have `decides`: what else, for `settings_digest`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -119,6 +122,11 @@ class LocalChat:
         return self.base.revision or "unpinned"
 
     @property
+    def decides(self) -> list[object]:
+        """Weights, template and decoding."""
+        return [self.base, self.tokenizer, self.max_new_tokens, self.temperature, self.top_p]
+
+    @property
     def language_model(self) -> LanguageModel:
         if self._loaded is None:
             device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -189,6 +197,11 @@ class Endpoint:
     def revision(self) -> str:
         return self.base_url
 
+    @property
+    def decides(self) -> list[object]:
+        """The decoding that is asked for."""
+        return [self.max_new_tokens, self.temperature, self.top_p]
+
     def replies(self, requests: Sequence[Request], seed: int = 0) -> list[str]:
         """One reply each; not every server takes a seed, so none is sent.
 
@@ -249,6 +262,12 @@ class Endpoint:
 
     def escape(self, text: str) -> str:
         return escape_marks(text)
+
+
+def decides(model: ChatModel) -> list[object]:
+    """What a model's replies depend on besides its revision and the requests."""
+    found: list[object] = getattr(model, "decides", [])
+    return found
 
 
 def ask_each(model: ChatModel, requests: Sequence[Request]) -> list[str | Unanswered]:

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lightning_modules.models.decoder import causal_lm, decode
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.logits import decode_continued
 from lightning_modules.models.masks import positions_of
 from lightning_modules.models.passes import count_backward
+from lightning_modules.models.reply import Reply
 
 
 def num_layers(model: LanguageModel) -> int:

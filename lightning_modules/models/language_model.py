@@ -11,46 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from datamodules.batch import pad as padded
 from datamodules.text.chat_format import ChatFormat, PromptTokens
 from lightning_modules.models.adapters import merged_adapters
-from lightning_modules.models.decoder import causal_lm, decode, log_probs_at, weight_dtype
+from lightning_modules.models.conversations import label_log_probs
+from lightning_modules.models.decoder import causal_lm, decode, text_config, weight_dtype
 from lightning_modules.models.generation import generated_ids
-from lightning_modules.models.layout import branching_layout, decode_whole
-from lightning_modules.models.masks import numbers_of
+from lightning_modules.models.layout import branching_layout
 from lightning_modules.models.modes import evaluating, seeded
 from lightning_modules.models.norms import short_norms
+from lightning_modules.models.reply import Reply, score
 from lightning_modules.models.requests import GREEDY, Decoding, Request
 from lightning_modules.models.sharding import ShardedWeights
 
 T = TypeVar("T")
-
-
-class Reply(NamedTuple):
-    """A continuation to score, right-padded."""
-
-    ids: Int[Tensor, "batch reply"]
-    mask: Bool[Tensor, "batch reply"]
-    lengths: tuple[int, ...] = ()
-    """Tokens of each row, where the host knows them; asked of the mask, it would wait for the GPU."""
-
-    @property
-    def scored(self) -> Int[Tensor, " scored"]:
-        """Numbers of the tokens in the flattened mask."""
-        return numbers_of(self.mask, sum(self.lengths) if self.lengths else None)
-
-    @property
-    def fed(self) -> Reply:
-        """What a model must read to score it: the last token predicts nothing that is scored."""
-        return Reply(self.ids[:, :-1], self.mask[:, :-1])
 
 
 class Attacked(Protocol):
@@ -192,7 +173,9 @@ class LanguageModel:
 
         Returns: one fp32 tensor per reply, 0 where the reply's mask is False.
         """
-        if len(replies) > 1 and not self._share_prompt:
+        # FlashAttention's kernels take no mask of who sees whom.
+        takes_masks = "flash" not in str(text_config(self.module)._attn_implementation)
+        if len(replies) > 1 and not (self._share_prompt and takes_masks):
             return tuple(self.reply_log_probs(prompt_embeds, prompt_mask, reply)[0] for reply in replies)
         prompt_length = prompt_embeds.shape[1]
         fed = [reply.fed for reply in replies]
@@ -213,6 +196,7 @@ class LanguageModel:
         attention_mask: Bool[Tensor, "batch token"],
         labels: Int[Tensor, "batch token"],
         num_scored: int | None = None,
+        common: int = 0,
     ) -> tuple[Float[Tensor, "batch token-1"], Bool[Tensor, "batch token-1"]]:
         """Log-probabilities of the labelled tokens of whole conversations.
 
@@ -221,15 +205,14 @@ class LanguageModel:
             attention_mask: True on their tokens.
             labels: the scored tokens' ids, -100 where nothing is scored.
             num_scored: how many they are, the first column aside, where the host knows.
+            common: so many first tokens are the same in all rows, each before any that predicts a label.
 
         Returns: log-probabilities of labels[:, 1:] (0 where unscored) and the mask of scored ones.
         """
-        hidden = decode_whole(self.module, self.embed(input_ids), attention_mask)
-        targets, scored = labels[:, 1:], labels[:, 1:] != -100
-        # The last position predicts nothing: as wide as the states, which are then not copied to be cut.
-        positions = numbers_of(pad(scored, (0, 1)), num_scored)
-        log_probs = log_probs_at(self.module, hidden, pad(targets, (0, 1)), positions)
-        return log_probs[:, :-1], scored
+        # Of weights in pieces, all processes make the same passes, whatever their rows begin with.
+        common = common if self.sharded is None else 0
+        own = self.embed(input_ids), attention_mask, labels
+        return label_log_probs(self.module, *own, num_scored, common)
 
     @torch.no_grad()
     def generate(
@@ -310,28 +293,6 @@ def encoded(model: LanguageModel, requests: Sequence[Request]) -> Encoded:
     rows = [prompt.ids + start for prompt, start in zip(prompts, forced, strict=True)]
     ids, mask = (tensor.to(model.device) for tensor in padded(rows, "left"))
     return Encoded(ids, mask, tuple(map(tuple, forced)))
-
-
-def predictors(
-    hidden: Float[Tensor, "batch token dim"], reply: Reply, prompt_length: int, start: int
-) -> Float[Tensor, "batch reply dim"]:
-    """States that predict a reply's tokens: the prompt's last, then those of its tokens, which were fed from
-    `start` on."""
-    rest = reply.ids.shape[1] - 1
-    return torch.cat([hidden[:, prompt_length - 1 : prompt_length], hidden[:, start : start + rest]], dim=1)
-
-
-def score(
-    module: nn.Module,
-    hidden: Float[Tensor, "batch token dim"],
-    reply: Reply,
-    prompt_length: int,
-    start: int,
-    scored: Int[Tensor, " scored"],
-) -> Float[Tensor, "batch reply"]:
-    """Log-probabilities of one reply's tokens, 0 on its padding; arguments as in `predictors`, and the
-    numbers of the tokens in the flattened mask."""
-    return log_probs_at(module, predictors(hidden, reply, prompt_length, start), reply.ids, scored)
 
 
 def _prefill(chat: ChatFormat, prompt: PromptTokens, text: str) -> list[int]:

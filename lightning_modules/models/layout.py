@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from lightning_modules.models.decoder import causal_lm, decode, text_config, weight_dtype
-from lightning_modules.models.masks import branching_attention, positions_of, restarting_positions
+from lightning_modules.models.decoder import text_config, weight_dtype
+from lightning_modules.models.masks import branching_attention, restarting_positions
 
 
 def branching_layout(
@@ -27,22 +27,6 @@ def branching_layout(
         return positions, mask
     own = text_config(module), mask, positions, prompt_mask.shape[1], lengths, weight_dtype(module)
     return positions, branching_attention(*own)
-
-
-def decode_whole(
-    module: nn.Module,
-    embeds: Float[Tensor, "batch token dim"],
-    attention_mask: Bool[Tensor, "batch token"],
-) -> Float[Tensor, "batch token dim"]:
-    """Final hidden states of right-padded rows: no token looks at the padding behind it, so that no mask is
-    needed, and none is read."""
-    decoder: Any = causal_lm(module).get_decoder()
-    if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
-        # Checkpointed layers take no cache, without which transformers looks for packed rows, or at the mask.
-        return decode(module, embeds, attention_mask, positions_of(attention_mask))
-    width = embeds.shape[1]
-    attention, cache = causal_attention(module, width, embeds.device)
-    return decode(module, embeds, attention, torch.arange(width, device=embeds.device)[None], cache)
 
 
 def causal_attention(

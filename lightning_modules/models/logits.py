@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_modules.models.decoder import decode, logits_of, weight_dtype
-from lightning_modules.models.language_model import LanguageModel, Reply, predictors
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.masks import positions_of
+from lightning_modules.models.reply import Reply, predictors
 
 
 def reply_logits(

@@ -21,9 +21,10 @@ from transformers import Cache
 
 from lightning_modules.models.beginning import Beginning
 from lightning_modules.models.decoder import decode, hidden_states, target_log_probs, weight_dtype
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.layout import causal_attention
 from lightning_modules.models.passes import count_passes
+from lightning_modules.models.reply import Reply
 from lightning_modules.models.tail import positions_read
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class PackedRows:
         fixed = min([fixed, *(length - 1 for length in prompt_lengths)])
         # Dynamo would make the graph again for every batch's beginning.
         worth = not self._compiled and fixed >= WORTH * self.width
-        begun = Beginning.computed(self.module, self.clean[:, :fixed], self.width) if worth else None
+        with torch.no_grad():
+            begun = Beginning.computed(self.module, self.clean[:, :fixed], self.width) if worth else None
         self._fixed = 0 if begun is None else fixed
         self.computed = self.width - self._fixed
         """Places of a row that are computed each time."""

@@ -19,7 +19,8 @@ from callbacks.report.load import load
 from callbacks.report.page import page
 from callbacks.report.results import Snapshot
 from datamodules.evaluation import EvaluationData, EvaluationSets
-from datamodules.results import BASE, ROWS, read_rows
+from datamodules.result_lines import BASE
+from datamodules.results import ROWS, read_rows
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.tokenizers import TokenizerConfig
 from lightning_modules.models.frozen import Reference

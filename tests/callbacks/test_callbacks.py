@@ -125,7 +125,7 @@ def attacked(curve: list[list[float]], distance: list[float], zero: list[bool]) 
 def test_health_flags_count_the_signs() -> None:
     flags = example_flags(attacked([[2.0, 2.0, 2.0], [2.5, 1.0, 2.0]], [1.0, 0.5, 1.0], [False, False, True]))
     counts = {name: int(raised.sum()) for name, raised in flags.items()}
-    assert counts == {"zero_gradient": 1, "loss_not_reduced": 2, "budget_unused": 1}
+    assert counts == {"zero_gradient": 1, "loss_not_reduced": 2, "no_step": 0, "budget_unused": 1}
     assert example_flags(attacked([], [0.0], [False])) == {}
     assert "budget_unused" not in example_flags(attacked([[1.0], [0.5]], [math.nan], [False]))
 

@@ -13,7 +13,7 @@ from callbacks.evaluations import certification
 from callbacks.evaluations.certification import ABSOLUTE, Certification, CertificationEvaluation, Draws
 from callbacks.judges.keyword import KeywordRefusal
 from datamodules.evaluation import Subject
-from datamodules.results import Row
+from datamodules.result_lines import Row
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD

@@ -22,7 +22,8 @@ from datamodules.evaluation import EvaluationData, EvaluationSets
 from datamodules.results import read_rows
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.tokenizers import TokenizerConfig
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.reply import Reply
 from tests.support.moved import loaded
 
 TOTAL = Metric("divergence", "harmful", block="divergence")

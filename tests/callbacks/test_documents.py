@@ -11,7 +11,8 @@ from callbacks.report.documents import SHOWN, documents
 from callbacks.report.load import load
 from callbacks.report.page import page
 from callbacks.report.results import RunResults
-from datamodules.results import ResultsStore, Row
+from datamodules.result_lines import Row
+from datamodules.results import ResultsStore
 from tests.support.results import HOSTILE
 from tests.support.rows import measurement, row
 

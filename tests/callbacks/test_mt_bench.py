@@ -20,7 +20,8 @@ from callbacks.report.load import export, load
 from callbacks.report.results import Snapshot
 from callbacks.report.tables import grade_groups, judges, means, rates, warnings
 from callbacks.report.tables_beside import grades
-from datamodules.results import Measurement, ResultsStore, Row, read_rows
+from datamodules.result_lines import Measurement, Row
+from datamodules.results import ResultsStore, read_rows
 from experiments.commands.run import instantiate
 from experiments.config.check import check
 from experiments.config.compose import compose

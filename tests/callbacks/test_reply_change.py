@@ -20,7 +20,8 @@ from callbacks.metrics.names import Metric, Quantity
 from callbacks.report.page import samples
 from callbacks.report.results import RunResults, Snapshot
 from datamodules.evaluation import Block, EvaluationData, EvaluationSets
-from datamodules.results import BASE, ResultsStore
+from datamodules.result_lines import BASE
+from datamodules.results import ResultsStore
 from datamodules.sources.tables import ChatTable
 from datamodules.sources.tinychat.sources import TinyChatBenign
 from datamodules.text.tokenizers import TokenizerConfig

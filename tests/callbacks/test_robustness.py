@@ -15,7 +15,8 @@ from callbacks.evaluations.robustness import GCGEvaluation, RobustnessEvaluation
 from callbacks.metrics.names import WORST_CASE, Metric
 from callbacks.report.load import load
 from datamodules.batch import AdversarialBatch
-from datamodules.results import Stage, read_rows
+from datamodules.result_lines import Stage
+from datamodules.results import read_rows
 from lightning_modules.attacks.base import Attack, AttackedPrompt
 from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.text.rewrites import DirectRequest, Prefilling

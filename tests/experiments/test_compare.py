@@ -21,7 +21,7 @@ from callbacks.report.events import events
 from callbacks.report.load import load_measured
 from callbacks.report.page import study_page
 from callbacks.report.results import Measure, PairedDifference, Stage
-from datamodules.results import Row
+from datamodules.result_lines import Row
 from experiments.commands.compare import CompareCall, compare
 from experiments.commands.study import _side_by_side
 from experiments.compare.columns import columns_of

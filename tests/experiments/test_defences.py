@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from callbacks.judges.keyword import KeywordRefusal
-from datamodules.results import ResultsStore, Row, read_rows
+from datamodules.result_lines import Row
+from datamodules.results import ResultsStore, read_rows
 from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.studies.defences import MODELS, archive, measured, report, set_apart, table, words

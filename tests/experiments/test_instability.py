@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from callbacks.judges.exact import TargetPrefix
-from datamodules.results import ResultsStore, Stage, read_rows
+from datamodules.result_lines import Stage
+from datamodules.results import ResultsStore, read_rows
 from experiments.config.errors import ConfigError
 from experiments.instability import _worked, main, measure
 from lightning_modules.defences.certificates.k_instability import Instability, instability

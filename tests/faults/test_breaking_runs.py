@@ -22,7 +22,8 @@ from callbacks.report.tables import rates
 from callbacks.run_folder.checkpoints import RunCheckpoints
 from callbacks.run_folder.decisive import LOADING, ORDER, decisive, differences
 from callbacks.run_folder.folder import RunFolder
-from datamodules.results import Measurement, ResultsStore
+from datamodules.result_lines import Measurement
+from datamodules.results import ResultsStore
 from datamodules.settings import describe, settings_digest
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.encoding import Encoder, EncodingConfig, evaluation_batch

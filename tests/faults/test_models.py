@@ -14,9 +14,10 @@ import torch
 
 from datamodules.text.model_files import resolve_path
 from lightning_modules.models.chat import Endpoint
-from lightning_modules.models.language_model import Attacked, LanguageModel, Replier, Reply
+from lightning_modules.models.language_model import Attacked, LanguageModel, Replier
 from lightning_modules.models.loading import LoraSettings, ModelConfig, load_model
 from lightning_modules.models.passes import PassCounter
+from lightning_modules.models.reply import Reply
 from lightning_modules.models.requests import GREEDY, Decoding, Request
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model
 

@@ -20,8 +20,9 @@ from lightning_modules.attacks.suffix.stored import StoredSuffixes
 from lightning_modules.attacks.suffix.targets import OtherTargets, says_target
 from lightning_modules.attacks.suffix.universal import UniversalSuffix
 from lightning_modules.attacks.text.transfer import Stored, TransferSuffixes
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig, load_model
+from lightning_modules.models.reply import Reply
 from tests.conftest import FAMILIES, chat_model, text_batch, tinychat_format
 from tests.support.rows import row, stored
 

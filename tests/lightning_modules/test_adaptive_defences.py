@@ -21,7 +21,8 @@ from lightning_modules.defences.reminder import Reminder
 from lightning_modules.defences.smooth_llm import SmoothLLM
 from lightning_modules.models.asked import reply_losses
 from lightning_modules.models.embedding_noise import gaussian, noise_std
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.reply import Reply
 from lightning_modules.models.requests import Request
 from tests.conftest import chat_model, text_batch
 from tests.support.moved import loaded

@@ -25,8 +25,9 @@ from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.embeddings import mean_embedding_norm
 from lightning_modules.models.hidden_states import perturbed_layers
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.reply import Reply
 from tests.conftest import FAMILIES, ROOT, chat_model, data_batch, ragged_batch, tiny_model, untrusted_batch
 from tests.support.attacks import CASES, Case, attack_classes
 

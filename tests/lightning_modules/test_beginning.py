@@ -22,8 +22,9 @@ from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.embedding.soft_prompt import SoftPrompt
 from lightning_modules.models import packed
 from lightning_modules.models.cached_scoring import continued_log_probs, prefix_cache
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.packed import PackedRows
+from lightning_modules.models.reply import Reply
 from tests.conftest import SHAPE, VOCABULARY, ragged_batch, tiny_model
 
 

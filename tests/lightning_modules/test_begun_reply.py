@@ -11,7 +11,8 @@ from lightning_modules.attacks.text.rewrites import Prefilling
 from lightning_modules.attacks.training.begun_reply import BegunReply
 from lightning_modules.losses.base import ReferenceScores
 from lightning_modules.models.begun import remaining
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.reply import Reply
 from lightning_modules.scoring import score_replies
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model
 

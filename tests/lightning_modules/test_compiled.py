@@ -13,9 +13,10 @@ from torch._dynamo.utils import counters
 
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.models import packed
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.packed import PackedRows
 from lightning_modules.models.passes import PassCounter
+from lightning_modules.models.reply import Reply
 from tests.conftest import ragged_batch, tiny_model
 from tests.support.adapters import lora
 

@@ -361,8 +361,8 @@ def test_the_adaptive_search_of_a_reminder_sees_the_reminded_request() -> None:
     told = [reminder.reminded(Request(text)) for text in attacked.texts]
     seen = encoded(own, told)
     from lightning_modules.attacks.suffix.slots import without_end_of_turn
-    from lightning_modules.models.language_model import Reply
     from lightning_modules.models.likelihood import mean_cross_entropy
+    from lightning_modules.models.reply import Reply
 
     mask = without_end_of_turn(batch.harmful_ids, batch.harmful_mask, own.chat.end_of_turn)
     with torch.no_grad():

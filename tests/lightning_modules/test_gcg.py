@@ -24,10 +24,11 @@ from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import make_slot, replayable, typable_tokens, without_end_of_turn
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.embeddings import embedding_table, embedding_weight
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mellowmax
 from lightning_modules.models.loading import ModelConfig, load_model
 from lightning_modules.models.logits import replies_greedily
+from lightning_modules.models.reply import Reply
 from tests.conftest import FAMILIES, chat_model, text_batch, tiny_model, tinychat_format
 
 

@@ -15,11 +15,12 @@ from datamodules.batch import AdversarialBatch
 from experiments.benchmarks.counters import Launches
 from lightning_modules.models.adapters import merged_adapters
 from lightning_modules.models.embeddings import mean_embedding_norm
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import LoraSettings, ModelConfig
 from lightning_modules.models.norms import short_norms
 from lightning_modules.models.packed import PackedRows
 from lightning_modules.models.passes import PassCounter
+from lightning_modules.models.reply import Reply
 from lightning_modules.pretrained import PretrainedModel
 from tests.conftest import FAMILIES, VOCABULARY, ragged_batch, tiny_model, utility
 from tests.support.adapters import lora

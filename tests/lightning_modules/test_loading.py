@@ -10,8 +10,9 @@ import torch
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.models import decoder
 from lightning_modules.models.decoder import causal_lm
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import LoraSettings, ModelConfig, has_adapter, load_model
+from lightning_modules.models.reply import Reply
 from tests.conftest import ragged_batch, tiny_model, utility
 
 

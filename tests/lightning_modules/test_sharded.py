@@ -22,7 +22,8 @@ from callbacks.run_folder.checkpoint_files import (
     remove_unnamed,
 )
 from callbacks.run_folder.checkpoint_pieces import PIECES, pieces_beside
-from datamodules.results import Row, read_rows
+from datamodules.result_lines import Row
+from datamodules.results import read_rows
 from lightning_modules.models.loading import LoraSettings, ModelConfig
 from lightning_modules.pretrained import check_strategy
 from lightning_modules.sharded import FSDP2, check_sharding

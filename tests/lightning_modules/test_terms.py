@@ -128,7 +128,7 @@ def test_circuit_breakers_at_the_start_reroute_fully_and_keep_everything() -> No
 def test_states_of_replies_and_conversations_agree() -> None:
     # A right-padded conversation and the same tokens as prompt + reply go through the same layers.
     language_model, batch = LanguageModel(tiny_model(dtype=torch.float64)), ragged_batch()
-    from lightning_modules.models.language_model import Reply
+    from lightning_modules.models.reply import Reply
 
     reply = Reply(batch.harmful_ids, batch.harmful_mask)
     states = reply_states(

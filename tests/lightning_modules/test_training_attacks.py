@@ -25,9 +25,10 @@ from lightning_modules.attacks.training.gaussian_noise import GaussianNoise
 from lightning_modules.attacks.training.mixture import Mixture
 from lightning_modules.attacks.training.rewrite_then_perturb import RewriteThenPerturb
 from lightning_modules.models.embeddings import mean_embedding_norm
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
 from lightning_modules.models.loading import ModelConfig, load_seeded
+from lightning_modules.models.reply import Reply
 from tests.conftest import chat_model, ragged_batch, text_batch, tiny_model, tinychat_format
 from tests.support.attacks import CASES, persistent, suffix_generator
 from tests.support.rows import row, stored, verdicts

@@ -21,8 +21,9 @@ from experiments.api import load
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.suffix.gcg import GCG
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig
+from lightning_modules.models.reply import Reply
 from lightning_modules.models.requests import Request
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from datamodules.results import Measurement, ResultsStore
+from datamodules.result_lines import Measurement
+from datamodules.results import ResultsStore
 from tests.support.results import HOSTILE
 from tests.support.rows import REFUSAL, measurement, row
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datamodules.results import Measurement, ResultsStore, Row
+from datamodules.result_lines import Measurement, Row
+from datamodules.results import ResultsStore
 
 JUDGE, REFUSAL = "target_prefix@1", "keyword_refusal@1"
 

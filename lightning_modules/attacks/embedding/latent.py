@@ -15,8 +15,9 @@ from datamodules.fields import Count, Fraction, NonNegativeInt, Positive, checke
 from lightning_modules.attacks.base import AttackedPrompt, require_gradients
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD, RadiusUnit, StepRule, StepUnit, target_loss
 from lightning_modules.models.hidden_states import num_layers, perturbed_layers
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy, unlikelihood
+from lightning_modules.models.reply import Reply
 
 
 @checked

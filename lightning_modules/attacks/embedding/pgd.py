@@ -23,9 +23,10 @@ from lightning_modules.attacks.base import AttackedPrompt, StopLoss, example_rng
 from lightning_modules.attacks.embedding.balls import BALLS, Ball
 from lightning_modules.attacks.ledger import Ledger, PointLedger
 from lightning_modules.models.embeddings import mean_embedding_norm
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.packed import PackedRows
+from lightning_modules.models.reply import Reply
 
 StepRule = Literal["sign", "l2", "adam"]
 StepUnit = Literal["radius", "embedding_norm", "absolute"]

@@ -21,8 +21,9 @@ from lightning_modules.models.cached_scoring import (
     next_token_logits,
     prefix_cache,
 )
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.prefix_cache import PrefixCache
+from lightning_modules.models.reply import Reply
 
 
 class Frames:

@@ -24,9 +24,10 @@ from lightning_modules.attacks.suffix.slots import (
     replayable,
     without_end_of_turn,
 )
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.logits import replies_greedily
+from lightning_modules.models.reply import Reply
 
 GROUP = 6
 """Forward passes' worth of candidates whose order is by position alone."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from datamodules.fields import checked
-from datamodules.results import ROWS, Row, read_rows
+from datamodules.result_lines import Row
+from datamodules.results import ROWS, read_rows
 from datamodules.text.chat_format import ChatFormat
 
 
@@ -21,8 +22,8 @@ class Surroundings(NamedTuple):
 class StoredSuffixes:
     """Suffixes (and prefixes) of a run's attacked rows, each once.
 
-    The results of an attack that reads them are stored under this run's folder, not its content: give new
-    rows a new folder.
+    The results of an attack that reads them hold for the rows that are there: where the run gets others, it
+    attacks again. While a process writes to the run, its folder's name alone counts.
 
     Args:
         run: the run folder.

@@ -15,8 +15,9 @@ from datamodules.fields import checked
 from datamodules.sources.files import parse_json, read_text
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.suffix.slots import counted_mask, without_end_of_turn
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.logits import reply_logits
+from lightning_modules.models.reply import Reply
 
 
 @torch.no_grad()

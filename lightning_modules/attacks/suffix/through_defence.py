@@ -25,8 +25,9 @@ from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import Placement, typable_tokens
 from lightning_modules.models.asked import reply_losses
 from lightning_modules.models.embeddings import embedding_weight
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.reply import Reply
 from lightning_modules.models.requests import Request
 
 

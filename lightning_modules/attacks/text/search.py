@@ -17,8 +17,9 @@ from lightning_modules.attacks.ledger import CandidateLedger
 from lightning_modules.attacks.suffix.slots import without_end_of_turn
 from lightning_modules.attacks.text.variants import Variant
 from lightning_modules.models.decoder import text_config
-from lightning_modules.models.language_model import Encoded, LanguageModel, Reply
+from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy
+from lightning_modules.models.reply import Reply
 from lightning_modules.models.requests import Decoding
 
 

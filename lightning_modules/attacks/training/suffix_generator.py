@@ -22,9 +22,10 @@ from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.attacks.training.per_rank import exchanged, gathered, own_states, process
 from lightning_modules.models.embeddings import embedding_weight
-from lightning_modules.models.language_model import LanguageModel, Reply
+from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.likelihood import mean_cross_entropy
 from lightning_modules.models.loading import ModelConfig, load_seeded
+from lightning_modules.models.reply import Reply
 
 
 @dataclass
