@@ -186,6 +186,8 @@ class AdversarialData(EvaluationData):
         """Encode the evaluation rows, then the training rows that are not among them."""
         evaluated = self._encode_evaluation(encoder)
         harmful = gather("harmful", self.harmful_sources if self.division.harmful_per_step else [])
+        if self.harmful_sources and not self.division.harmful_per_step:
+            log.warning("data.harmful_per_step is 0: data.harmful is not read, and nothing is attacked")
         sources = self.utility_sources if self.division.utility_per_step else []
         stored = self.utility_store is not None and bool(sources)
         utility = [] if stored else gather("utility", sources)

@@ -100,7 +100,7 @@ def _kinds(**_: Any) -> list[str]:
 
 def _add_study(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", metavar="FILE", help="the study's YAML, e.g. configs/study/tinychat.yaml")
+    add("study", metavar="FILE", help="the study's YAML, e.g. configs/study/one_step_tinychat.yaml")
     add("--out", metavar="FOLDER", help="tables, figures, raw rows [RUNS/NAME of the file]")
     add("--runs", metavar="FOLDER", default="runs/studies", help="the run folders [runs/studies]")
     add("--only", metavar="RUN", nargs="+", default=[], help="these runs, and those they need [all]")
@@ -221,7 +221,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--device-memory", metavar="SIZE", default="80GiB", help="memory of one device [80GiB]")
     add("--tflops", metavar="N", type=float, default=700.0, help="10^12 operations a second of one [700]")
     add("--utilisation", metavar="SHARE", type=float, default=0.3, help="share of them that is reached [0.3]")
-    add("--prompt-tokens", metavar="N", type=int, help="length of prompts, where no tokenizer is at hand")
+    add("--prompt-tokens", metavar="N", type=int, help="length of prompts [half of encoding.max_length]")
     add("--reply-tokens", metavar="N", type=int, help="length of replies, likewise")
     add("--json", dest="as_json", action="store_true", help="all figures as JSON")
 

@@ -16,6 +16,7 @@ from datamodules.batch import AdversarialBatch, EvaluationBatch
 from datamodules.fields import Count, NonNegativeInt, checked
 from datamodules.text.chat_format import ChatFormat
 from lightning_modules.defences.base import Defence, Defended, label, requests_of
+from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.frozen import Reference
 from lightning_modules.models.language_model import Encoded, LanguageModel
 from lightning_modules.models.loading import ModelConfig, has_adapter, load_seeded
@@ -97,6 +98,7 @@ class PretrainedModel(LightningModule):
         if not hasattr(self, "model"):
             strategy = self._sharding()
             self.model = load_seeded(self.base, self.load_seed)
+            self._check_tokenizer()
             sharded = None if strategy is None else strategy.sharded(self.model)
             rounded = self.base.lora is not None and self.base.lora.merge == "rounded"
             self.language_model = LanguageModel(
@@ -105,6 +107,16 @@ class PretrainedModel(LightningModule):
                 merge_rounded=rounded,
                 sharded=sharded,
                 compiled=self.base.compile_attacks,
+            )
+
+    def _check_tokenizer(self) -> None:
+        """Raises: ValueError for a tokenizer whose tokens the model cannot embed: it is another model's."""
+        # Those that were added (a pad token, say) may never be used.
+        known = 0 if self._chat is None else self._chat.tokenizer.vocab_size
+        embedded = causal_lm(self.model).get_input_embeddings().weight.shape[0]
+        if known > embedded:
+            raise ValueError(
+                f"data.tokenizer: {known} tokens, but {self.base.name_or_path} embeds {embedded}; set its own"
             )
 
     def _sharding(self) -> FSDP2 | None:

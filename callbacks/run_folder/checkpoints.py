@@ -171,7 +171,7 @@ def find_checkpoint(
         if command != "fit":
             raise RunError(
                 f"ckpt_path: no checkpoint in {RunFolder.of(folder).checkpoints}; train first (thundercat "
-                "fit), give a checkpoint's path, or leave ckpt_path out to evaluate the model before "
+                "fit), give a checkpoint's path, or --ckpt_path none to evaluate the model before "
                 "training"
             )
         _compare(begun_with(RunFolder.of(folder).config()), now, RunFolder.of(folder).config(), None)
@@ -253,6 +253,11 @@ def _compare(then: Flat | None, now: Flat, where: Path, only: tuple[str, ...] | 
     found = differences(then, now, only)
     if found:
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        if all(own.split(":")[0].endswith(f".{CONTENT}") for own in found):
+            raise RunError(
+                f"ckpt_path: {where} was made when files held something else: {'; '.join(found[:SHOWN])}"
+                f"{more} (digests); restore what they held, or use another folder"
+            )
         raise RunError(
             f"ckpt_path: {where} was made by another configuration: {'; '.join(found[:SHOWN])}{more}; use "
             f"--config {where.parent.parent / 'config.yaml' if where.suffix == '.ckpt' else where}, or "

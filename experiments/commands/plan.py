@@ -32,12 +32,12 @@ from experiments.planning.step import StepCost, count_step
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.models.decoder import text_config
 
-UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass
 class PlanSettings:
-    """The machine that a run is planned for, and how long rows are where no tokenizer is at hand."""
+    """The machine that a run is planned for, and how long rows are taken to be."""
 
     devices: int = 1
     device_memory: str = "80GiB"
@@ -59,6 +59,8 @@ def plan(files: Sequence[str], overrides: Sequence[tuple[str, str]], settings: P
     for name in ("devices", "tflops", "utilisation"):
         if not getattr(settings, name) > 0:
             raise ConfigError(f"--{name}: expected a number above 0, got {getattr(settings, name)}")
+    if settings.utilisation > 1:
+        raise ConfigError(f"--utilisation: expected a share of 1 at most, got {settings.utilisation:g}")
     if not files:
         raise ConfigError("expected at least one --config FILE; start with --config configs/quickstart.yaml")
     config = compose(files, overrides)
@@ -301,7 +303,7 @@ def gib(size: int) -> str:
 
 def in_bytes(text: str) -> int:
     """`80GiB` as a number. Raises: ConfigError."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]+)\s*", text)
     unit = match[2].upper() if match else ""
     try:
         size = float(match[1]) * UNITS[unit] if match else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,6 +21,8 @@ from experiments.config.files import expand, load, parse
 from experiments.config.merging import merge, settle
 from experiments.config.overrides import set_dotted
 
+MISSPELT = 0.9
+"""Likeness from which a name that nothing uses is another one's: a letter or two of ten."""
 __all__ = ["PROJECT_ROOT", "ConfigError", "compose", "merge", "suggest"]
 
 
@@ -68,13 +71,23 @@ def _unresolved(error: OmegaConfBaseException) -> str:
     through = re.search(r"trying to access (\S+): node `(\S+)` is not a container", text)
     if through:
         return f"{key}: takes its value from {through[1]}, but {through[2]} is no group of fields; name them"
+    unset = re.search(r"Interpolation key '(vars\.\w+)' not found", text)
+    if unset:
+        return f"{key}: takes its value from {unset[1]}, which no file sets; set it, or --{unset[1]}=VALUE"
     return f"{key}: {text}; check the ${{...}} in this value"
 
 
 def _check_variables(config: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
-    """Raises: ConfigError for a variable that nothing declares or uses: it would be set and never read."""
+    """Raises: ConfigError for a variable that nothing declares or uses: it would be set and never read. In a
+    file, where a recipe's variables may be of use to some of its methods only, one that is nearly the name of
+    another that is used."""
     used = re.findall(r"\$\{(?:oc\.select:)?vars\.(\w+)", f"{config} {[text for _, text in overrides]}")
-    variables = {*(config.get("vars") or {}), *used}
+    declared = config.get("vars") or {}
+    for name in set(declared) - set(used):
+        meant = get_close_matches(name, used, 1, MISSPELT)
+        if meant:
+            raise ConfigError(f"vars.{name}: nothing uses it; did you mean {meant[0]!r}? Remove it otherwise")
+    variables = {*declared, *used}
     for key, _ in overrides:
         top, _, rest = key.partition(".")
         name = rest.partition(".")[0]

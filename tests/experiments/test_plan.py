@@ -317,12 +317,12 @@ def test_an_unknown_model_is_named(thundercat: Run) -> None:
     assert "model.base.name_or_path: the configuration of 'some/model' is not at hand; put its" in err
 
 
-@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("1.5 GB", 1_500_000_000), ("7", 7)])
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("1.5 GB", 1_500_000_000), ("7 B", 7)])
 def test_sizes(text: str, size: int) -> None:
     assert in_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-1GiB", "1.2.3GiB", "0"])
+@pytest.mark.parametrize("text", ["", "GiB", "12 apples", "-1GiB", "1.2.3GiB", "0", "80"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="--device-memory: expected a size like"):
         in_bytes(text)
