@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from datamodules import adversarial
 from experiments.config.compose import ConfigError, compose
 from tests.support.small_run import small_config
 
@@ -42,11 +43,14 @@ def test_a_target_that_is_the_safe_reply_is_a_bad_row(thundercat: Run, tmp_path:
     assert "own.jsonl:1: the target and the safe reply are the same text" in err
 
 
-def test_harmful_sources_that_are_not_read_are_a_warning(thundercat: Run, tmp_path: Path) -> None:
+def test_harmful_sources_that_are_not_read_are_a_warning(
+    thundercat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(adversarial.log, "warning", lambda text, *given: said.append(text % given))
     given = "--data.harmful_per_step=0", "--trainer.max_steps=1"
-    status, _, err = thundercat("fit", "--config", str(small_config(tmp_path)), *given)
-    assert status == 0
-    assert "data.harmful_per_step is 0: data.harmful is not read" in err
+    assert thundercat("fit", "--config", str(small_config(tmp_path)), *given)[0] == 0
+    assert said == ["data.harmful_per_step is 0: data.harmful is not read, and nothing is attacked"]
 
 
 def test_another_models_tokenizer_is_refused(thundercat: Run, tmp_path: Path, public_data: Path) -> None:
