@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from datamodules.fields import Count, Fraction, NonNegativeInt, checked
 from datamodules.text.model_files import model_path
+from lightning_modules.models.decoder import causal_lm
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -129,20 +130,46 @@ def load_model(config: ModelConfig) -> nn.Module:
         with _named(adapters):
             model = PeftModel.from_pretrained(model, adapters, is_trainable=True)
     elif config.lora is not None:
-        lora = LoraConfig(
-            r=config.lora.r,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=config.lora.target_modules,
-            layers_to_transform=config.lora.layers,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, _lora(causal_lm(model), config.lora))  # type: ignore[arg-type]
     if has_adapter(model):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model.train()
+
+
+def _lora(model: PreTrainedModel, config: LoraSettings) -> LoraConfig:
+    """The settings in PEFT's terms. Raises: ValueError for names or layers that the model has not, of which
+    PEFT would leave some out without a word."""
+    layers: Any = getattr(model.get_decoder(), "layers", None)
+    parts = (model if layers is None else layers).named_modules()
+    linear = {name.rpartition(".")[2] for name, part in parts if isinstance(part, nn.Linear)}
+    wanted: str | list[str] = config.target_modules
+    if wanted == "all-linear":
+        # PEFT takes a choice of layers beside a list of names only.
+        wanted = wanted if config.layers is None else sorted(linear)
+    else:
+        own = [name for name, _ in model.named_modules()]
+        patterns = [wanted] if isinstance(wanted, str) else [rf"(.*\.)?{re.escape(w)}" for w in wanted]
+        missing = [p for p in patterns if not any(re.fullmatch(p, name) for name in own)]
+        if missing:
+            raise ValueError(
+                f"base.lora.target_modules: expected parts of the model, whose linear layers are "
+                f"{sorted(linear)}, got {config.target_modules!r}"
+            )
+    if config.layers is not None and layers is not None and max(config.layers, default=0) >= len(layers):
+        raise ValueError(
+            f"base.lora.layers: expected numbers below {len(layers)}, the model's layers, got "
+            f"{max(config.layers)}"
+        )
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=wanted,
+        layers_to_transform=config.layers,
+        task_type="CAUSAL_LM",
+    )
 
 
 def load_seeded(config: ModelConfig, seed: int) -> nn.Module:

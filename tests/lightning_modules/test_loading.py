@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,31 @@ def test_adapters_are_fp32_on_a_bf16_base() -> None:
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in learning.items())
     assert {p.dtype for name, p in model.named_parameters() if name not in learning} == {torch.bfloat16}
+
+
+def test_adapters_of_some_layers_on_all_their_linear_parts() -> None:
+    model = load_model(ModelConfig("tinychat:aligned", lora=LoraSettings(r=2, layers=[1])))
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split("layers.")[1].split(".")[0] for name in learning} == {"1"}
+    parts = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in learning} == set(parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"target_modules": ["q_proj", "nothing"]},
+            r"target_modules: .*'down_proj'.*, got \['q_proj'",
+        ),
+        ({"target_modules": "q_prj"}, "target_modules: .*'down_proj'.*, got 'q_prj'"),
+        ({"layers": [0, 99]}, r"layers: expected numbers below \d+, the model's layers, got 99"),
+    ],
+)
+def test_adapters_on_what_is_not_there_are_refused(settings: dict[str, Any], said: str) -> None:
+    """PEFT passes over a name that is not there, if another one is."""
+    with pytest.raises(ValueError, match=f"base.lora.{said}"):
+        load_model(ModelConfig("tinychat:aligned", lora=LoraSettings(**settings)))
 
 
 def test_saved_adapters_go_on_learning(tmp_path: Path) -> None:
