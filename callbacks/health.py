@@ -95,7 +95,8 @@ def _sums(attacked: AttackedPrompt) -> dict[str, tuple[float, int]]:
         "loss_start": attacked.start_loss,
         "loss_best": attacked.best_loss,
         "distance": attacked.distance,
-        # Where a distance is NaN there is no such flag; other processes must hear of it.
+        # Where a distance is NaN there are no such flags; other processes must hear of it.
+        "no_step": attacked.distance,
         "budget_unused": attacked.distance,
         **flags,
     }

@@ -112,7 +112,7 @@ class PretrainedModel(LightningModule):
     def _check_tokenizer(self) -> None:
         """Raises: ValueError for a tokenizer whose tokens the model cannot embed: it is another model's."""
         # Those that were added (a pad token, say) may never be used.
-        known = 0 if self._chat is None else self._chat.tokenizer.vocab_size
+        known = self._chat.tokenizer.vocab_size if isinstance(self._chat, ChatFormat) else 0
         embedded = causal_lm(self.model).get_input_embeddings().weight.shape[0]
         if known > embedded:
             raise ValueError(

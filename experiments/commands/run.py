@@ -288,14 +288,19 @@ def _said_of_class(text: str) -> str | None:
 
 def innermost(error: BaseException) -> str:
     """The cause at the bottom of a chain of parser errors, on one line, with the field's name in front."""
-    text = str(error)
-    key = re.search(r'(?:Parser key|Validation failed: Key|key) "([^"]+)"', text)
+    keys: list[str] = []
     cause: BaseException = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
+    while True:
+        key = re.search(r'(?:Parser key|Validation failed: Key|key) "([^"]+)"', str(cause))
+        if key and key[1] not in keys:
+            keys.append(key[1])
+        if cause.__cause__ is None and cause.__context__ is None:
+            break
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
     inner = [line.strip(" -") for line in str(cause).splitlines() if line.strip()]
     message = inner[-1] if inner else type(cause).__name__
     if message.startswith("a dict with"):  # the end of what it says of a list
-        message = _said_of_class(text) or message
-    field = key.group(1) if key else ""
-    return message if not field or field.split(".")[-1] in message else f"{field}: {message}"
+        message = _said_of_class(str(error)) or message
+    field = ".".join(keys)
+    named = not field or re.search(rf"\b{re.escape(field.split('.')[-1])}\b", message)
+    return message if named else f"{field}: {message}"

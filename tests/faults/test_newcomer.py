@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,3 +69,21 @@ def test_a_file_that_changed_since_is_said_to_have_changed(thundercat: Run, tmp_
     assert status != 0
     assert "was made when files held something else: data.harmful.0.path.content" in err
     assert "restore what they held, or use another folder" in err
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        ("{class_path: datamodules.sources.tables.HarmfulTable, init_args: {path: a}}", "Expected a .*list"),
+        (
+            "[{class_path: datamodules.sources.tables.ChatTable, init_args: {path: a}}]",
+            "ChatTable does not implement protocol HarmfulSource",
+        ),
+    ],
+)
+def test_sources_of_the_wrong_kind_are_said_with_their_field(
+    thundercat: Run, tmp_path: Path, sources: str, said: str
+) -> None:
+    status, _, err = thundercat("fit", "--config", str(small_config(tmp_path)), f"--data.harmful={sources}")
+    assert status != 0
+    assert re.search(f"^thundercat: data.harmful: .*{said}", err, re.MULTILINE)

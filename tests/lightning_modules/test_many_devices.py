@@ -112,5 +112,5 @@ def test_the_health_of_an_attack_is_that_of_all_processes(together: Path) -> Non
     assert 0 < found["train/attack/loss_best"] < found["train/attack/loss_start"]
     # What one process would not log for want of a number, two do not log of the other alone.
     assert first["one lost"].keys() == first["both lost"].keys()
-    dropped = {"train/attack/loss_start", "train/attack/distance", "train/attack/budget_unused"}
+    dropped = {f"train/attack/{name}" for name in ("loss_start", "distance", "no_step", "budget_unused")}
     assert found.keys() - first["one lost"].keys() == dropped
