@@ -36,7 +36,8 @@ def example_flags(attacked: AttackedPrompt) -> dict[str, Bool[Tensor, " batch"]]
     if len(curve) > 1:
         flags["loss_not_reduced"] = attacked.best_loss >= attacked.start_loss
     if not attacked.distance.isnan().any():
-        still = (attacked.distance == 0) & (attacked.backward_passes == 0) & ~attacked.zero_gradient
+        left_at_once = (~curve.isnan()).sum(0) == 1
+        still = left_at_once & (attacked.backward_passes == 0) & ~attacked.zero_gradient
         flags |= {"no_step": still, "budget_unused": (attacked.distance < 0.99) & ~still}
     return flags
 

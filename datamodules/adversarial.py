@@ -195,7 +195,7 @@ class AdversarialData(EvaluationData):
         kept_harmful, kept_utility = self._apart_from(known, harmful, utility, encoder.problems)
         examples = _Examples(
             {
-                "harmful": encoder.harmful(kept_harmful),
+                "harmful": encoder.harmful(map(_learnable, kept_harmful)),
                 "utility": self._stored(encoder, known) if stored else encoder.chats(kept_utility),
             }
         )
@@ -277,3 +277,10 @@ def _collate(attackable: Attackable, division: Division, items: list[tuple[str, 
         rows[name].append(example)
     weights = division.weight("harmful"), division.weight("utility")
     return training_batch(rows["harmful"], rows["utility"], attackable, rows[ATTACKED], weights)
+
+
+def _learnable(row: HarmfulRow | RowProblem) -> HarmfulRow | RowProblem:
+    """The row, or that it asks to learn and to unlearn the same text."""
+    if isinstance(row, HarmfulRow) and row.target.strip() == row.safe_reply.strip():
+        return RowProblem(row.where, "the target and the safe reply are the same text")
+    return row

@@ -23,10 +23,6 @@ MODEL_FILES = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt
 """What of a model's folder decides what it says: weights, configuration, tokenizer, template, code."""
 ROW_FILES = ("rows/rows_rank*.jsonl*",)
 """What of a run's folder is data for another run."""
-RUN_FILES = ("*.safetensors", "*.gguf", *ROW_FILES)
-"""What of a run's folder another run's evaluation may read."""
-LOCK = "lock.json"
-"""In a run's folder while a process writes to it."""
 LONGEST_PATH = 1000
 """Longer texts are no file's name."""
 

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from datamodules.batch import EvaluationBatch
-from datamodules.contents import LOCK, RUN_FILES, fingerprint
+from datamodules.contents import ROW_FILES, fingerprint
 from datamodules.results import ROWS
+
+MODEL = "config.json"
+"""In a model's folder."""
 
 
 def contents(batch: EvaluationBatch) -> list[Any]:
@@ -29,54 +32,60 @@ def contents(batch: EvaluationBatch) -> list[Any]:
     return [*(tensor.tolist() for tensor in tensors), *compared]
 
 
-def settings_digest(*things: object) -> str:
-    """Digest of everything that decides a reply, from the public attributes of its objects."""
+def settings_digest(*things: object, own_run: Path | None = None) -> str:
+    """Digest of everything that decides a reply, from the public attributes of its objects.
+
+    Args:
+        things: the objects.
+        own_run: the run folder that the results are written to, where they may name it: an attack that reads
+            its own run's rows would be another one after every row, so that it counts by its name.
+    """
+    own = None if own_run is None else own_run.resolve()
     return hashlib.blake2b(
-        json.dumps([describe(thing) for thing in things], sort_keys=True).encode(), digest_size=6
+        json.dumps([describe(thing, own) for thing in things], sort_keys=True).encode(), digest_size=6
     ).hexdigest()
 
 
-def describe(thing: object) -> Any:
+def describe(thing: object, own_run: Path | None = None) -> Any:
     """Public attributes, recursively, as JSON; objects without any are named by their class.
 
     Of a text that names a file or a model's folder, its content too: templates, data and weights decide a
     reply by what is in them.
     """
     if isinstance(thing, str | Path):
-        content = _content(str(thing))
+        content = _content(str(thing), own_run)
         return str(thing) if content is None else {"file": str(thing), "digest": content}
     if thing is None or isinstance(thing, bool | int | float):
         return thing
     if isinstance(thing, Enum):
         return thing.name
     if isinstance(thing, set | frozenset):
-        return sorted((describe(item) for item in thing), key=repr)
+        return sorted((describe(item, own_run) for item in thing), key=repr)
     if isinstance(thing, torch.Tensor):
         return thing.tolist()
     if isinstance(thing, type | FunctionType):
         return f"{thing.__module__}.{thing.__qualname__}"
     if isinstance(thing, list | tuple):
-        return [describe(item) for item in thing]
+        return [describe(item, own_run) for item in thing]
     if isinstance(thing, dict):
-        return {str(key): describe(value) for key, value in thing.items()}
+        return {str(key): describe(value, own_run) for key, value in thing.items()}
     held = vars(thing) if hasattr(thing, "__dict__") else {}
     names = [name for name in held if not _is_cached(thing, name)]
     names += [f.name for f in fields(thing)] if is_dataclass(thing) and not names else []  # with slots
-    attributes = {name: describe(getattr(thing, name)) for name in names if not name.startswith("_")}
+    attributes = {name: describe(getattr(thing, name), own_run) for name in names if not name.startswith("_")}
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **attributes}
 
 
-def _content(name: str) -> str | None:
-    """Of what a text names; of a run, its rows and weights, not its reports. A run that is being written to
-    has its name alone: an attack that reads its own run's rows would be another one after every row."""
-    folder = Path(name)
+def _content(name: str, own_run: Path | None) -> str | None:
+    """Of what a text names; of another run, its rows: not its reports, which are written again and again."""
     try:
-        is_run = bool(name) and (folder / ROWS).is_dir()
+        folder = Path(name) if name else None
+        is_run = folder is not None and (folder / ROWS).is_dir() and not (folder / MODEL).is_file()
+        if is_run and folder is not None and folder.resolve() == own_run:
+            return None
     except (OSError, ValueError):
         return None  # no path
-    if not is_run:
-        return fingerprint(name)
-    return None if (folder / LOCK).exists() else fingerprint(name, RUN_FILES)
+    return fingerprint(name, ROW_FILES) if is_run else fingerprint(name)
 
 
 def _is_cached(thing: object, name: str) -> bool:

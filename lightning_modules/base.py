@@ -86,12 +86,9 @@ class FineTuning(PretrainedModel):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.optimizer_config
         learning = [p for p in self.parameters() if p.requires_grad]
+        # Not fused: under mixed precision Lightning clips no gradients of a fused one.
         optimizer = torch.optim.AdamW(
-            learning,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=all(p.is_cuda for p in learning) or None,
+            learning, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config, total))

@@ -133,7 +133,8 @@ class CertificationEvaluation(Evaluation):
                 self.max_new_tokens,
                 self.seed,
                 place.precision,
-                [contents(batch) for share in shares for batch in share],
+                # Compared with when a reply comes: the verdicts are no judge's that could be asked again.
+                [[contents(batch), list(batch.expected)] for share in shares for batch in share],
             ),
             subject=subject,
             quantity="certified_rate",

@@ -100,7 +100,8 @@ class ReplyChangeEvaluation(Evaluation):
                 [CHANGED, refusal, correct],
                 self.max_new_tokens,
                 place.precision,
-                [contents(batch) for share in shares for batch in share],
+                # Compared with when a reply comes: the verdicts are no judge's that could be asked again.
+                [[contents(batch), list(batch.expected)] for share in shares for batch in share],
             ),
             subject=subject,
             quantity="change_rate",

@@ -232,6 +232,7 @@ class Session:
                 evaluation.seed if probe.attack is not None else None,
                 [contents(batch) for share in shares for batch in share],
                 *further,
+                own_run=own.folder,
             ),
             subject=probe.subject,
             attack=probe.name,

@@ -11,6 +11,7 @@ must hold what they held.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import json
@@ -56,11 +57,12 @@ FREE = (
     "model.base.attn_implementation",
     "model.base.gradient_checkpointing",
     "model.base.compile_attacks",
+    "data.evaluation",
     "data.utility_store",
 )
 """Fields of model and data that do not."""
-EVALUATED = "data.evaluation"
-"""Not one of them where training rows that it holds are left out of training."""
+LEFT_OUT = "data.on_overlap.evaluated"
+"""Not a field: what is evaluated on, where training rows that occur there are left out of training."""
 LOADING = (
     "model.base.name_or_path",
     "model.base.gguf_file",
@@ -100,11 +102,22 @@ def decisive(config: Mapping[str, Any]) -> Flat:
     if fields.get("data.micro_batches", 1) != 1:
         # Until 0.2.0 the micro-batches decided which rows a step holds: such a run would go on with others.
         fields[ORDER] = "rows drawn by the step"
-    free = FREE if fields.get("data.on_overlap") == "skip" else (*FREE, EVALUATED)
-    kept = {key: value for key, value in fields.items() if not _below(key, free)}
+    if fields.get("data.on_overlap") == "skip":
+        fields[LEFT_OUT] = _evaluated(fields)
+    kept = {key: value for key, value in fields.items() if not _below(key, FREE)}
     # As the checkpoint gives it back: no tuples, no enums.
     plain = typing.cast(Flat, json.loads(json.dumps(kept, default=str)))
     return plain | fingerprints(plain)
+
+
+def _evaluated(fields: Flat) -> str:
+    """A digest of the sets that training rows must not occur in, with what their files hold."""
+    allowed = [str(name) for name in fields.get("data.allow_overlap") or ()]
+    free = ("data.evaluation.batch_size", *(f"data.{name}" for name in allowed))
+    sets = {k: v for k, v in fields.items() if _below(k, ("data.evaluation",)) and not _below(k, free)}
+    plain = json.loads(json.dumps(sets, default=str))
+    text = json.dumps(plain | fingerprints(plain), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def differences(then: Flat, now: Flat, only: tuple[str, ...] | None = None) -> list[str]:
@@ -116,6 +129,8 @@ def differences(then: Flat, now: Flat, only: tuple[str, ...] | None = None) -> l
         for key in keys
         # A field that came to its class later is null where it does nothing.
         if not _equal(then.get(key), now.get(key))
+        # Runs of earlier versions do not say.
+        and not (key == LEFT_OUT and not (key in then and key in now))
         # A file that is not here is its loader's to name; where a path differs, so does what it holds.
         and not (
             key.endswith(f".{CONTENT}") and not (key in then and key in now and _same_path(key, then, now))

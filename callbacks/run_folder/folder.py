@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.contents import LOCK
-
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 MARKS = (
     CONFIG_FILE,
@@ -73,7 +71,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        return self.path / LOCK
+        return self.path / "lock.json"
 
     def config(self, stage: str = "fit", defence: str = "") -> Path:
         """The resolved configuration of a stage, with the model behind a defence or not."""

@@ -111,10 +111,6 @@ class Encoder:
 
     def harmful(self, rows: Iterable[HarmfulRow | RowProblem]) -> list[EncodedHarmful]:
         def encode(row: HarmfulRow) -> EncodedHarmful:
-            if row.safe_reply and row.safe_reply.strip() == row.target.strip():
-                raise ValueError(
-                    "the target and the safe reply are the same text, which would be learned and unlearned"
-                )
             prompt = self._prompt(row)
             return EncodedHarmful(
                 row, prompt, self.chat.reply(prompt, row.target), self.chat.reply(prompt, row.safe_reply)

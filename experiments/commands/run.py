@@ -291,9 +291,11 @@ def innermost(error: BaseException) -> str:
     keys: list[str] = []
     cause: BaseException = error
     while True:
-        key = re.search(r'(?:Parser key|Validation failed: Key|key) "([^"]+)"', str(cause))
+        word = "Parser key|Validation failed: Key" + ("" if keys else "|key")
+        key = re.search(rf'(?:{word}) "([^"]+)"', str(cause))
         if key and key[1] not in keys:
-            keys.append(key[1])
+            # The parser names a field by itself, or by its whole path.
+            keys = [key[1]] if keys and key[1].startswith(f"{'.'.join(keys)}.") else [*keys, key[1]]
         if cause.__cause__ is None and cause.__context__ is None:
             break
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]

@@ -77,6 +77,16 @@ def _unresolved(error: OmegaConfBaseException) -> str:
     return f"{key}: {text}; check the ${{...}} in this value"
 
 
+def _letters(name: str) -> str:
+    return re.sub(r"\d", "", name)
+
+
+def _shipped(name: str) -> bool:
+    """Whether one of the project's own files uses a variable: what used it here may have been replaced."""
+    files = (PROJECT_ROOT / "configs").rglob("*.yaml")
+    return any(re.search(rf"vars\.{name}\b", path.read_text(encoding="utf-8")) for path in files)
+
+
 def _check_variables(config: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
     """Raises: ConfigError for a variable that nothing declares or uses: it would be set and never read. In a
     file, where a recipe's variables may be of use to some of its methods only, one that is nearly the name of
@@ -85,7 +95,7 @@ def _check_variables(config: dict[str, Any], overrides: Sequence[tuple[str, str]
     declared = config.get("vars") or {}
     for name in set(declared) - set(used):
         meant = get_close_matches(name, used, 1, MISSPELT)
-        if meant:
+        if meant and _letters(name) != _letters(meant[0]) and not _shipped(name):
             raise ConfigError(f"vars.{name}: nothing uses it; did you mean {meant[0]!r}? Remove it otherwise")
     variables = {*declared, *used}
     for key, _ in overrides:

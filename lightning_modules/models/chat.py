@@ -10,10 +10,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from datamodules.contents import fingerprint
 from datamodules.fields import Count, NonNegative, NonNegativeInt, Positive, Share, checked
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
@@ -119,7 +121,9 @@ class LocalChat:
 
     @property
     def revision(self) -> str:
-        return self.base.revision or "unpinned"
+        """The hub's; of a folder here, a digest of the weights."""
+        named = self.base.name_or_path
+        return self.base.revision or (fingerprint(named) if Path(named).is_dir() else None) or "unpinned"
 
     @property
     def decides(self) -> list[object]:

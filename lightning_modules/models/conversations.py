@@ -69,8 +69,11 @@ def decode_whole(
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether any dropout is at work: rows that share a beginning would share what it draws there."""
-    attention = getattr(text_config(module), "attention_dropout", None)
-    return bool(module.training and attention) or any(
+    """Whether dropout, or a router's noise, may be at work: rows that share a beginning would share what is
+    drawn there."""
+    # Some decoders draw by functions, at rates that only the configuration tells.
+    rates = [value for name, value in vars(text_config(module)).items() if "drop" in name or "jitter" in name]
+    configured = any(isinstance(rate, float) and rate > 0 for rate in rates)
+    return (module.training and configured) or any(
         isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in module.modules()
     )

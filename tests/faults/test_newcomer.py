@@ -31,6 +31,12 @@ def test_a_misspelt_variable_of_a_file_is_not_ignored(tmp_path: Path) -> None:
         compose(["configs/quickstart.yaml", str(tmp_path / "own.yaml")], [])
 
 
+def test_a_variable_whose_users_a_later_file_replaces_is_no_misspelling(tmp_path: Path) -> None:
+    compose(["configs/quickstart.yaml", "configs/evaluation/certify_study.yaml"], [])
+    (tmp_path / "own.yaml").write_text('vars: {rate_1: 1, rate_2: 2}\nckpt_path: "${vars.rate_1}"')
+    compose([str(tmp_path / "own.yaml")], [])
+
+
 def test_a_variable_that_no_file_sets_is_named_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text('model: {init_args: {optimizer: {lr: "${vars.rate}"}}}')
     with pytest.raises(ConfigError, match=r"lr: takes its value from vars.rate, .* set it, or --vars.rate="):

@@ -20,8 +20,8 @@ from callbacks.judges.base import Judge, judge_all, label
 from callbacks.judges.exact import ExactMatch
 from callbacks.judges.grader import Grader
 from callbacks.judges.model import Classifier, Rubric
-from callbacks.run_folder.decisive import decisive, differences
-from callbacks.run_folder.lock import RunLock
+from callbacks.judges.success import Fluent
+from callbacks.run_folder.decisive import LEFT_OUT, decisive, differences
 from datamodules.result_lines import Row
 from datamodules.results import ResultsStore, read_rows
 from datamodules.rows import ChatRow
@@ -142,10 +142,11 @@ def test_a_local_judge_is_its_weights_and_its_decoding(tmp_path: Path) -> None:
 
     def labels(**fields: Any) -> list[str]:
         judge: Judge = Classifier(local(tmp_path, **fields))
-        return [label(judge), Grader(local(tmp_path, **fields)).label({}, [])]
+        grader = Grader(local(tmp_path, **fields)).label({}, [])
+        return [label(judge), grader, *([] if fields else [label(Fluent(local(tmp_path)))])]
 
     before = labels()
-    assert labels() == before == labels(max_rows=2)
+    assert labels() == before and labels(max_rows=2) == before[:2]
     for changed in (labels(temperature=0.5), labels(max_new_tokens=3)):
         assert not set(changed) & set(before)
     weights.write_bytes(b"two")
@@ -186,36 +187,53 @@ def test_another_runs_new_rows_are_another_source_and_its_reports_are_not(tmp_pa
     run = stored(tmp_path, row("a", attacked="p x", of=None))
     (tmp_path / "results.json").write_text("{}")
 
-    def digest() -> str:
-        return settings_digest(StoredSuffixes(run))
+    def digest(own: Path | None = None) -> str:
+        return settings_digest([StoredSuffixes(run)], own_run=own)
 
     before = digest()
     (tmp_path / "results.json").write_text('{"later": 1}')
-    (tmp_path / "log.txt").write_text("a line")
+    (tmp_path / "lock.json").write_text("{}")
     assert digest() == before
     stored(tmp_path, row("b", attacked="p y"))
-    after = digest()
-    assert after != before
-    # Its own run's: written to meanwhile, and the same attack whatever it has written.
-    with RunLock(tmp_path):
-        own = digest()
-        stored(tmp_path, row("c", attacked="p z"))
-        assert digest() == own
+    assert digest() != before
+    # Its own run's: the same attack whatever it has written.
+    own = digest(tmp_path)
+    stored(tmp_path, row("c", attacked="p z"))
+    assert digest(tmp_path) == own != before
+
+
+def test_a_model_is_what_its_folder_holds_beside_rows(tmp_path: Path) -> None:
+    stored(tmp_path, row("a"))
+    (tmp_path / "config.json").write_text("{}")
+    before = settings_digest(str(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert settings_digest(str(tmp_path)) != before
 
 
 # --- what decides the weights
 
 
 def test_evaluation_rows_decide_the_weights_where_they_are_left_out_of_training(tmp_path: Path) -> None:
-    def fields(on_overlap: str, path: str) -> dict[str, Any]:
+    def fields(on_overlap: str, path: str, allow: tuple[str, ...] = (), size: int = 32) -> dict[str, Any]:
         source = {"class_path": "datamodules.sources.tables.ChatTable", "init_args": {"path": path}}
-        given = {"on_overlap": on_overlap, "evaluation": {"harmless": [source]}}
+        given = {"on_overlap": on_overlap, "evaluation": {"harmless": [source], "batch_size": size}}
+        given["allow_overlap"] = list(allow)
         node = {"class_path": "datamodules.adversarial.AdversarialData", "init_args": given}
         return decisive({"seed_everything": 0, "data": node})
 
-    assert differences(fields("error", "a.jsonl"), fields("error", "b.jsonl")) == []
-    (said,) = differences(fields("skip", "a.jsonl"), fields("skip", "b.jsonl"))
-    assert said.startswith("data.evaluation")
+    first, second = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    assert differences(fields("error", first), fields("error", second)) == []
+    then = fields("skip", first)
+    (said,) = differences(then, fields("skip", second))
+    assert said.startswith("data.on_overlap.evaluated")
+    Path(first).write_text("{}")
+    assert differences(then, fields("skip", first))
+    # What takes no row away, and a run that was begun before this was written down.
+    assert differences(fields("skip", second), fields("skip", second, size=8)) == []
+    allowed = ("evaluation.harmless",)
+    assert differences(fields("skip", first, allowed), fields("skip", second, allowed)) == []
+    older = {key: value for key, value in then.items() if key != LEFT_OUT}
+    assert differences(older, then) == differences(then, older) == []
 
 
 # --- numbers that are none
@@ -254,8 +272,8 @@ def test_what_another_process_found_stops_all_of_them() -> None:
 def test_a_stop_loss_above_the_start_is_said() -> None:
     model, batch = chat_model(), ragged_batch()
     model = LanguageModel(tiny_model())
-    for stop, expected in ((10.0, True), (None, False)):
-        found = EmbeddingPGD(epsilon=0.5, num_steps=2, stop_loss=stop)(model, batch)
+    for stop, start, expected in ((10.0, False, True), (10.0, True, True), (None, False, False)):
+        found = EmbeddingPGD(epsilon=0.5, num_steps=2, stop_loss=stop, random_start=start)(model, batch)
         flags = example_flags(found)
         assert flags["no_step"].tolist() == [expected] * len(batch)
         assert not (flags["no_step"] & flags["budget_unused"]).any()

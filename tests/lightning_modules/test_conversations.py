@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel, Qwen3MoeConfig
 
 from datamodules.batch import UtilityBatch
 from datamodules.text.encoding import utility_batch
@@ -107,7 +107,11 @@ def _turned_by_length() -> torch.nn.Module:
     )
 
 
-@pytest.mark.parametrize("model", [_with_dropout, _recomputed, _turned_by_length])
+def _dropping_by_functions() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_config(OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32)).train()
+
+
+@pytest.mark.parametrize("model", [_with_dropout, _recomputed, _turned_by_length, _dropping_by_functions])
 def test_rows_stay_whole_where_their_beginnings_would_differ(
     model: Callable[[], torch.nn.Module], widths: list[int]
 ) -> None:

@@ -23,7 +23,7 @@ class StoredSuffixes:
     """Suffixes (and prefixes) of a run's attacked rows, each once.
 
     The results of an attack that reads them hold for the rows that are there: where the run gets others, it
-    attacks again. While a process writes to the run, its folder's name alone counts.
+    attacks again. Of rows in the run that is evaluated itself the folder's name alone counts.
 
     Args:
         run: the run folder.
