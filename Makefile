@@ -61,7 +61,7 @@ pages: $(VENV)/.installed
 	  place=$(RESULTS)/$${study%_tinychat}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$$study.yaml --recorded $$place --out $$place || exit 1; \
 	done
-	$(BIN)/thundercat study configs/study/smollm2.yaml --only aligned cat capo --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2.yaml --only aligned cat capo "adversarial fine-tuning" mixat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
 	for study in ablations failure_modes injection injection_tickets inside trade_off; do \
 	  place=$(RESULTS)/smollm2_$${study}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$${study}_smollm2.yaml --recorded $$place --out $$place || exit 1; \
