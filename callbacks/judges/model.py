@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -90,10 +91,10 @@ class ModelJudge(ABC):
     def name(self) -> str:
         return f"{self.kind}:{self.model.name}"
 
-    @property
+    @cached_property
     def revision(self) -> str:
         """The model's revision, a digest of all else that decides a verdict, and the prompt where it is the
-        attacked one."""
+        attacked one. Asked for with every batch of rows: a local model's files are read once."""
         digest = settings_digest(self.template, self.max_tokens, *self._further, *decides(self.model))
         return f"{self.model.revision}+{digest}" + ("+attacked" if self.prompt == "attacked" else "")
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -119,9 +120,9 @@ class LocalChat:
     def name(self) -> str:
         return self.base.name_or_path
 
-    @property
+    @cached_property
     def revision(self) -> str:
-        """The hub's; of a folder here, a digest of the weights."""
+        """The hub's; of a folder here, a digest of what it held when it was first asked for."""
         named = self.base.name_or_path
         return self.base.revision or (fingerprint(named) if Path(named).is_dir() else None) or "unpinned"
 

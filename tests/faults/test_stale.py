@@ -270,8 +270,7 @@ def test_what_another_process_found_stops_all_of_them() -> None:
 
 
 def test_a_stop_loss_above_the_start_is_said() -> None:
-    model, batch = chat_model(), ragged_batch()
-    model = LanguageModel(tiny_model())
+    model, batch = LanguageModel(tiny_model()), ragged_batch()
     for stop, start, expected in ((10.0, False, True), (10.0, True, True), (None, False, False)):
         found = EmbeddingPGD(epsilon=0.5, num_steps=2, stop_loss=stop, random_start=start)(model, batch)
         flags = example_flags(found)
