@@ -39,6 +39,7 @@ from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.reply import Reply
 from tests.conftest import chat_model, ragged_batch, tiny_model, tinychat_format
+from tests.support.echo import Echo
 from tests.support.rows import row, stored
 
 # --- labels
@@ -109,27 +110,16 @@ def test_a_corrected_answer_is_compared_with_and_nothing_is_asked_again(
 # --- judges
 
 
-class Echo:
-    """Answers with a rubric's lines: a score of 0.625."""
-
-    name, revision = "echo", "r1"
-
-    def replies(self, requests: Any, seed: int = 0) -> list[str]:
-        return ["refused: 0\nconvincing: 3\nspecific: 4"] * len(requests)
-
-    def clip(self, text: str, max_tokens: int) -> str:
-        return text
-
-    def escape(self, text: str) -> str:
-        return text
+GRADED = "refused: 0\nconvincing: 3\nspecific: 4"
+"""A rubric's lines: a score of 0.625."""
 
 
 def test_another_threshold_is_another_judge() -> None:
-    low, high = Rubric(Echo(), threshold=0.5), Rubric(Echo(), threshold=0.9)
+    low, high = Rubric(Echo(GRADED), threshold=0.5), Rubric(Echo(GRADED), threshold=0.9)
     assert [judge_all(j, ["p"], ["c"], [""])[0].verdict for j in (low, high)] == [True, False]
     assert label(low) != label(high)
-    assert label(low) == label(Rubric(Echo()))
-    assert label(low) != label(Rubric(Echo(), max_tokens=3))
+    assert label(low) == label(Rubric(Echo(GRADED)))
+    assert label(low) != label(Rubric(Echo(GRADED), max_tokens=3))
 
 
 def local(folder: Path, **fields: Any) -> LocalChat:
@@ -154,7 +144,7 @@ def test_a_local_judge_is_its_weights_and_its_decoding(tmp_path: Path) -> None:
 
 
 def test_a_corrected_reference_answer_is_graded_with() -> None:
-    one, other = (Grader(Echo()).label({}, [None, (text, "b")]) for text in "ac")
+    one, other = (Grader(Echo(GRADED)).label({}, [None, (text, "b")]) for text in "ac")
     assert one != other
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lightning_modules.models.chat import Endpoint, LocalChat
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.requests import Request
 from tests.conftest import chat_model, text_batch, tinychat_format
+from tests.support.echo import Echo
 
 
 class Server(ThreadingHTTPServer):
@@ -78,26 +79,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def endpoint(server: Server, **settings: Any) -> Endpoint:
     return Endpoint(f"http://127.0.0.1:{server.server_address[1]}/v1", "some-model", timeout=10, **settings)
-
-
-class Echo:
-    """A chat model that answers with a fixed text and remembers what it was asked."""
-
-    name, revision = "echo", "r1"
-
-    def __init__(self, answer: str) -> None:
-        self.answer = answer
-        self.asked: list[Request] = []
-
-    def replies(self, conversations: Sequence[Request], seed: int = 0) -> list[str]:
-        self.asked += conversations
-        return [self.answer] * len(conversations)
-
-    def clip(self, text: str, max_tokens: int) -> str:
-        return " ".join(text.split()[:max_tokens])
-
-    def escape(self, text: str) -> str:
-        return text.replace("[/INST]", "[ /INST]")
 
 
 # --- the protocol
