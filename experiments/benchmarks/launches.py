@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from callbacks.run_folder.provenance import environment_facts
+from datamodules.batch import AdversarialBatch, UtilityBatch
 from datamodules.sources.tinychat.sources import TinyChatHarmful
 from datamodules.text.chat_format import ChatFormat
 from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
@@ -78,7 +80,7 @@ def pgd(steps: int) -> EmbeddingPGD:
 def attack_iteration(layers: int) -> dict[str, Run]:
     """One row, as in the 7B recipe's micro-batches."""
     model = build_model(layers)
-    batch = equal_rows(VOCABULARY, PROMPT, REPLY)[0].select([0])
+    batch = step_rows()[0].select([0])
     lengths = (torch.tensor(EPSILON), torch.tensor(STEP))
     sides = {"ours": LanguageModel(model), "ours, merged": LanguageModel(model, merge_rounded=True)}
     runs: dict[str, Run] = {
@@ -124,17 +126,27 @@ def gcg_step(layers: int) -> dict[str, Run]:
     return {**{name: partial(ours, side) for name, side in sides.items()}, "yardstick": yardstick}
 
 
-def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
-    """Gradients of 8 adversarial and 56 utility rows: the former in one micro-batch, or in one-row
-    micro-batches as the 7B recipe has them. Ours attacks all at once; the yardstick draws micro-batches of
-    8 rows in either case. The optimiser's own update is left out: on a GPU it is fused."""
-    model = build_model(layers)
+def step_rows() -> tuple[AdversarialBatch, UtilityBatch]:
+    """8 rows of either kind, attackable from the first token on, as the 7B recipe has them."""
     adversarial, (utility,) = equal_rows(VOCABULARY, PROMPT, REPLY)
+    adversarial = replace(adversarial, attackable_mask=adversarial.prompt_mask, lengths=())
+    return replace(adversarial, lengths=adversarial.counted()), utility
+
+
+def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
+    """Gradients of 8 adversarial and 56 utility rows: either kind in one pass, as a large card has room for
+    (configs/model/fast_7b.yaml), or in 8 micro-batches as the 7B recipe has them. Ours attacks all at once;
+    the yardstick draws micro-batches of 8 rows in either case. The optimiser's own update is left out: on a
+    GPU it is fused."""
+    model = build_model(layers)
+    adversarial, utility = step_rows()
     size = len(adversarial) // micro_batches
     every = [utility] * UTILITY_BATCHES
     parts = [adversarial.select(list(range(i, i + size))) for i in range(0, len(adversarial), size)]
 
-    def utilities(number: int) -> list[Any]:
+    def utilities(number: int) -> list[UtilityBatch]:
+        if micro_batches == 1:
+            return [joined(every)]
         return [utility] * (UTILITY_BATCHES // micro_batches + (number < UTILITY_BATCHES % micro_batches))
 
     def ours(merged: bool, steps: int) -> None:
@@ -156,6 +168,15 @@ def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
             model.zero_grad()
 
     return {"ours": partial(ours, False), "ours, merged": partial(ours, True), "yardstick": yardstick}
+
+
+def joined(batches: Sequence[UtilityBatch]) -> UtilityBatch:
+    """Rows of one length in one batch."""
+    ids, mask, labels = (
+        torch.cat([getattr(own, name) for own in batches])
+        for name in ("input_ids", "attention_mask", "labels")
+    )
+    return UtilityBatch(ids, mask, labels, sum(own.num_scored or 0 for own in batches))
 
 
 def measure_whole(what: str, runs: dict[str, Run], layers: int, repeats: int) -> dict[str, Any]:
@@ -208,7 +229,7 @@ def agreement(layers: int, steps: int = 10) -> dict[str, Any]:
     """What rounding costs: the share of the perturbation's signs that agree with those found in fp32, and the
     attacked loss of what was found, on the fp32 model."""
     model = build_model(layers)
-    batch = equal_rows(VOCABULARY, PROMPT, REPLY)[0]
+    batch, _ = step_rows()
     sides = {"ours": LanguageModel(model), "ours, merged": LanguageModel(model, merge_rounded=True)}
     found = {name: pgd(steps)(side, batch).delta for name, side in sides.items()}
     exact = LanguageModel(model.float())
@@ -246,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     whats: dict[str, Callable[[], dict[str, Run]]] = {
         "attack iteration, 1 row": lambda: attack_iteration(options.layers),
         "GCG step, 1 behaviour x 64": lambda: gcg_step(options.layers),
-        "optimiser step, 8 + 56 rows, attack on 8 at once": lambda: optimiser_step(options.layers, 1),
+        "optimiser step, 8 + 56 rows, one pass of each kind": lambda: optimiser_step(options.layers, 1),
         "optimiser step, 8 + 56 rows, 8 micro-batches": lambda: optimiser_step(options.layers, 8),
     }
     rows = []

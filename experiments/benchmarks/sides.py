@@ -45,10 +45,17 @@ def build_model(vocabulary: int) -> nn.Module:
 
 
 class Ours:
-    """This project's attack and training step."""
+    """This project's attack and training step; `merge_rounded` as of `LanguageModel`."""
 
-    def __init__(self, model: nn.Module, adversarial: AdversarialBatch, utility: list[UtilityBatch]) -> None:
-        self.model, self.adversarial, self.utility = LanguageModel(model), adversarial, utility
+    def __init__(
+        self,
+        model: nn.Module,
+        adversarial: AdversarialBatch,
+        utility: list[UtilityBatch],
+        merge_rounded: bool = False,
+    ) -> None:
+        self.model = LanguageModel(model, merge_rounded=merge_rounded)
+        self.adversarial, self.utility = adversarial, utility
         self.pgd = EmbeddingPGD(
             epsilon=EPSILON,
             num_steps=STEPS,

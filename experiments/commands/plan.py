@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -23,12 +23,14 @@ from experiments.config.check import check
 from experiments.config.compose import ConfigError, compose
 from experiments.config.defaults import with_defaults
 from experiments.config.seeds import with_seeds
+from experiments.planning.evaluations import EvaluationCost, Forward, evaluations
 from experiments.planning.four_bits import as_nf4
 from experiments.planning.memory import ADAPTERS, ATTACK, GRADIENTS, MERGED, PARTS, WEIGHTS
 from experiments.planning.recipe import check_plannable, quantised, without_machine
 from experiments.planning.rows import full_rows, kinds_of_micro_batches
 from experiments.planning.shapes_only import ShapesOnly, built_without_weights
 from experiments.planning.step import StepCost, count_step
+from experiments.planning.table import gib, table
 from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.models.decoder import text_config
 
@@ -84,6 +86,10 @@ class Executed:
     saving: RunCheckpoints | None
     compares: bool
     """Whether a reference scores every training row before the first step."""
+    micro_batches: int = 1
+    """Those of the recipe, or fewer where its devices could not share their rows evenly."""
+    evaluations: EvaluationCost = field(default_factory=EvaluationCost)
+    """Of the whole training, by all devices together."""
 
 
 def executed(config: Mapping[str, Any], settings: PlanSettings, steps: int = 2) -> Executed:
@@ -117,7 +123,8 @@ def executed(config: Mapping[str, Any], settings: PlanSettings, steps: int = 2) 
             module.configure_model()
         saved = as_nf4(module.model) if quantised(config) else 0
         bar.update()
-        kinds = kinds_of_micro_batches(data.division, settings.devices)
+        division = data.division.shared_by(settings.devices) or data.division
+        kinds = kinds_of_micro_batches(division, settings.devices)
         longest = data.encoding.max_length
         prompt = settings.prompt_tokens or longest // 2
         reply = settings.reply_tokens or longest - prompt
@@ -136,9 +143,16 @@ def executed(config: Mapping[str, Any], settings: PlanSettings, steps: int = 2) 
         ]  # fmt: skip
         bar.set_description("plan: one step without weights")
         times = [(kind.attacks, kind.times) for kind in kinds]
-        cost = count_step(module, batches, config.get("trainer") or {}, steps, ShapesOnly(), times)
+        mode = ShapesOnly()
+        cost = count_step(module, batches, config.get("trainer") or {}, steps, mode, times)
         for held in (cost.persistent, *cost.peaks.values()):
             held[WEIGHTS] -= saved
+        asked = evaluations(
+            callbacks_of(cli.trainer),
+            vars(data.evaluation),
+            cli.trainer.max_steps,
+            Forward(module.model, mode, vocabulary, prompt, reply),
+        )
         bar.update()
     rows = {name: max(getattr(kind, name) for kind in kinds) for name in ("attacked", "harmful", "utility")}
     return Executed(
@@ -147,6 +161,8 @@ def executed(config: Mapping[str, Any], settings: PlanSettings, steps: int = 2) 
         max(kind.harmful + kind.utility for kind in kinds),
         next((c for c in callbacks_of(cli.trainer) if isinstance(c, RunCheckpoints)), None),
         module.objective is not None and module.objective.needs_reference,
+        division.micro_batches,
+        asked,
     )
 
 
@@ -154,11 +170,24 @@ def figures(config: Mapping[str, Any], settings: PlanSettings, memory: int, done
     """Everything that a plan says."""
     found = summary(config, settings, memory, done.cost, done.saving)
     found["rows"] = done.rows
+    asked = done.evaluations
+    found["evaluations"] = {
+        "replies": asked.replies,
+        "passes": asked.passes,
+        "flops": asked.flops,
+        "hours": asked.flops / settings.devices / (settings.tflops * 1e12 * settings.utilisation) / 3600,
+    }
     found["largest_rows"] = largest_rows(done.cost, memory, done.together, attack=False)
     found["largest_attack"] = largest_rows(done.cost, memory, done.rows["attacked"], attack=True)
     if settings.devices > 1:
         found["communication"] = communication(done.cost, settings.devices)
     found["assumptions"] = assumptions(config, settings, done)
+    own = config["data"]["init_args"].get("micro_batches", 1)
+    if done.micro_batches != own:
+        found["warnings"].append(
+            f"{own} micro-batches of a step's rows do not divide among {settings.devices} devices: planned "
+            f"with {done.micro_batches}; set data.micro_batches: {done.micro_batches} in the run too"
+        )
     return found
 
 
@@ -177,6 +206,7 @@ def summary(
     found: dict[str, Any] = {
         "parameters": {"all": cost.parameters, "trained": cost.trained},
         "memory": {part: cost.at_peak[part] for part in PARTS},
+        "memory_at_most": {part: max(held[part] for held in cost.peaks.values()) for part in PARTS},
         "peak": cost.peak,
         "device_memory": memory,
         "flops_per_step_and_device": per_step,
@@ -237,13 +267,17 @@ def assumptions(config: Mapping[str, Any], settings: PlanSettings, done: Execute
         f"{counts['attacked']} rows are attacked at once, and micro-batches hold up to {counts['harmful']} "
         f"harmful and {counts['utility']} utility rows, without padding: prompts of {prompt} and replies of "
         f"{reply} tokens, as long as rows may be; the run's own are not read",
-        f"a device reaches {settings.utilisation:.0%} of {settings.tflops:g} TFLOP a second; evaluations, "
-        "loading and launches are not in the hours",
+        f"a device reaches {settings.utilisation:.0%} of {settings.tflops:g} TFLOP a second; loading and "
+        "launches are not in the hours",
+        "evaluations: whole passes and replies of full length, more than is done where passes are shared or "
+        "replies end; a reply reads all weights for each token, which takes longer than its arithmetic",
         "tensors alone: no allocator's fragments, no kernels' workspace, no buffers of several devices; "
         "attention by a kernel that keeps no scores",
         "a checkpoint holds what learns and two moments of it, in fp32",
         "no example reaches the attack's stop_loss, and all losses are finite",
     ]
+    if done.evaluations.uncounted:
+        said.append(f"not counted among the evaluations: {', '.join(done.evaluations.uncounted)}")
     if done.compares:
         said.append(
             "what the objective compares with, a forward pass of both replies of every harmful training row, "
@@ -267,38 +301,6 @@ def number_of_checkpoints(saving: RunCheckpoints, steps: int, seconds: float) ->
     by_steps = 0 if saving.every_n_steps is None else steps // saving.every_n_steps
     by_time = 0 if saving.every_minutes is None else int(steps * seconds // (60 * saving.every_minutes))
     return max(1, by_steps + by_time)
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """The figures as text."""
-    rows = [
-        ("parameters", f"{found['parameters']['all']:,}, of which {found['parameters']['trained']:,} learn"),
-        *((f"memory: {part}", gib(size)) for part, size in found["memory"].items()),
-        ("memory: peak", f"{gib(found['peak'])} of {gib(found['device_memory'])}"),
-        *(
-            (f"operations a step: {name}", f"{number / 1e12:,.1f} TFLOP")
-            for name, number in found["flops_per_step_and_device"].items()
-        ),
-        ("seconds a step", f"{found['seconds_per_step']:,.2f}"),
-    ]
-    if "steps" in found:
-        rows += [("steps", f"{found['steps']:,}"), ("hours", f"{found['hours']:,.2f}")]
-    rows.append(("checkpoint", gib(found["checkpoint"])))
-    if "checkpoints" in found:
-        written = f"{found['checkpoints']:,}, {gib(found['checkpoint_bytes_written'])} in all"
-        rows.append(("checkpoints written", written))
-    for name, volume in found.get("communication", {}).items():
-        rows.append((f"sent by a device a step: {name.replace('_', ' ')}", gib(volume)))
-    rows.append(("rows of a micro-batch that fit", f"{found['largest_rows']:,}"))
-    rows.append(("rows of an attack that fit", f"{found['largest_attack']:,}"))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    notes = [f"assumed: {text}" for text in found["assumptions"]]
-    return "\n".join([*lines, *notes, *(f"warning: {text}" for text in found["warnings"])])
-
-
-def gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB"
 
 
 def in_bytes(text: str) -> int:

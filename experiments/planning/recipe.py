@@ -48,6 +48,8 @@ def without_machine(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     path = architecture(base["name_or_path"], base.get("revision"), folder)
     base |= {"name_or_path": path, "from_scratch": True, "quantization": None, "revision": None}
     base |= {"compile_attacks": False}
+    if base.get("attn_implementation") == "flash_attention_2":  # counts as sdpa does: no scores are kept
+        base["attn_implementation"] = "sdpa"
     if base.get("dtype", "auto") == "auto":
         settings = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         base["dtype"] = settings.get("dtype") or settings.get("torch_dtype") or "float32"

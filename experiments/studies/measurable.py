@@ -170,7 +170,7 @@ def _attacks(suites: Sequence[Node], quantity: str) -> set[str]:
             found |= {f"{name}{AWAY_FROM_ANSWER}" for name in (benign or {}).get("away_from_answer") or []}
         elif quantity not in BENIGN or benign is not None:
             found |= {*names}
-    if quantity == "success_rate" and sum(len(_named(suite)) for suite in suites) > 1:
+    if quantity in ("success_rate", "not_refused_rate") and sum(len(_named(suite)) for suite in suites) > 1:
         found |= {WORST_CASE, WORST_CASE_TEXT}
     return found
 

@@ -40,10 +40,10 @@ class LoraSettings:
     """Names of the layers to adapt, or `all-linear` for every linear layer but the output head."""
     layers: list[NonNegativeInt] | None = None
     """Adapt these decoder layers only, counted from 0; null adapts all."""
-    merge: Literal["rounded"] | None = None
+    merge: Literal["rounded", "never"] | None = None
     """Where attacks run on merged weights: null on an fp32 base only, where merging is exact; `rounded` below
     too, which halves an attack's operations, rounds the sum and needs memory for a copy of the adapted
-    weights (4-bit: none)."""
+    weights (4-bit: none); `never` where there is no memory for that copy."""
 
 
 @checked
@@ -90,6 +90,11 @@ class ModelConfig:
             raise ValueError(
                 "base.quantization: nf4 needs bitsandbytes, which is not installed; pip install "
                 "bitsandbytes, or set it to null"
+            )
+        if self.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise ValueError(
+                "base.attn_implementation: flash_attention_2 needs flash-attn, which is not installed; pip "
+                "install flash-attn (on a machine with its GPU), or set it to sdpa"
             )
         if self.dtype == "float16" and self.lora is None:
             raise ValueError(

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,18 @@ class Slope(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Bar:
+    """A bar on a terminal that counts and shows nothing."""
+
+    n, disable = 0, False
+
+    def update(self, steps: int) -> None:
+        self.n += steps
+
+    def set_postfix(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
 
 
 class Pause(Callback):
@@ -74,6 +87,37 @@ def test_lines_count_steps_of_all_passes_where_there_is_no_terminal(monkeypatch:
         str(step) for step in range(0, 41, 4)
     ]
     assert re.fullmatch(r"training: step 40 of 40, loss 0\.5, 00:00 left", lines[-1])
+
+
+def test_numbers_are_read_where_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a number on a GPU, reading it waits until it is computed."""
+    read: list[int] = []
+    original = StepProgressBar.get_metrics
+
+    def counted(self: StepProgressBar, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        read.append(trainer.global_step)
+        return original(self, trainer, pl_module)
+
+    monkeypatch.setattr(StepProgressBar, "get_metrics", counted)
+    run(monkeypatch, False, 100)
+    assert read == list(range(10, 101, 10))
+
+
+@pytest.mark.parametrize(("device", "read"), [("cpu", 20), ("cuda", 4)])
+def test_a_bar_reads_a_gpu_s_numbers_as_often_as_loggers_do(
+    device: str, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(Slope, "device", torch.device(device))
+    monkeypatch.setattr(
+        StepProgressBar, "get_metrics", lambda _, trainer, __: steps.append(trainer.global_step) or {}
+    )
+    bar, module = StepProgressBar(), Slope()
+    bar._train_progress_bar = Bar()  # type: ignore[assignment]
+    for step in range(1, 21):
+        trainer = SimpleNamespace(global_step=step, log_every_n_steps=5)
+        bar.on_train_batch_end(trainer, module, None, None, step)  # type: ignore[arg-type]
+    assert len(steps) == read
 
 
 def test_no_bar_is_written_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,13 @@ def test_a_killed_suite_goes_on_and_gives_the_same_results(tmp_path: Path, thund
     assert numbers(tmp_path / "parts", "test") == numbers(tmp_path / "whole", "test")
     assert load(tmp_path / "parts", "test").snapshots[0].complete
     assert "worst case text: target prefix (a trend, not success)" in out
+    # What no attack's reply refuses is a worst case of its own, which the prefix does not tell.
+    snapshot, rows = load(tmp_path / "whole", "test").snapshots[0], read_rows(tmp_path / "whole")
+    judge = next(judge for judge in rows[0].verdicts if judge.startswith("keyword_refusal"))
+    wins = {row.example for row in rows if not row.verdict(judge)}
+    worst = snapshot.measures[Metric("not_refused_rate", "harmful", WORST_CASE)]
+    assert worst.estimate.value == len(wins) / len({row.example for row in rows})
+    assert "worst case: not refused" in out
 
 
 def test_another_system_message_is_another_row(tmp_path: Path, thundercat: Run) -> None:

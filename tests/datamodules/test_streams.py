@@ -131,3 +131,16 @@ def test_what_does_not_divide(counts: tuple[int, int, int], fields: dict[str, in
 def test_what_devices_cannot_share(fields: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Division(8, 8, 4, **fields).check_devices(4)
+
+
+def test_devices_that_share_a_step_need_fewer_micro_batches() -> None:
+    shared = Division(8, 56, 8).shared_by(8)
+    assert shared is not None and (shared.micro_batches, shared.rows("utility")) == (1, 56)
+    half = Division(8, 56, 8).shared_by(2)
+    assert half is not None and half.micro_batches == 4
+    assert Division(8, 56, 8).shared_by(1) == Division(8, 56, 8)
+    assert Division(8, 56, 8).shared_by(3) is None
+    with pytest.raises(ValueError, match=r"8 x 8, got 8; set data.micro_batches: 1"):
+        Division(8, 56, 8).check_devices(8)
+    with pytest.raises(ValueError, match=r"8 x 3, got 8$"):
+        Division(8, 56, 8).check_devices(3)

@@ -18,6 +18,7 @@ from experiments.benchmarks import launches as benchmark
 from experiments.benchmarks.counters import Launches
 from experiments.planning.step import calm, fit
 from lightning_modules.adversarial import AdversarialFineTuning
+from lightning_modules.attacks.embedding.latent import LatentPGD
 from lightning_modules.losses.toward_away import TowardAwayUtility
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig
@@ -126,6 +127,19 @@ def test_an_attack_that_is_told_the_lengths_waits_for_nothing_at_all() -> None:
     assert torch.equal(benchmark.pgd(2)(model, batch).delta, plain)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("weight_safe", [0.0, 0.5])
+def test_a_latent_attack_s_iterations_wait_for_nothing(weight_safe: float) -> None:
+    model, batch = LanguageModel(benchmark.build_model(2)), with_lengths(ragged_batch(size=3))
+
+    def attack(steps: int) -> LatentPGD:
+        return LatentPGD(layers=[0], num_steps=steps, keep="last", weight_safe=weight_safe)
+
+    attack(1)(model, batch)
+    one, many = (benchmark.counted(lambda n: attack(n)(model, batch), n) for n in (1, 6))
+    # With one reply transformers itself looks at the rows' mask, twice a pass.
+    assert many.syncs - one.syncs == ({} if weight_safe else {"scalar read": 10})
+
+
 def test_merging_halves_an_iteration() -> None:
     figures = benchmark.measure("attack", benchmark.attack_iteration(2), 2, repeats=0)["figures"]
     assert figures["ours, merged"]["kernels"] < 0.65 * figures["ours"]["kernels"]
@@ -163,11 +177,13 @@ def test_a_gcg_step_waits_twice() -> None:
 
 
 def test_half_the_rows_a_micro_batch_are_the_same_rows() -> None:
-    """Two micro-batches compute one attack, the loss's operations twice, and the same utility rows."""
-    whole, halves = (
+    """Four micro-batches compute one attack, the loss's operations twice as often, and the same utility
+    rows; of a step in one pass all utility rows are one batch."""
+    whole, halves, quarters = (
         benchmark.measure_whole("step", {"ours": benchmark.optimiser_step(1, n)["ours"]}, 1, 0)["figures"][
             "ours"
         ]
-        for n in (1, 2)
+        for n in (1, 2, 4)
     )
-    assert whole["operations"] < halves["operations"] < 2 * whole["operations"]
+    assert halves["operations"] < quarters["operations"] < 2 * halves["operations"]
+    assert whole["operations"] < 0.75 * halves["operations"]

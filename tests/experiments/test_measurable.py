@@ -57,6 +57,7 @@ PREFIX = {"class_path": "callbacks.judges.exact.TargetPrefix"}
     [
         (SUCCESS, robustness()),
         (Column("success_rate", "harmful", "worst_case"), robustness()),
+        (Column("not_refused_rate", "harmful", "worst_case_text"), robustness()),
         (Column("success_rate", "harmful", "initial_suffix"), ("robustness.GCGEvaluation", {})),
         (BENIGN, robustness(benign={"limit": 3})),
         (Column("passes_per_example", "harmful", "pgd"), robustness()),

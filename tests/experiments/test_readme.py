@@ -36,7 +36,7 @@ MODULES = [
 ]
 LINKS = [
     pytest.param(path.parent / target, id=f"{name(path)}: {target}")
-    for path in READMES
+    for path in [*READMES, ROOT / "experiments" / "FINDINGS.md"]
     for target in sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8"))))
 ]
 

@@ -146,6 +146,8 @@ def test_b_a_missing_extra_names_a_command_that_works(monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install bitsandbytes, or set it to null"):
         ModelConfig("m", quantization="nf4", lora=LoraSettings())
+    with pytest.raises(ValueError, match="flash_attention_2 needs flash-attn, which is not installed"):
+        ModelConfig("m", attn_implementation="flash_attention_2")
 
 
 @pytest.mark.parametrize(

@@ -227,12 +227,19 @@ def test_a_rounded_merge_is_the_fp32_sum_rounded_once() -> None:
     assert torch.equal(layer.get_base_layer().weight, before)
 
 
-@pytest.mark.parametrize(("merge", "merged"), [(None, 0), ("rounded", 14)])
-def test_merging_below_fp32_is_a_setting(merge: str | None, merged: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "merge", "merged"),
+    [
+        ("bfloat16", None, 0),
+        ("bfloat16", "rounded", 14),
+        ("bfloat16", "never", 0),
+        ("float32", None, 14),
+        ("float32", "never", 0),
+    ],
+)
+def test_merging_is_a_setting(dtype: str, merge: str | None, merged: int, tmp_path: Path) -> None:
     tiny_model().config.save_pretrained(tmp_path)
-    settings = ModelConfig(
-        str(tmp_path), dtype="bfloat16", from_scratch=True, lora=LoraSettings(r=2, merge=merge)
-    )
+    settings = ModelConfig(str(tmp_path), dtype=dtype, from_scratch=True, lora=LoraSettings(r=2, merge=merge))
     own = PretrainedModel(settings)
     own.configure_model()
     with own.language_model.frozen():

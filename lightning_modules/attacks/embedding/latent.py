@@ -126,11 +126,15 @@ class LatentPGD:
         if self.weight_safe == 0:
             # As in EmbeddingPGD: without a weight the safe replies need not be there, nor cost a pass.
             return target_loss(model, batch, embeds, active)
-        replies = (
-            Reply(batch.harmful_ids[active], batch.harmful_mask[active]),
-            Reply(batch.safe_ids[active], batch.safe_mask[active]),
-        )
-        harmful, safe = model.reply_log_probs(embeds, batch.prompt_mask[active], *replies)
+        replies = [
+            Reply(batch.harmful_ids, batch.harmful_mask, tuple(own.harmful for own in batch.lengths)),
+            Reply(batch.safe_ids, batch.safe_mask, tuple(own.safe for own in batch.lengths)),
+        ]
+        prompts = batch.prompt_mask
+        if len(active) < len(batch):
+            replies = [Reply(reply.ids[active], reply.mask[active]) for reply in replies]
+            prompts = prompts[active]
+        harmful, safe = model.reply_log_probs(embeds, prompts, *replies)
         towards, away = mean_cross_entropy(harmful, replies[0].mask), unlikelihood(safe, replies[1].mask)
         return (1 - self.weight_safe) * towards + self.weight_safe * away
 

@@ -277,8 +277,10 @@ def target_loss(
     active: Int[Tensor, " active"] | None,
 ) -> Float[Tensor, " active"]:
     """CE of the harmful target for the active examples (None: all), whose prompts are given as embeddings."""
-    reply, prompts = Reply(batch.harmful_ids, batch.harmful_mask), batch.prompt_mask
-    if active is not None:
+    lengths = tuple(own.harmful for own in batch.lengths)
+    reply, prompts = Reply(batch.harmful_ids, batch.harmful_mask, lengths), batch.prompt_mask
+    # Where nobody has left, the rows are all of them in their order.
+    if active is not None and len(active) < len(batch):
         reply, prompts = Reply(reply.ids[active], reply.mask[active]), prompts[active]
     (log_probs,) = model.reply_log_probs(embeds, prompts, reply)
     return mean_cross_entropy(log_probs, reply.mask)
