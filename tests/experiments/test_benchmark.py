@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from experiments.benchmarks import gcg_nano, training_yardstick
+from experiments.benchmarks import gcg_nano, half_precision, training_yardstick
 from experiments.benchmarks.rows import equal_rows
 from experiments.benchmarks.sides import Ours, Public
 from experiments.benchmarks.training_step import interleaved, losses_agree, perturbations_agree
+from experiments.benchmarks.training_yardstick import embed
 from tests.conftest import VOCABULARY, ragged_batch, tiny_model, utility
 
 
@@ -41,6 +43,26 @@ def test_a_different_perturbation_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
         perturbations_agree(ours.adversarial, mine.perturbation, public.by_example(theirs.perturbation))
     with pytest.raises(AssertionError, match="compute different losses"):
         losses_agree(mine.loss, mine.loss + 0.1)
+
+
+def adapted() -> nn.Module:
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(tiny_model(), lora).train()
+
+
+def test_in_bf16_both_sides_find_what_fp32_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half_precision, "build_model", lambda vocabulary: adapted())
+    monkeypatch.setattr(half_precision, "natural_rows", lambda vocabulary: (ragged_batch(), [utility()]))
+    # A model of random weights this small is next to linear: what is gained is small beside bf16's rounding.
+    monkeypatch.setattr(half_precision, "LOST", 0.2)
+    attack, step = half_precision.measure(VOCABULARY, 1)
+    losses = attack["loss_on_fp32"]
+    assert losses["fp32"] < losses["unattacked"]
+    assert step["loss"]["ours"] == pytest.approx(step["loss"]["reference"], rel=0.02)
+    # An attack that finds nothing is no faster attack.
+    monkeypatch.setattr(training_yardstick, "attack", lambda model, rows, *_: 0.0 * embed(model, rows.ids))
+    with pytest.raises(AssertionError, match="reference: rounding cost the attack"):
+        half_precision.measure(VOCABULARY, 1)
 
 
 def test_the_yardstick_draws_its_micro_batches_and_pads_them_to_their_longest() -> None:

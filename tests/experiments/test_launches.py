@@ -177,13 +177,12 @@ def test_a_gcg_step_waits_twice() -> None:
 
 
 def test_half_the_rows_a_micro_batch_are_the_same_rows() -> None:
-    """Four micro-batches compute one attack, the loss's operations twice as often, and the same utility
-    rows; of a step in one pass all utility rows are one batch."""
+    """Four micro-batches compute one attack, and the losses' operations twice as often."""
     whole, halves, quarters = (
         benchmark.measure_whole("step", {"ours": benchmark.optimiser_step(1, n)["ours"]}, 1, 0)["figures"][
             "ours"
         ]
         for n in (1, 2, 4)
     )
-    assert halves["operations"] < quarters["operations"] < 2 * halves["operations"]
-    assert whole["operations"] < 0.75 * halves["operations"]
+    assert whole["operations"] < halves["operations"] < quarters["operations"] < 2 * halves["operations"]
+    assert quarters["operations"] - halves["operations"] > halves["operations"] - whole["operations"]
