@@ -37,9 +37,10 @@ tinychat: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
 # CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Trainings go on where they were stopped, replies (minutes) begin again.
-# Base weights are in bf16 where the CPU multiplies in it (a third less time), in fp32 elsewhere: `make smollm2 BF16=` says fp32, `BF16=1` bf16.
+# Base weights are in bf16 where the CPU multiplies in it (a third less time), in fp32 elsewhere: `make smollm2 BF16=` says fp32, `BF16=1` bf16,
+# from the first call on: what is there is gone on with as it is.
 BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 1)
-BF16_MODEL := $(if $(BF16),--config configs/model/bf16.yaml)
+BF16_MODEL := $(if $(filter 1,$(BF16)),--config configs/model/bf16.yaml)
 smollm2: runs/smollm2_aligned_seed0/model_merged/config.json
 	$(BIN)/thundercat fit --config configs/experiment/cat_smollm2.yaml $(BF16_MODEL) --ckpt_path last
 
@@ -54,7 +55,7 @@ smollm2-study: runs/smollm2_replies/predictions.jsonl
 	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml --out experiments/results/smollm2_adaptive_cpu_202611
 
 runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
-	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml $(if $(BF16),--model.init_args.base.dtype bfloat16)
+	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml $(if $(filter 1,$(BF16)),--model.init_args.base.dtype bfloat16)
 
 # Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
 RECORDED := attacks_tinychat certificates_tinychat directions_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat injection_leaks_tinychat injection_leaks_control_tinychat injection_jailbreaks_tinychat injection_adaptive_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat tampering_tinychat
@@ -64,7 +65,8 @@ pages: $(VENV)/.installed
 	  place=$(RESULTS)/$${study%_tinychat}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$$study.yaml --recorded $$place --out $$place || exit 1; \
 	done
-	$(BIN)/thundercat study configs/study/smollm2.yaml --only aligned cat capo "adversarial fine-tuning" mixat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2.yaml --only published aligned cat capo "adversarial fine-tuning" mixat lat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml --only aligned cat --recorded $(RESULTS)/smollm2_suffixes_cpu_202611 --out $(RESULTS)/smollm2_suffixes_cpu_202611
 	for study in ablations failure_modes injection injection_tickets inside trade_off; do \
 	  place=$(RESULTS)/smollm2_$${study}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$${study}_smollm2.yaml --recorded $$place --out $$place || exit 1; \

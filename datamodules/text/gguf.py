@@ -46,9 +46,7 @@ def dequantised(file: Path) -> Path:
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"gguf_file: {file} is no GGUF file; name one that is")
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache() / "gguf" / f"{file.stem}-{digest[:16]}-v{FORMAT}"
+    folder = cache() / "gguf" / f"{file.stem}-{digest(file)[:16]}-v{FORMAT}"
     if folder.is_dir() and not whole(folder):
         log.warning("%s is damaged: made again from %s", folder, file)
         shutil.rmtree(folder)
@@ -61,12 +59,13 @@ def whole(folder: Path) -> bool:
     """Whether every file of a copy is what was written."""
     try:
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
-        return all(_digest(folder / name) == digest for name, digest in digests.items())
+        return all(digest(folder / name) == wanted for name, wanted in digests.items())
     except (OSError, ValueError):
         return False
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Its SHA-256, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -87,7 +86,7 @@ def _make(file: Path, folder: Path) -> None:
                 f"gguf_file: cannot read {file} ({type(error).__name__}: {words[:200]}); copy it again, or "
                 "take an architecture that transformers knows"
             ) from error
-        digests = {path.name: _digest(path) for path in sorted(made.iterdir())}
+        digests = {path.name: digest(path) for path in sorted(made.iterdir())}
         (made / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
         try:
             made.rename(folder)

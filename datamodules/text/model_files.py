@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from datamodules.text.gguf import dequantised
+from datamodules.text.gguf import dequantised, digest
 
 PACKAGED = "tinychat"
 PACKAGED_ROOT = Path(__file__).resolve().parents[2] / "lightning_modules" / "models" / PACKAGED
@@ -56,14 +56,13 @@ def model_path(name_or_path: str, gguf_file: str | None, revision: str | None = 
     if not file.is_file():
         held = sorted(own.name for own in Path(path).glob("*.gguf"))
         raise ValueError(f"gguf_file: {name_or_path!r} holds no {gguf_file!r}; it holds {held or 'none'}")
-    folder = dequantised(file)
     kind, _, package = name_or_path.partition(":")
-    if kind == INSTALLED and DIGESTS.get(package, "") not in folder.name:
+    if kind == INSTALLED and not digest(file).startswith(DIGESTS.get(package, "")):
         raise ValueError(
             f"gguf_file: {file} is another file than the one that this name stands for (SHA-256 "
             f"{DIGESTS[package]}...); {REMEDIES[package]}, or name its folder to take it all the same"
         )
-    return str(folder)
+    return str(dequantised(file))
 
 
 def _package(name: str) -> Path:

@@ -33,6 +33,8 @@ from lightning_modules.scoring import score_replies
 
 LOST = 0.02
 """How much of the attack's gain over no attack either side may lose to rounding."""
+APART = 0.01
+"""How far apart the sides' step losses may be, of the loss: logits in bf16 have eight bits."""
 
 
 def in_bf16(model: nn.Module) -> nn.Module:
@@ -82,6 +84,7 @@ def measure(vocabulary: int, repeats: int) -> list[dict[str, Any]]:
 
     seconds, results = interleaved({"ours": ours.step, "reference": public.step}, repeats)
     step = {side: results[side].loss for side in ("ours", "reference")}
+    assert abs(step["ours"] - step["reference"]) <= APART * abs(step["reference"]), f"other losses: {step}"
     rows.append({"what": "step", **shape, "loss": step, **ratio(seconds)})
     return rows
 

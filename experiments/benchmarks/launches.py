@@ -143,10 +143,7 @@ def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
     size = len(adversarial) // micro_batches
     every = [utility] * UTILITY_BATCHES
     parts = [adversarial.select(list(range(i, i + size))) for i in range(0, len(adversarial), size)]
-
-    def utilities(number: int) -> list[UtilityBatch]:
-        own = every[number::micro_batches]
-        return [joined(own)] if own else []
+    utilities = divided(joined(every), micro_batches)
 
     def ours(merged: bool, steps: int) -> None:
         for _ in range(steps):
@@ -155,7 +152,7 @@ def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
             attacked = whole.attack()
             for number, part in enumerate(parts):
                 own = attacked.select(number * size, (number + 1) * size)
-                for loss in Ours(model, part, utilities(number)).losses(own):
+                for loss in Ours(model, part, [utilities[number]]).losses(own):
                     loss.backward()
             model.zero_grad()
 
@@ -176,6 +173,15 @@ def joined(batches: Sequence[UtilityBatch]) -> UtilityBatch:
         for name in ("input_ids", "attention_mask", "labels")
     )
     return UtilityBatch(ids, mask, labels, sum(own.num_scored or 0 for own in batches))
+
+
+def divided(whole: UtilityBatch, parts: int) -> list[UtilityBatch]:
+    """As many rows in each part."""
+    size = len(whole) // parts
+    cut = zip(
+        *(rows.split(size) for rows in (whole.input_ids, whole.attention_mask, whole.labels)), strict=True
+    )
+    return [UtilityBatch(ids, mask, labels, int((labels[:, 1:] != -100).sum())) for ids, mask, labels in cut]
 
 
 def measure_whole(what: str, runs: dict[str, Run], layers: int, repeats: int) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class EvaluationCost:
     replies: int = 0
     """Generated."""
     passes: int = 0
-    """Passes of single rows, forward and backward ones, that searches for them take at most."""
+    """Passes of single rows, forward and backward ones, that searches for them take: their steps', without
+    what tries a start or looks at an end."""
     flops: int = 0
     """Floating-point operations of both."""
     uncounted: list[str] = field(default_factory=list)
@@ -47,13 +48,15 @@ class EvaluationCost:
 
 
 def passes_of(attack: Attack | None) -> int | None:
-    """Passes, forward and backward ones, that a search takes for an example at most; None where unknown."""
+    """Passes, forward and backward ones, of a search's steps for an example; None where unknown."""
     match attack:
         case None | DirectRequest() | Prefilling() | InitialSuffix():
             return 0
         case EmbeddingPGD():
             return 2 * attack.num_steps
-        case LatentPGD() | SoftPrompt():
+        case LatentPGD():
+            return 2 * attack.descent.num_steps * (1 if attack.weight_safe == 0 else 2)
+        case SoftPrompt():
             return 2 * attack.descent.num_steps
         case GCG():
             return attack.num_steps * (attack.width + 2)
@@ -77,8 +80,14 @@ def evaluations(
     for own in callbacks:
         if not isinstance(own, Evaluation):
             continue
+        if steps < 1:
+            cost.uncounted.append(f"{own.name} (trainer.max_steps says no number)")
+            continue
         times = own.schedule.at_start + sum(own.schedule.due(step, steps) for step in range(1, steps + 1))
         for probe in own.probes() if times else ():
+            if probe.block or probe.blocks:
+                cost.uncounted.append(f"{own.name}'s named sets")
+                continue
             if not sets.get(probe.subject):
                 continue
             limits = [limit for limit in (own.schedule.limit, probe.limit) if limit is not None]
@@ -117,22 +126,23 @@ class Forward:
     def __init__(self, model: nn.Module, mode: ShapesOnly, vocabulary: int, prompt: int, reply: int) -> None:
         self.model, self.mode, self.vocabulary = model, mode, vocabulary
         self.prompt, self.target = prompt, reply
-        self._known: dict[int, int] = {}
+        self._known: dict[tuple[int, int], int] = {}
 
     def reply(self, tokens: int) -> int:
         """A reply of so many tokens, with keys and values kept."""
-        return self._operations(self.prompt + tokens)
+        return self._operations(self.prompt + tokens, tokens)
 
     def scored(self) -> int:
         """A prompt and its target, one way."""
-        return self._operations(self.prompt + self.target)
+        return self._operations(self.prompt + self.target, self.target)
 
-    def _operations(self, length: int) -> int:
-        if length not in self._known:
+    def _operations(self, length: int, read: int) -> int:
+        """Of so many tokens, of which the head reads the last ones."""
+        if (length, read) not in self._known:
             with ExitStack() as stack, calm(), torch.no_grad():
                 stack.enter_context(self.mode)
                 counted = stack.enter_context(Counted(self.model, self.vocabulary))
                 ids = torch.arange(length)[None] % self.vocabulary
-                self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            self._known[length] = counted.flops.total()
-        return self._known[length]
+                self.model(input_ids=ids, use_cache=False, logits_to_keep=read)
+            self._known[length, read] = counted.flops.total()
+        return self._known[length, read]

@@ -22,6 +22,8 @@ from datamodules.text.model_files import model_path
 from lightning_modules.models.decoder import causal_lm
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+FLASH = ("flash_attn", "kernels")
+"""Either gives transformers that kernel."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -91,7 +93,7 @@ class ModelConfig:
                 "base.quantization: nf4 needs bitsandbytes, which is not installed; pip install "
                 "bitsandbytes, or set it to null"
             )
-        if self.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        if self.attn_implementation == "flash_attention_2" and not any(map(importlib.util.find_spec, FLASH)):
             raise ValueError(
                 "base.attn_implementation: flash_attention_2 needs flash-attn, which is not installed; pip "
                 "install flash-attn (on a machine with its GPU), or set it to sdpa"

@@ -3,6 +3,7 @@ torch's counter."""
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -95,6 +96,8 @@ def measured(shape: dict[str, Any], folder: str, batches: list[TrainingBatch], s
     held = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own.model.state_dict().values()
     }
+    # What earlier tests have left would be freed meanwhile, and counted as memory that the step gives back.
+    gc.collect()
     with calm(), profile(profile_memory=True) as profiler:
         fit(own, batches, shape["trainer"], steps)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -65,7 +65,7 @@ def test_a_pass_s_operations_are_those_of_torch_s_counter() -> None:
     # torch's own counter leaves attention on a CPU out.
     formulas = {attention: scores}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
-        model(input_ids=torch.arange(12)[None], use_cache=False, logits_to_keep=1)
+        model(input_ids=torch.arange(12)[None], use_cache=False, logits_to_keep=4)
     with built_without_weights():
         hollow = tiny_model()
     mode = ShapesOnly()
@@ -81,7 +81,8 @@ def test_a_pass_s_operations_are_those_of_torch_s_counter() -> None:
         (DirectRequest(), 0),
         (EmbeddingPGD(num_steps=7), 14),
         (SoftPrompt(num_steps=3), 6),
-        (LatentPGD(layers=[0], num_steps=5), 10),
+        (LatentPGD(layers=[0], num_steps=5, weight_safe=0.0), 10),
+        (LatentPGD(layers=[0], num_steps=5, weight_safe=0.5), 20),
         (GCG(num_steps=2, width=30), 64),
         (AdaptiveGCG([Stage(GCG(num_steps=2, width=30), repetitions=3)]), 192),
         (BestOfN(), None),
