@@ -37,7 +37,7 @@ tinychat: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
 # CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Trainings go on where they were stopped, replies (minutes) begin again.
-# Base weights are in bf16 where the CPU multiplies in it (a third less time), in fp32 elsewhere: `make smollm2 BF16=` says fp32, `BF16=1` bf16,
+# Base weights are in bf16 where the CPU multiplies in it (a quarter to a third less time), in fp32 elsewhere: `make smollm2 BF16=` says fp32, `BF16=1` bf16,
 # from the first call on: what is there is gone on with as it is.
 BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 1)
 BF16_MODEL := $(if $(filter 1,$(BF16)),--config configs/model/bf16.yaml)

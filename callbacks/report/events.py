@@ -41,11 +41,12 @@ def events(measured: Sequence[Measured]) -> list[Events]:
     blocks = [item for item in measured if item.measurement.block and not item.graded]
     attacks = attacks_of(measured)
     benign = [item for item in measured if item.measurement.attack and item not in attacks]
+    succeeded = [_deciding(item) for item in attacks]
     not_refused = [_not_refused(item) for item in attacks if item.measurement.refusal]
     return [
         *(_deciding(item, every=True) for item in plain),
-        *(_deciding(item) for item in attacks),
-        *_worst_cases([_deciding(item) for item in attacks], attacks),
+        *succeeded,
+        *_worst_cases(succeeded, attacks),
         *not_refused,
         *(_worst_cases(not_refused, attacks) if len(not_refused) == len(attacks) else ()),
         *(event for item in attacks if item.measurement.samples for event in _sampled(item)),

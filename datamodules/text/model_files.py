@@ -57,7 +57,7 @@ def model_path(name_or_path: str, gguf_file: str | None, revision: str | None = 
         held = sorted(own.name for own in Path(path).glob("*.gguf"))
         raise ValueError(f"gguf_file: {name_or_path!r} holds no {gguf_file!r}; it holds {held or 'none'}")
     kind, _, package = name_or_path.partition(":")
-    if kind == INSTALLED and not digest(file).startswith(DIGESTS.get(package, "")):
+    if kind == INSTALLED and package in DIGESTS and not digest(file).startswith(DIGESTS[package]):
         raise ValueError(
             f"gguf_file: {file} is another file than the one that this name stands for (SHA-256 "
             f"{DIGESTS[package]}...); {REMEDIES[package]}, or name its folder to take it all the same"
