@@ -78,6 +78,21 @@ def rate(outcomes: Sequence[bool]) -> Estimate:
     return Estimate(successes / trials if trials else math.nan, *wilson_interval(successes, trials), trials)
 
 
+def pooled_standard_error(shares: Sequence[float], sizes: Sequence[int]) -> float:
+    """Standard error of the share over several tasks' examples together, as lm-evaluation-harness pools it:
+    root of (sum of n_i s_i^2 over N - k) / N, where (n_i - 1) s_i^2 = n_i p_i (1 - p_i). Of one task that
+    is the sample's own, s / sqrt(n).
+
+    Differences between tasks are left out, so it is smaller than that of all examples as one sample. A task
+    of one example, of which the harness has no error, adds nothing but itself. NaN where no task has two.
+    """
+    spread = sum(sizes) - len(sizes)
+    if spread == 0:
+        return math.nan
+    squares = math.fsum(n * share * (1 - share) for share, n in zip(shares, sizes, strict=True))
+    return math.sqrt(squares / spread / sum(sizes))
+
+
 def mean(values: Sequence[float]) -> Estimate:
     """Mean +- 1.96 s / sqrt(n), s the sample standard deviation; the value itself with n = 1, NaN with 0."""
     n = len(values)

@@ -16,7 +16,7 @@ from callbacks.report.directions import moved
 from callbacks.report.divergences import depth
 from callbacks.report.results import Estimate, RunResults, Snapshot
 from callbacks.report.signs import carried, ungraded, unmatched, words
-from callbacks.report.tables_beside import grades, paired, perplexities, replies
+from callbacks.report.tables_beside import benchmarks, grades, paired, perplexities, replies
 
 INTERVALS = (
     "Intervals are 95 %: Wilson's for shares, normal ones for means, of perplexities a block bootstrap over "
@@ -32,10 +32,11 @@ DIFFERENCES = (
 
 
 def tables(results: RunResults) -> list[Table]:
-    """Every table that has a row: rates, pairs, grades, replies, perplexities, depth, the refusal direction,
-    margins, guarantees, a defence's cost, means, groups, history, cost."""
+    """Every table that has a row: rates, pairs, grades, replies, perplexities, benchmarks, depth, the refusal
+    direction, margins, guarantees, a defence's cost, means, groups, history, cost."""
     every = [rates(results), paired(results), grades(results), replies(results), perplexities(results)]
     every += [
+        benchmarks(results),
         depth(results),
         moved(results),
         margins(results),

@@ -1,9 +1,11 @@
-"""Tables beside the rates: pairs of wordings, grades, replies against the base model's, perplexities."""
+"""Tables beside the rates: pairs of wordings, grades, replies against the base model's, perplexities,
+benchmarks' standard errors."""
 
 from __future__ import annotations
 
 import math
 
+from callbacks.metrics.estimates import pooled_standard_error
 from callbacks.report.cells import MISSING, Cell, Table, change, count, earlier_cell, estimate, measures
 from callbacks.report.grades import grade_differences
 from callbacks.report.results import Estimate, PairedDifference, RunResults
@@ -48,6 +50,30 @@ def perplexities(results: RunResults) -> Table:
         )
     columns = ("before", "after", "difference") if results.before is not None else ("value",)
     return Table("Perplexity", ("text", *columns, "units", "windows", "how"), rows)
+
+
+def benchmarks(results: RunResults) -> Table:
+    """Accuracies with the standard error that lm-evaluation-harness prints, of a group of tasks its pooled
+    one, for readers who compare with its numbers; the interval beside it is Wilson's."""
+    rows = []
+    for m in measures(results.after, "rate") if results.after is not None else ():
+        if m.metric.quantity != "accuracy":
+            continue
+        tasks = [*m.groups.get("category", {"": m.estimate}).values()]
+        error = pooled_standard_error([own.value for own in tasks], [own.n for own in tasks])
+        text = MISSING if math.isnan(error) else f"{100 * error:.2f}"
+        rows.append(
+            [
+                Cell(m.title),
+                estimate(m.estimate),
+                Cell(text, error),
+                count(m.estimate.n),
+                count(len(tasks)),
+                Cell(m.judge),
+            ]
+        )
+    columns = ("benchmark", "accuracy", "standard error, points", "n", "tasks", "how")
+    return Table("Benchmarks, with the standard error of lm-evaluation-harness", columns, rows)
 
 
 def paired(results: RunResults) -> Table:

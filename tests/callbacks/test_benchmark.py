@@ -370,6 +370,9 @@ def test_from_the_command_line_to_the_report(
         ("test", 6),
     ]
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
-    row = next(line for line in report.splitlines() if line.startswith("| arc easy: accuracy |"))
+    row, errors = (line for line in report.splitlines() if line.startswith("| arc easy: accuracy |"))
     # Before, after and the paired difference of the same four documents.
     assert "p = 1.000" in row and "| 4 | acc@lm_eval-" in row
+    last = [any(one["verdict"] for one in own.verdicts.values()) for own in rows if own.stage == "fit"][-4:]
+    error = 100 * float(np.std(last, ddof=1)) / 2
+    assert f"| {error:.2f} | 4 | 1 | acc@lm_eval-" in errors

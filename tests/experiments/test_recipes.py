@@ -158,3 +158,14 @@ def test_unlike_prompts_are_at_most_a_hundred_a_set(in_root: Path) -> None:
     assert {*KINDS, "mixed", "salad"} <= {name for name, _ in count}
     assert count.pop(("unseen_verbs", "harmful")) == 80  # all there are
     assert set(count.values()) == {100}
+
+
+def test_smollm2_of_the_hub_is_two_overrides(in_root: Path) -> None:
+    # As the header of configs/model/smollm2_135m.yaml says.
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    overrides = [("model.base.name_or_path", hub), ("model.base.gguf_file", "null")]
+    config = compose(["configs/experiment/cat_smollm2.yaml", "configs/model/smollm2_135m.yaml"], overrides)
+    check(config, "fit")
+    wanted = {"name_or_path": hub, "gguf_file": None}
+    model, tokenizer = config["model"]["init_args"]["base"], config["data"]["init_args"]["tokenizer"]
+    assert model.items() >= wanted.items() and tokenizer.items() >= wanted.items()
