@@ -47,12 +47,12 @@ smollm2: runs/smollm2_aligned_seed0/model_merged/config.json
 runs/smollm2_aligned_seed0/model_merged/config.json: | runs/smollm2_replies/predictions.jsonl
 	$(BIN)/thundercat fit --config configs/experiment/smollm2_aligned.yaml $(BF16_MODEL) --ckpt_path last
 
-# Every defence of the study, judged: hours on 2 cores. What is done is kept.
+# Every defence of the study, judged: hours on 2 cores, bf16. What is done is kept; reports go to runs/studies, the recorded ones stay as they are.
 smollm2-study: runs/smollm2_replies/predictions.jsonl
 	$(PIP) -e '.[benchmarks]'
-	$(BIN)/thundercat study configs/study/smollm2.yaml --out experiments/results/smollm2_cpu_202611
-	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml --out experiments/results/smollm2_suffixes_cpu_202611
-	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml --out experiments/results/smollm2_adaptive_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2.yaml
+	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml
+	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml
 
 runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
 	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml $(if $(filter 1,$(BF16)),--model.init_args.base.dtype bfloat16)
