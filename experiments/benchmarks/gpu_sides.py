@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -26,6 +27,7 @@ from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.low_rank import LowRankLinear, shorten
 
 
 class Shape(NamedTuple):
@@ -94,7 +96,7 @@ def build(name: str, device: torch.device, four_bits: bool = False) -> Model:
     lora = LoraConfig(
         r=64, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    module = get_peft_model(module, lora)
+    module = shorten(get_peft_model(module, lora))
     for own, parameter in module.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -170,7 +172,8 @@ def gcg_steps(model: Model, backend: str) -> dict[str, Call]:
         given = model.module, behaviour, behaviour.slot.suffix, allowed, 64, width, rng
         return gcg_yardstick.step(*given)
 
-    calls["yardstick"] = Call(partial(_mixed, model.device, yardstick), width, "candidates")
+    own = partial(pefts_layers, model.module)
+    calls["yardstick"] = Call(partial(_mixed, model.device, yardstick), width, "candidates", own)
     return calls
 
 
@@ -198,8 +201,22 @@ def _calls(
             graph.model = LanguageModel(model.module, merge_rounded=not model.four_bits, compiled=True)
             calls[f"{last}, attack in one graph"] = replace(call(graph), like=last)
     if not model.four_bits:
-        calls["yardstick"] = call(Public(model.module, model.adversarial, utility, size))
+        public = call(Public(model.module, model.adversarial, utility, size))
+        calls["yardstick"] = replace(public, ready=partial(pefts_layers, model.module))
     return calls
+
+
+@contextmanager
+def pefts_layers(module: nn.Module) -> Iterator[None]:
+    """Adapters computed as the public code has them, by PEFT's own layers, while the context lasts."""
+    short = [layer for layer in module.modules() if type(layer) is LowRankLinear]
+    for layer in short:
+        layer.__class__ = LoraLinear
+    try:
+        yield
+    finally:
+        for layer in short:
+            layer.__class__ = LowRankLinear
 
 
 @contextmanager

@@ -4,7 +4,8 @@ The public code's own configurations multiply in bf16 (4-bit weights, `bnb_4bit_
     python -m experiments.benchmarks.half_precision --repeats 5 --out experiments/results/benchmark_cpu_202611
 
 Both sides hold the same bf16 base under the same fp32 adapters. The yardstick leaves adapters beside the
-base, as the public code does; ours rounds their sum (`base.lora.merge: rounded`, configs/model/bf16.yaml).
+base, as the public code does, in PEFT's own layers; ours rounds their sum in the attack (`base.lora.merge:
+rounded`, configs/model/bf16.yaml) and reads them in bf16 outside it (models/low_rank.py).
 Neither is exact, and signs of gradients flip where they vanish: what is compared besides time is the loss
 that each side's perturbation reaches on the exact fp32 model, beside what the attack in fp32 reaches there.
 """
@@ -29,6 +30,7 @@ from experiments.benchmarks.sides import Ours, Public, build_model
 from experiments.benchmarks.training_step import interleaved, ratio
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.low_rank import shorten
 from lightning_modules.scoring import score_replies
 
 LOST = 0.02
@@ -65,7 +67,7 @@ def measure(vocabulary: int, repeats: int) -> list[dict[str, Any]]:
     found = Ours(exact, adversarial, utility).attack()
     assert found.delta is not None
     model = in_bf16(exact)
-    ours = Ours(model, adversarial, utility, merge_rounded=True)
+    ours = Ours(shorten(copy.deepcopy(model)), adversarial, utility, merge_rounded=True)
     public = Public(model, adversarial, utility, MICRO_BATCH)
     shape = {"vocabulary": vocabulary, "setting": "interleaved", "precision": "bf16", "repeats": repeats}
 

@@ -6,8 +6,8 @@ deep as a 7B one and as narrow as a test's.
 A GPU executes a narrow model faster than the host can ask for it: what counts there is how often it is asked,
 and how often the host waits for an answer. Both are counted on a CPU (counters.py). Counts are exact; host
 times are medians over interleaved rounds, and depend on what else the machine does. Beside ours stand the
-yardsticks of the public code's schedule; ours runs with adapters as they are and, on bf16 weights, merged and
-rounded (`base.lora.merge: rounded`).
+yardsticks of the public code's schedule, on PEFT's own layers; ours runs with adapters as they are
+(models/low_rank.py) and, on bf16 weights, merged and rounded (`base.lora.merge: rounded`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from lightning_modules.attacks.suffix.gcg import GCG
 from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.low_rank import shorten
 
 VOCABULARY = 2048
 """The packaged tokenizer's."""
@@ -79,7 +80,7 @@ def pgd(steps: int) -> EmbeddingPGD:
 
 def attack_iteration(layers: int) -> dict[str, Run]:
     """One row, as in the 7B recipe's micro-batches."""
-    model = build_model(layers)
+    model = shorten(build_model(layers))
     batch = step_rows()[0].select([0])
     lengths = (torch.tensor(EPSILON), torch.tensor(STEP))
     sides = {"ours": LanguageModel(model), "ours, merged": LanguageModel(model, merge_rounded=True)}
@@ -88,7 +89,7 @@ def attack_iteration(layers: int) -> dict[str, Run]:
     }
     (whole,) = training_yardstick.apart(batch, [])
     assert whole.harmful is not None
-    runs["yardstick"] = partial(_yardstick_attack, model, whole.harmful, lengths)
+    runs["yardstick"] = partial(_yardstick_attack, build_model(layers), whole.harmful, lengths)
     return runs
 
 
@@ -103,7 +104,7 @@ def gcg_step(layers: int) -> dict[str, Run]:
     chat = ChatFormat(load_tokenizer(TokenizerConfig("tinychat:aligned")))
     rows = Encoder(chat, EncodingConfig(160)).harmful(TinyChatHarmful("validation").rows())
     batch = adversarial_batch(rows[:1], "user")
-    module = build_model(layers).eval()
+    module, theirs = shorten(build_model(layers)).eval(), build_model(layers).eval()
     sides = {
         "ours": LanguageModel(module, chat=chat),
         "ours, merged": LanguageModel(module, chat=chat, merge_rounded=True),
@@ -121,7 +122,7 @@ def gcg_step(layers: int) -> dict[str, Run]:
     def yardstick(steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
         for _ in range(steps):
-            gcg_yardstick.step(module, behaviour, behaviour.slot.suffix, allowed, TOPK, WIDTH, generator)
+            gcg_yardstick.step(theirs, behaviour, behaviour.slot.suffix, allowed, TOPK, WIDTH, generator)
 
     return {**{name: partial(ours, side) for name, side in sides.items()}, "yardstick": yardstick}
 
@@ -138,7 +139,7 @@ def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
     own: 8 as the 7B recipe has them, 4 as fit 80 GiB (configs/model/fast_7b.yaml), or one. Ours attacks all
     at once; the yardstick draws micro-batches of 8 rows in any case. The optimiser's own update is left out:
     on a GPU it is fused."""
-    model = build_model(layers)
+    model, theirs = shorten(build_model(layers)), build_model(layers)
     adversarial, utility = step_rows()
     size = len(adversarial) // micro_batches
     every = [utility] * UTILITY_BATCHES
@@ -157,11 +158,11 @@ def optimiser_step(layers: int, micro_batches: int) -> dict[str, Run]:
             model.zero_grad()
 
     def yardstick(steps: int) -> None:
-        side = Public(model, adversarial, every, len(adversarial))
+        side = Public(theirs, adversarial, every, len(adversarial))
         for _ in range(steps):
             for loss in side.losses(side.attack()):
                 loss.backward()
-            model.zero_grad()
+            theirs.zero_grad()
 
     return {"ours": partial(ours, False), "ours, merged": partial(ours, True), "yardstick": yardstick}
 
@@ -233,7 +234,7 @@ def counted(run: Run, steps: int) -> Launches:
 def agreement(layers: int, steps: int = 10) -> dict[str, Any]:
     """What rounding costs: the share of the perturbation's signs that agree with those found in fp32, and the
     attacked loss of what was found, on the fp32 model."""
-    model = build_model(layers)
+    model = shorten(build_model(layers))
     batch, _ = step_rows()
     sides = {"ours": LanguageModel(model), "ours, merged": LanguageModel(model, merge_rounded=True)}
     found = {name: pgd(steps)(side, batch).delta for name, side in sides.items()}

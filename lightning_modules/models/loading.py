@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from datamodules.fields import Count, Fraction, NonNegativeInt, checked
 from datamodules.text.model_files import model_path
 from lightning_modules.models.decoder import causal_lm
+from lightning_modules.models.low_rank import shorten
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 FLASH = ("flash_attn", "kernels")
@@ -62,7 +63,8 @@ class ModelConfig:
     revision: str | None = None
     """Hub commit or tag; pin it for a run that must be repeatable."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; `auto` takes the checkpoint's. Adapters are fp32 whatever the base."""
+    """Dtype of the weights; `auto` takes the checkpoint's. Adapters are fp32 whatever the base, and read in
+    its dtype where it is below."""
     lora: LoraSettings | None = None
     """LoRA settings; null trains all weights."""
     quantization: Literal["nf4"] | None = None
@@ -142,7 +144,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    return model.train()
+    return shorten(model).train()
 
 
 def _lora(model: PreTrainedModel, config: LoraSettings) -> LoraConfig:

@@ -1,0 +1,109 @@
+"""LoRA layers below fp32 whose adapters are read in the base weight's dtype, as mixed precision reads them.
+
+    y = x W^T + s (x A^T) B^T,    A: (r, in), B: (out, r), s = alpha / r
+    dL/dx = g W + s (g B) A,   dL/dA = s (g B)^T x,   dL/dB = s g^T (x A^T),   g = dL/dy
+
+PEFT's own layer casts x up to the adapters' fp32, multiplies and adds there, and casts the sum down: around a
+bf16 weight these casts and fp32 products cost more than the weight does. Here A and B stay fp32 where they
+learn, are rounded where they are read, and both sums accumulate in the product's output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class LowRankLinear(LoraLinear):
+    """PEFT's layer with a shorter way through it; whatever is not plain LoRA goes PEFT's way."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(*token, in) to (*token, out), in x's dtype; differentiable once."""
+        name = self._plain_adapter(x) if not args and not kwargs else None
+        if name is None:
+            normal: Tensor = super().forward(x, *args, **kwargs)
+            return normal
+        base: Any = self.get_base_layer()
+        dropout: Any = self.lora_dropout[name]
+        y: Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
+            x,
+            dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None,
+            base.weight,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+        )
+        return y
+
+    def _plain_adapter(self, x: Tensor) -> str | None:
+        """The one active adapter where the layer is x W^T + s (x A^T) B^T and no more."""
+        active = self.active_adapters
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
+            return None
+        name: str = active[0]
+        base: Any = self.get_base_layer()
+        plain = name not in self.lora_variant and not self.lora_bias[name]
+        return name if plain and x.dtype == base.weight.dtype and not base.weight.requires_grad else None
+
+
+def shorten(model: nn.Module) -> nn.Module:
+    """The model, in place: LoRA layers around plain linear ones below fp32 become `LowRankLinear`. On fp32
+    weights nothing is cast, and PEFT's layers stay."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear) and type(layer) is LoraLinear:
+            base = layer.get_base_layer()
+            if type(base) is nn.Linear and base.weight.dtype in (torch.bfloat16, torch.float16):
+                layer.__class__ = LowRankLinear
+    return model
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Float[Tensor, "*token in"],
+        dropped: Float[Tensor, "*token in"] | None,
+        weight: Float[Tensor, "out in"],
+        bias: Float[Tensor, " out"] | None,
+        a: Float[Tensor, "r in"],
+        b: Float[Tensor, "out r"],
+        scale: float,
+    ) -> Float[Tensor, "*token out"]:
+        rows = x.reshape(-1, x.shape[-1])
+        read = rows if dropped is None else dropped.reshape(rows.shape)
+        down, up = a.to(x.dtype), b.to(x.dtype)
+        inner = read @ down.T
+        # In place on a tensor that nobody else has.
+        y = nn.functional.linear(rows, weight, bias).addmm_(inner, up.T, alpha=scale)
+        learned = (read, inner) if any(ctx.needs_input_grad[4:6]) else ()
+        ctx.save_for_backward(weight, down, up, *learned)
+        ctx.scale, ctx.dtypes = scale, (a.dtype, b.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, down, up, *learned = ctx.saved_tensors
+        needs_x, needs_dropped = ctx.needs_input_grad[:2]
+        g = upstream.reshape(-1, upstream.shape[-1])
+        through = g @ up
+        shape = (*upstream.shape[:-1], weight.shape[1])
+        of_x = of_dropped = of_a = of_b = None
+        if needs_x:
+            of_x = g @ weight
+            if not needs_dropped:
+                of_x.addmm_(through, down, alpha=ctx.scale)
+            of_x = of_x.view(shape)
+        if needs_dropped:
+            of_dropped = (ctx.scale * through @ down).view(shape)
+        if learned:
+            read, inner = learned
+            of_a = (through.T @ read).to(ctx.dtypes[0]) * ctx.scale
+            of_b = (g.T @ inner).to(ctx.dtypes[1]) * ctx.scale
+        return of_x, of_dropped, None, None, of_a, of_b, None
