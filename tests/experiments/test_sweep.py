@@ -6,39 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from callbacks.metrics.pareto import front
 from callbacks.run_folder.provenance import dumped
-from experiments.cli import split_overrides
 from experiments.config.compose import compose
 from experiments.config.defaults import CSV
 from experiments.config.errors import ConfigError
 from experiments.sweeps.best import copy_resolved, remove_best, write_best
-from experiments.sweeps.definition import Constraint, Sweep, is_broken, load_sweep
+from experiments.sweeps.definition import Constraint, Sweep, is_broken
 from experiments.sweeps.search import Search
 from experiments.sweeps.space import Space, space_of
 from experiments.sweeps.trials import check_all, configuration, identity, job_of
-from experiments.sweeps.wandb_backend import run_agent, wandb_sweep
-
-CAT = ["configs/experiment/methods_tinychat.yaml", "configs/method/cat.yaml"]
-EMBEDDING = {"quantity": "success_rate", "subject": "harmful", "attack": "embedding"}
-GIVEN: dict[str, Any] = {
-    "method": "random",
-    "run_cap": 3,
-    "metric": {"name": "eval/harmful/embedding/success_rate", "goal": "minimize"},
-    "parameters": {"vars.epsilon": {"min": 0.05, "max": 0.2}},
-    "config": CAT,
-    "columns": {"embedding": EMBEDDING, "utility": {"quantity": "exact_match", "subject": "utility"}},
-}
-METRIC = GIVEN["metric"]
-
-
-def read(folder: Path, **changes: Any) -> Sweep:
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump({**GIVEN, **changes}))
-    return load_sweep(path)
+from tests.support.sweep_files import CAT, EMBEDDING, METRIC, read
 
 
 @pytest.mark.parametrize(
@@ -354,57 +333,3 @@ def test_the_best_trials_configuration_is_another_runs_too(tmp_path: Path) -> No
     assert again["model"]["init_args"]["base"] == base
     remove_best(tmp_path)
     assert [own.name for own in tmp_path.iterdir()] == ["trial"]
-
-
-def test_the_agent_of_wandb_starts_the_same_trial(
-    in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the agent's own functions: the command that it makes of our file and of a trial's values."""
-    parameters = {"vars.epsilon": {"min": 0.05, "max": 0.2}, "vars.layers": {"values": [[1, 3], [0, 2]]}}
-    sweep = read(tmp_path, parameters=parameters, constraints=[{"column": "utility", "at_least": 0.9}])
-    content = wandb_sweep(str(tmp_path / "sweep.yaml"), sweep, Path("runs/sweeps/x"))
-    assert {*content} == {
-        "program",
-        "command",
-        "project",
-        "name",
-        "method",
-        "metric",
-        "parameters",
-        "run_cap",
-    }
-    values = {"vars.epsilon": 1e-05, "vars.layers": [0, 2]}
-    args = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
-    words: list[str] = []
-    for word in create_sweep_command(content["command"]):
-        words += {"${env}": [], "${program}": ["thundercat"]}.get(word, args.get(word[2:-1], [word]))
-    assert words[:2] == ["thundercat", "fit"]
-    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    files = [word.removeprefix("--config=") for word in words[2:] if word.startswith("--config=")]
-    overrides, _ = split_overrides([word for word in words[2:] if not word.startswith("--config=")])
-    config = compose(files, overrides)
-    assert config["trainer"].pop("default_root_dir") == "runs/sweeps/x/abc123"
-    (logger,) = config["trainer"].pop("logger")
-    assert logger["class_path"].endswith("ResilientWandbLogger")
-    own = configuration(sweep, values)
-    own["trainer"].pop("default_root_dir")
-    assert config == own
-
-
-def test_a_second_start_of_wandb_goes_on_with_the_same_sweep(
-    in_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registered, agents = list[str](), list[str]()
-
-    def register(content: dict[str, Any], **_: Any) -> str:
-        registered.append(content["method"])
-        return f"id{len(registered)}"
-
-    monkeypatch.setattr("wandb.sweep", register)
-    monkeypatch.setattr("wandb.agent", lambda name, **_: agents.append(name))
-    monkeypatch.setattr("experiments.sweeps.wandb_backend.has_wandb_key", lambda: True)
-    parameters = {"vars.epsilon": {"values": [0.05, 0.2]}}
-    for method in ("bayes", "bayes", "random"):  # the last is another sweep
-        sweep = read(tmp_path, parameters=parameters, method=method)
-        assert run_agent(str(tmp_path / "sweep.yaml"), sweep, tmp_path / "place") == 0
-    assert registered == ["bayes", "random"] and agents == ["id1", "id1", "id2"]
