@@ -1,10 +1,11 @@
 """Which settings of the shipped recipes fit which card, and how long a run takes there: `thundercat plan`'s
 figures as a table. Predicted: nothing here was measured on a GPU.
 
-    python -m experiments.benchmarks.cards --out experiments/results/cards_plan_202611   # 3 minutes of a core
+    python -m experiments.benchmarks.cards --out experiments/results/cards_plan_202611   # 6 minutes of a core
 
 Models of DEPTHS layers are planned and their figures continued to the recipe's own depth: all layers are
-alike, so that what a step costs grows by the same amount with each. A card takes the first of SETTINGS whose
+alike, so that what a step costs grows by the same amount with each, once there are enough of them (three in
+bf16) for the peak to lie where a deep model has it. A card takes the first of SETTINGS whose
 planned peak is at most 90 % of its memory with all rows of a step attacked at once; where none is, those
 that attack the most. Rows are as long as they may be. Hours are those of the step's arithmetic at 30 % of the
 card's nominal rate.
@@ -59,7 +60,7 @@ TOGETHER: dict[str, dict[str, str]] = {
     "all weights in fp32": {**SHARED, "model.base.lora": "null", "model.base.dtype": "float32"},
 }
 """What is trained on several devices, for the volume that they send."""
-DEPTHS, LAYERS = (2, 4), "model.base.config.num_hidden_layers"
+DEPTHS, LAYERS = (4, 6), "model.base.config.num_hidden_layers"
 
 
 class Choice(NamedTuple):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -27,7 +26,7 @@ from lightning_modules.attacks.suffix.search import SuffixSearch
 from lightning_modules.attacks.suffix.slots import typable_tokens
 from lightning_modules.models.decoder import causal_lm
 from lightning_modules.models.language_model import LanguageModel
-from lightning_modules.models.low_rank import LowRankLinear, shorten
+from lightning_modules.models.low_rank import lengthen, shorten
 
 
 class Shape(NamedTuple):
@@ -209,14 +208,11 @@ def _calls(
 @contextmanager
 def pefts_layers(module: nn.Module) -> Iterator[None]:
     """Adapters computed as the public code has them, by PEFT's own layers, while the context lasts."""
-    short = [layer for layer in module.modules() if type(layer) is LowRankLinear]
-    for layer in short:
-        layer.__class__ = LoraLinear
+    lengthen(module)
     try:
         yield
     finally:
-        for layer in short:
-            layer.__class__ = LowRankLinear
+        shorten(module)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from lightning_modules.models.decoder import causal_lm
+from lightning_modules.models.low_rank import lengthen
 
 BLOCK, SUPER_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one of their own (double quantisation)."""
@@ -31,6 +32,7 @@ def nf4_bytes(weights: int) -> int:
 def as_nf4(model: nn.Module) -> int:
     """Let a model that holds nothing compute as if its base were in NF4. Returns: how many bytes less its
     weights take than the tensors that stand for them."""
+    lengthen(model)  # PEFT's layers around a base in 4 bits stay as they are
     head, saved, quantised = causal_lm(model).get_output_embeddings(), 0, set()
     for name, part in model.named_modules():
         if type(part) is nn.Linear and part is not head and "lora_" not in name:

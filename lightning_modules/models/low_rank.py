@@ -63,6 +63,14 @@ def shorten(model: nn.Module) -> nn.Module:
     return model
 
 
+def lengthen(model: nn.Module) -> nn.Module:
+    """The model, in place, with PEFT's own layers again."""
+    for layer in model.modules():
+        if type(layer) is LowRankLinear:
+            layer.__class__ = LoraLinear
+    return model
+
+
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -79,8 +87,9 @@ class _LowRank(torch.autograd.Function):
         read = rows if dropped is None else dropped.reshape(rows.shape)
         down, up = a.to(x.dtype), b.to(x.dtype)
         inner = read @ down.T
-        # In place on a tensor that nobody else has.
-        y = nn.functional.linear(rows, weight, bias).addmm_(inner, up.T, alpha=scale)
+        # In place on a tensor that nobody else has; torch's counter of operations knows no addmm_.
+        y = nn.functional.linear(rows, weight, bias)
+        torch.addmm(y, inner, up.T, alpha=scale, out=y)
         learned = (read, inner) if any(ctx.needs_input_grad[4:6]) else ()
         ctx.save_for_backward(weight, down, up, *learned)
         ctx.scale, ctx.dtypes = scale, (a.dtype, b.dtype)
@@ -98,7 +107,7 @@ class _LowRank(torch.autograd.Function):
         if needs_x:
             of_x = g @ weight
             if not needs_dropped:
-                of_x.addmm_(through, down, alpha=ctx.scale)
+                torch.addmm(of_x, through, down, alpha=ctx.scale, out=of_x)
             of_x = of_x.view(shape)
         if needs_dropped:
             of_dropped = (ctx.scale * through @ down).view(shape)

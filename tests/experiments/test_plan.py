@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from datamodules.batch import TrainingBatch
 from datamodules.division import Division
-from experiments.benchmarks.cards import Choice, choose, deeper
+from experiments.benchmarks.cards import DEPTHS, Choice, choose, deeper
 from experiments.commands.plan import Executed, communication, in_bytes, largest_rows
 from experiments.config.errors import ConfigError
 from experiments.planning.four_bits import as_nf4, nf4_bytes
@@ -39,6 +39,7 @@ from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.losses.preference import Preference
 from lightning_modules.losses.toward_away import TowardAwayUtility
 from lightning_modules.models.loading import LoraSettings, ModelConfig
+from lightning_modules.models.low_rank import LowRankLinear
 from tests.conftest import VOCABULARY, ragged_batch, utility
 
 Run = Callable[..., tuple[int, str, str]]
@@ -164,8 +165,12 @@ def test_passes_over_the_layers(tmp_path: Path) -> None:
 def test_a_step_grows_by_as_much_with_each_layer(tmp_path: Path) -> None:
     shape = SHAPES["adapters on bf16, mixed"]
     batch = full_rows({"harmful": 2, "utility": 4}, 40, 20, VOCABULARY)
-    two, three, five = (planned(shape, folder_of(tmp_path / str(n), n), [batch]) for n in (2, 3, 5))
-    assert deeper(two, three, 3.0) == five
+    # The depths that cards.py plans: with two layers the peak lies elsewhere than in a deep model.
+    first, second = DEPTHS
+    shallow, deep, deeper_still = (
+        planned(shape, folder_of(tmp_path / str(n), n), [batch]) for n in (first, second, 9)
+    )
+    assert deeper(shallow, deep, (9 - first) / (second - first)) == deeper_still
 
 
 def test_a_base_in_four_bits(tmp_path: Path) -> None:
@@ -180,6 +185,7 @@ def test_a_base_in_four_bits(tmp_path: Path) -> None:
     assert as_nf4(own.model) == 2 * linear - 2 * (2 * nf4_bytes(64 * 64) + 2 * nf4_bytes(64 * 32)) - 6 * (
         nf4_bytes(64 * 160)
     )
+    assert not any(isinstance(part, LowRankLinear) for part in own.model.modules())
     dtypes = {name: p.dtype for name, p in own.model.named_parameters()}
     assert {dtype for name, dtype in dtypes.items() if "base_layer" in name} == {torch.bfloat16}
     assert {dtype for name, dtype in dtypes.items() if "base_layer" not in name} == {torch.float32}
