@@ -64,7 +64,7 @@ class ModelConfig:
     """Hub commit or tag; pin it for a run that must be repeatable."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights; `auto` takes the checkpoint's. Adapters are fp32 whatever the base, and read in
-    its dtype where it is below."""
+    bf16 where it is in bf16."""
     lora: LoraSettings | None = None
     """LoRA settings; null trains all weights."""
     quantization: Literal["nf4"] | None = None

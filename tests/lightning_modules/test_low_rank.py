@@ -1,12 +1,14 @@
-"""LoRA layers below fp32, read in the base's dtype: the formula, PEFT's own layer, and what is left to it."""
+"""LoRA layers on bf16 weights, read in bf16: the formula, PEFT's own layer, and what is left to it."""
 
 import copy
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from lightning_modules.models.loading import LoraSettings, ModelConfig, load_model
 from lightning_modules.models.low_rank import LowRankLinear, _LowRank, shorten
 
 
@@ -46,8 +48,8 @@ def test_gradients_are_those_of_the_formula(dropped):
     def draw(*shape):
         return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
-    weight, bias, mask = draw(5, 8), draw(5), (draw(2, 3, 8) > 0).double() / 0.5
-    x, a, b = (t.requires_grad_() for t in (draw(2, 3, 8), draw(2, 8), draw(5, 2)))
+    weight, bias, mask = draw(5, 8), draw(5), (draw(6, 8) > 0).double() / 0.5
+    x, a, b = (t.requires_grad_() for t in (draw(6, 8), draw(2, 8), draw(5, 2)))
 
     def layer(x, a, b):
         return _LowRank.apply(x, x * mask if dropped else None, weight, bias, a, b, 0.7)
@@ -56,6 +58,9 @@ def test_gradients_are_those_of_the_formula(dropped):
     expected = x @ weight.T + bias + 0.7 * (read @ a.T) @ b.T
     torch.testing.assert_close(layer(x, a, b), expected, atol=1e-12, rtol=0)
     assert torch.autograd.gradcheck(layer, (x, a, b))
+    # One of them alone, too.
+    assert torch.autograd.gradcheck(lambda own: layer(x.detach(), own, b.detach()), (a,))
+    assert torch.autograd.gradcheck(lambda own: layer(x.detach(), a.detach(), own), (b,))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -95,10 +100,8 @@ def test_frozen_adapters_keep_nothing_of_their_input():
     model = shorten(adapted()).requires_grad_(False)
     x = torch.randn(40, 64).bfloat16().requires_grad_()
     learning = shorten(adapted())
-    assert [len(own(x).grad_fn.saved_tensors) for own in (model, learning)] == [
-        3,
-        5,
-    ]  # weight, A, B; x, x A^T
+    kept = [own(x).grad_fn.next_functions[0][0].saved_tensors for own in (model, learning)]
+    assert [*map(len, kept)] == [3, 5]  # weight, A, B; x, x A^T
 
 
 def test_what_is_switched_off_or_merged_is_the_base():
@@ -115,12 +118,80 @@ def test_what_is_switched_off_or_merged_is_the_base():
     torch.testing.assert_close(model(x), merged, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "dora", "rslora bias", "two adapters", "other input"])
-def test_what_is_not_plain_lora_below_fp32_goes_pefts_way(kind, monkeypatch):
-    settings = {"dora": {"use_dora": True}, "rslora bias": {"lora_bias": True}}.get(kind, {})
-    plain = adapted(torch.float32 if kind == "fp32" else torch.bfloat16, **settings)
+def second(model: PeftModel) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, lora_alpha=10, target_modules=["0"], init_lora_weights=False)
+        model.add_adapter("second", config)
+
+
+def test_the_active_adapter_is_read_by_its_own_weights_and_scale():
+    plain = adapted()
+    second(plain)
+    plain.set_adapter("second")
+    x = torch.randn(4, 64).bfloat16()
+    first_alone = adapted()(x)
+    short = shorten(copy.deepcopy(plain))
+    assert type(layer_of(short)) is LowRankLinear and not torch.equal(plain(x), first_alone)
+    torch.testing.assert_close(short(x), plain(x), atol=0.05, rtol=0.02)
+    # An adapter that this layer has not is none, as for PEFT.
+    layer_of(short)._active_adapter = ["another"]
+    assert torch.equal(short(x), layer_of(short).get_base_layer()(x))
+
+
+def test_a_base_that_learns_learns():
+    for names in (("weight",), ("bias",), ("weight", "bias")):
+        model = shorten(adapted())
+        for name in names:
+            getattr(layer_of(model).get_base_layer(), name).requires_grad_()
+        passes(model)
+        assert all(getattr(layer_of(model).get_base_layer(), name).grad is not None for name in names)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (0, 64), (2, 0, 64)])
+def test_any_number_of_rows_whose_output_may_be_changed_in_place(shape):
+    model = shorten(adapted())
+    y = model(torch.randn(shape).bfloat16())
+    assert y.shape == (*shape[:-1], 32)
+    expected = y.detach().clamp(-0.1, 0.1)
+    assert torch.equal(y.clamp_(-0.1, 0.1), expected)
+    y.sum().backward()
+
+
+def test_neither_weights_nor_adapters_are_touched():
+    model = shorten(adapted())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    passes(model)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_autocast_to_the_same_dtype_changes_nothing():
+    model = shorten(adapted())
+    x = torch.randn(4, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model(x)
+    assert torch.equal(inside, model(x))
+
+
+def test_a_loaded_model_has_them_on_a_bf16_base_alone():
+    def kinds(dtype: str) -> set[type]:
+        model = load_model(ModelConfig("tinychat:aligned", dtype=dtype, lora=LoraSettings(r=2)))
+        return {type(part) for part in model.modules() if isinstance(part, LoraLinear)}
+
+    assert kinds("bfloat16") == {LowRankLinear}
+    assert kinds("float32") == kinds("float16") == {LoraLinear}
+
+
+@pytest.mark.parametrize(
+    "kind", ["fp32", "fp16", "dora", "biased", "two adapters", "by row", "autocast to fp16", "other input"]
+)
+def test_what_is_not_plain_lora_on_bf16_goes_pefts_way(kind, monkeypatch):
+    settings = {"dora": {"use_dora": True}, "biased": {"lora_bias": True}}.get(kind, {})
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(kind, torch.bfloat16)
+    plain = adapted(dtype, **settings).eval()
+    if kind in ("two adapters", "by row"):
+        second(plain)
     if kind == "two adapters":
-        plain.add_adapter("second", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
         plain.base_model.set_adapter(["default", "second"])
     short = shorten(copy.deepcopy(plain))
 
@@ -129,8 +200,14 @@ def test_what_is_not_plain_lora_below_fp32_goes_pefts_way(kind, monkeypatch):
 
     monkeypatch.setattr(_LowRank, "apply", never)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    x = x if kind in ("fp32", "other input") else x.bfloat16()
-    if kind == "other input":
+    x = x if kind == "other input" else x.to(dtype)
+    if kind == "by row":
+        names = ["default", "second", "second", "default"]
+        assert torch.equal(short(x, adapter_names=names), plain(x, adapter_names=names))
+    elif kind == "autocast to fp16":
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(short(x), plain(x))
+    elif kind == "other input":
         with pytest.raises(RuntimeError, match="dtype"):
             short(x)
     else:
