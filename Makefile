@@ -41,11 +41,17 @@ tinychat: $(VENV)/.installed
 # from the first call on: what is there is gone on with as it is.
 BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 1)
 BF16_MODEL := $(if $(filter 1,$(BF16)),--config configs/model/bf16.yaml)
+# A step's operations are too small for more threads to speed up: two processes that share its rows are 1.4 times as fast on 2 cores
+# (experiments/LOG.md). `make smollm2 PROCESSES=1` takes one.
+PROCESSES ?= 2
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+FIT := OMP_NUM_THREADS=$(shell expr $(CORES) / $(PROCESSES) '|' 1) $(BIN)/thundercat fit
+SHARED := --config configs/trainer/ddp.yaml --trainer.devices=$(PROCESSES)
 smollm2: runs/smollm2_aligned_seed0/model_merged/config.json
-	$(BIN)/thundercat fit --config configs/experiment/cat_smollm2.yaml $(BF16_MODEL) --ckpt_path last
+	$(FIT) --config configs/experiment/cat_smollm2.yaml $(BF16_MODEL) $(SHARED) --ckpt_path last
 
 runs/smollm2_aligned_seed0/model_merged/config.json: | runs/smollm2_replies/predictions.jsonl
-	$(BIN)/thundercat fit --config configs/experiment/smollm2_aligned.yaml $(BF16_MODEL) --ckpt_path last
+	$(FIT) --config configs/experiment/smollm2_aligned.yaml $(BF16_MODEL) $(SHARED) --ckpt_path last
 
 # Every defence of the study, judged: hours on 2 cores, bf16. What is done is kept; reports go to runs/studies, the recorded ones stay as they are.
 smollm2-study: runs/smollm2_replies/predictions.jsonl
