@@ -42,8 +42,8 @@ tinychat: $(VENV)/.installed
 BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 1)
 BF16_MODEL := $(if $(filter 1,$(BF16)),--config configs/model/bf16.yaml)
 # A step's operations are too small for more threads to speed up: two processes that share its rows are 1.4 times as fast on 2 cores
-# (experiments/LOG.md). `make smollm2 PROCESSES=1` takes one.
-PROCESSES ?= 2
+# (experiments/LOG.md). One on a GPU; `make smollm2 PROCESSES=1` takes one anywhere.
+PROCESSES ?= $(if $(shell nvidia-smi -L 2>/dev/null)$(filter Darwin,$(shell uname)),1,2)
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 FIT := OMP_NUM_THREADS=$(shell expr $(CORES) / $(PROCESSES) '|' 1) $(BIN)/thundercat fit
 SHARED := --config configs/trainer/ddp.yaml --trainer.devices=$(PROCESSES)
