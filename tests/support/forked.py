@@ -12,13 +12,22 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from experiments import process
 from experiments.cli import main
 from experiments.commands import run
 
 
 def forked(words: Sequence[str], output: Path, **environment: str) -> BaseProcess:
-    """Start `thundercat WORDS`; what it says goes to a file. Its exit code is the command's."""
+    """Start `thundercat WORDS`; what it says goes to a file. Its exit code is the command's.
+
+    Raises: RuntimeError where this process has several threads, behind which its child would hang.
+    """
+    if torch.get_num_threads() > 1:
+        raise RuntimeError(
+            "expected OMP_NUM_THREADS=1, as `make test` sets it: a forked process hangs behind threads"
+        )
     child = multiprocessing.get_context("fork").Process(target=_command, args=(words, output, environment))
     child.start()
     return child
