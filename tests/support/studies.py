@@ -10,8 +10,6 @@ import yaml
 from experiments.studies.definition import Study, load_study
 
 CAT = ["configs/experiment/methods_tinychat.yaml", "configs/method/cat.yaml"]
-
-
 COLUMNS = {"utility": {"quantity": "exact_match", "subject": "utility"}}
 
 

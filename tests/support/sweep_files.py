@@ -10,11 +10,7 @@ import yaml
 from experiments.sweeps.definition import Sweep, load_sweep
 
 CAT = ["configs/experiment/methods_tinychat.yaml", "configs/method/cat.yaml"]
-
-
 EMBEDDING = {"quantity": "success_rate", "subject": "harmful", "attack": "embedding"}
-
-
 GIVEN: dict[str, Any] = {
     "method": "random",
     "run_cap": 3,
@@ -23,8 +19,6 @@ GIVEN: dict[str, Any] = {
     "config": CAT,
     "columns": {"embedding": EMBEDDING, "utility": {"quantity": "exact_match", "subject": "utility"}},
 }
-
-
 METRIC = GIVEN["metric"]
 
 
