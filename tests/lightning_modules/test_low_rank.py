@@ -214,6 +214,23 @@ def test_what_is_not_plain_lora_on_bf16_goes_pefts_way(kind, monkeypatch):
         assert torch.equal(short(x), plain(x))
 
 
+def test_a_linear_layer_that_computes_something_else_keeps_its_own_way():
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = get_peft_model(nn.Sequential(Doubled(64, 32).bfloat16()), LoraConfig(r=4, target_modules=["0"]))
+    x = torch.randn(4, 64).bfloat16()
+    assert torch.equal(shorten(model)(x), layer_of(model).get_base_layer()(x))  # B is zero yet
+
+
+def test_a_second_derivative_is_refused_and_not_left_out():
+    x = torch.randn(4, 64).bfloat16().requires_grad_()
+    (gradient,) = torch.autograd.grad(shorten(adapted())(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_saved_adapters_are_pefts(tmp_path):
     model = shorten(adapted())
     model.save_pretrained(tmp_path)
