@@ -6,8 +6,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# An older Python would leave an environment that stays when a newer one is named.
+RECENT := -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"make: expected Python 3.11 or newer, got {sys.version.split()[0]} ({sys.executable}); name one: make PYTHON=python3.11 ..., after make clean where there is an environment already")'
 
-.PHONY: quickstart test check bench bench-gpu tinychat smollm2 smollm2-study pages test-real clean
+.PHONY: quickstart test check bench bench-gpu tinychat smollm2 smollm2-checks smollm2-study pages test-real clean
 
 # A model this small is 1.5 times faster on one thread (experiments/LOG.md). An earlier run is moved aside to
 # runs/quickstart.1, never deleted.
@@ -36,32 +38,47 @@ tinychat: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml --overwrite
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
-# CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Trainings go on where they were stopped, replies (minutes) begin again.
+# CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Trainings go on where they were stopped, replies (minutes) begin again. A recipe
+# that was changed since is found: its stage is asked for again, and refuses to go on with what the other recipe made.
 # Base weights are in bf16 where the CPU multiplies in it (a quarter to a third less time), in fp32 elsewhere: `make smollm2 BF16=` says fp32, `BF16=1` bf16,
 # from the first call on: what is there is gone on with as it is.
-BF16 := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 1)
-BF16_MODEL := $(if $(filter 1,$(BF16)),--config configs/model/bf16.yaml)
+BF16 = $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 1)
+BF16_MODEL = $(if $(filter 1,$(BF16)),--config configs/model/bf16.yaml)
 # A step's operations are too small for more threads to speed up: two processes that share its rows are 1.4 times as fast on 2 cores
-# (experiments/LOG.md). One on a GPU; `make smollm2 PROCESSES=1` takes one anywhere.
-PROCESSES ?= $(if $(shell nvidia-smi -L 2>/dev/null)$(filter Darwin,$(shell uname)),1,2)
-CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
-FIT := OMP_NUM_THREADS=$(shell expr $(CORES) / $(PROCESSES) '|' 1) $(BIN)/thundercat fit
-SHARED := --config configs/trainer/ddp.yaml --trainer.devices=$(PROCESSES)
-smollm2: runs/smollm2_aligned_seed0/model_merged/config.json
+# (experiments/LOG.md). One on a GPU or on one core; `make smollm2 PROCESSES=1` takes one anywhere.
+CORES = $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+PROCESSES ?= $(if $(shell nvidia-smi -L 2>/dev/null)$(filter Darwin,$(shell uname))$(filter 1,$(CORES)),1,2)
+FIT = OMP_NUM_THREADS=$(shell expr $(CORES) / $(PROCESSES) '|' 1) $(BIN)/thundercat fit
+SHARED = --config configs/trainer/ddp.yaml --trainer.devices=$(PROCESSES)
+REPLIES := runs/smollm2_replies/predictions.jsonl
+# Written last, when all that the stage leaves is there.
+ALIGNED := runs/smollm2_aligned_seed0/report.html
+smollm2: smollm2-checks $(ALIGNED)
 	$(FIT) --config configs/experiment/cat_smollm2.yaml $(BF16_MODEL) $(SHARED) --ckpt_path last
 
-runs/smollm2_aligned_seed0/model_merged/config.json: | runs/smollm2_replies/predictions.jsonl
+# What would else be found wrong half an hour later.
+SMOLLM2_DATA := alpaca/alpaca_5000.json dolly/databricks-dolly-15k.jsonl advbench/harmful_behaviors.csv cat_official/adv_training_behaviors_safe_responses.csv harmbench/behavior_datasets/harmbench_behaviors_text_val.csv
+smollm2-checks:
+	@case '$(PROCESSES)' in 1|2) ;; *) echo "make: PROCESSES: expected 1 or 2 (CAT's step has four harmful rows in two micro-batches), got '$(PROCESSES)'" >&2; exit 1;; esac
+	@for file in $(SMOLLM2_DATA); do test -f "$${THUNDERCAT_DATA:-../shared}/data/$$file" || { \
+	  echo "make: $${THUNDERCAT_DATA:-../shared}/data/$$file is missing; THUNDERCAT_DATA names the folder with data/ (configs/README.md says what is in it)" >&2; exit 1; }; done
+
+$(ALIGNED): configs/experiment/smollm2_aligned.yaml configs/data/smollm2.yaml $(REPLIES) | smollm2-checks
 	$(FIT) --config configs/experiment/smollm2_aligned.yaml $(BF16_MODEL) $(SHARED) --ckpt_path last
 
+$(REPLIES): configs/experiment/smollm2_replies.yaml | smollm2-checks $(VENV)/.installed-smollm2
+	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml $(if $(filter 1,$(BF16)),--model.init_args.base.dtype bfloat16)
+
+# Make would remove what is finished where it is interrupted before it sees that.
+.PRECIOUS: $(ALIGNED) $(REPLIES)
+
 # Every defence of the study, judged: hours on 2 cores, bf16. What is done is kept; reports go to runs/studies, the recorded ones stay as they are.
-smollm2-study: runs/smollm2_replies/predictions.jsonl
+smollm2-study: $(REPLIES)
 	$(PIP) -e '.[benchmarks]'
 	$(BIN)/thundercat study configs/study/smollm2.yaml
 	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml
 	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml
-
-runs/smollm2_replies/predictions.jsonl: | $(VENV)/.installed-smollm2
-	$(BIN)/thundercat predict --config configs/experiment/smollm2_replies.yaml $(if $(filter 1,$(BF16)),--model.init_args.base.dtype bfloat16)
+	$(BIN)/thundercat study configs/study/smollm2_polite.yaml
 
 # Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
 RECORDED := attacks_tinychat certificates_tinychat directions_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat injection_leaks_tinychat injection_leaks_control_tinychat injection_jailbreaks_tinychat injection_adaptive_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat tampering_tinychat
@@ -89,7 +106,9 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) $(RECENT)
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(RECENT)
 	$(PIP) torch
 	$(PIP) -e .
 	touch $@

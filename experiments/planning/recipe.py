@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from datamodules.text.model_files import resolve_path
+from datamodules.text.model_files import model_path, resolve_path
 from experiments.config.compose import PROJECT_ROOT, ConfigError
 from lightning_modules.adversarial import AdversarialFineTuning
 
@@ -45,9 +45,9 @@ def without_machine(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         raise ConfigError(
             "model.base.name_or_path: expected a model, got none; add a model file with --config"
         )
-    path = architecture(base["name_or_path"], base.get("revision"), folder)
+    path = architecture(base["name_or_path"], base.get("revision"), folder, base.get("gguf_file"))
     base |= {"name_or_path": path, "from_scratch": True, "quantization": None, "revision": None}
-    base |= {"compile_attacks": False}
+    base |= {"compile_attacks": False, "gguf_file": None}
     if base.get("attn_implementation") == "flash_attention_2":  # counts as sdpa does: no scores are kept
         base["attn_implementation"] = "sdpa"
     if base.get("dtype", "auto") == "auto":
@@ -56,9 +56,12 @@ def without_machine(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     return own
 
 
-def architecture(name: str, revision: str | None, folder: str) -> str:
-    """A folder with the model's config.json. Raises: ConfigError where it is not at hand."""
+def architecture(name: str, revision: str | None, folder: str, gguf_file: str | None = None) -> str:
+    """A folder with the model's config.json; of a GGUF file in a folder its copy's, made where there is none.
+    Raises: ConfigError where it is not at hand."""
     path = Path(resolve_path(name))
+    if gguf_file is not None and path.is_dir():
+        path = Path(model_path(name, gguf_file))
     if (path / "config.json").is_file():
         return str(path)
     try:

@@ -15,6 +15,7 @@ from datamodules.text import gguf as copies
 from datamodules.text.gguf import cache, dequantised, whole
 from datamodules.text.model_files import model_path, resolve_path
 from datamodules.text.tokenizers import TokenizerConfig, load_tokenizer
+from experiments.planning.recipe import architecture
 from lightning_modules.models.loading import ModelConfig, load_model
 
 HIDDEN, INNER, VOCABULARY = 32, 64, 260
@@ -119,6 +120,13 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path, damage: str, caplog: pytes
     dequantised.cache_clear()
     assert dequantised(file) == folder
     assert whole(folder) and "made again" in caplog.text
+
+
+def test_a_plan_reads_the_shape_of_a_gguf_file(tmp_path: Path) -> None:
+    written(tmp_path / "tiny.gguf")
+    folder = architecture(str(tmp_path), None, str(tmp_path / "own"), "tiny.gguf")
+    assert folder == model_path(str(tmp_path), "tiny.gguf")
+    assert json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == "llama"
 
 
 def test_another_content_is_another_copy(tmp_path: Path) -> None:
