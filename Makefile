@@ -79,6 +79,7 @@ smollm2-study: $(REPLIES)
 	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml
 	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml
 	$(BIN)/thundercat study configs/study/smollm2_polite.yaml
+	$(BIN)/thundercat study configs/study/smollm2_sampled.yaml
 
 # Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
 RECORDED := attacks_tinychat certificates_tinychat directions_tinychat epsilon_beta_tinychat failure_modes_tinychat injection_tinychat injection_leaks_tinychat injection_leaks_control_tinychat injection_jailbreaks_tinychat injection_adaptive_tinychat long_tail_tinychat methods_tinychat noise_and_mix_tinychat one_step_tinychat tampering_tinychat
