@@ -160,12 +160,24 @@ def test_unlike_prompts_are_at_most_a_hundred_a_set(in_root: Path) -> None:
     assert set(count.values()) == {100}
 
 
-def test_smollm2_of_the_hub_is_two_overrides(in_root: Path) -> None:
-    # As the header of configs/model/smollm2_135m.yaml says.
-    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    overrides = [("model.base.name_or_path", hub), ("model.base.gguf_file", "null")]
-    config = compose(["configs/experiment/cat_smollm2.yaml", "configs/model/smollm2_135m.yaml"], overrides)
-    check(config, "fit")
-    wanted = {"name_or_path": hub, "gguf_file": None}
+@pytest.mark.parametrize(
+    ("files", "command"),
+    [
+        (["experiment/cat_smollm2.yaml", "model/smollm2_135m.yaml"], "fit"),
+        (["experiment/smollm2_aligned.yaml"], "fit"),
+        (["experiment/smollm2_replies.yaml"], "predict"),
+    ],
+)
+def test_smollm2_of_the_hub_is_one_more_file(files: list[str], command: str, in_root: Path) -> None:
+    config = compose([f"configs/{file}" for file in [*files, "model/smollm2_hub.yaml"]], [])
+    check(config, command)
+    wanted = {"name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "gguf_file": None}
     model, tokenizer = config["model"]["init_args"]["base"], config["data"]["init_args"]["tokenizer"]
     assert model.items() >= wanted.items() and tokenizer.items() >= wanted.items()
+
+
+def test_dolly_is_utility_data_of_any_recipe(in_root: Path) -> None:
+    config = compose(["configs/experiment/cat_smollm2.yaml", "configs/data/dolly.yaml"], [])
+    check(config, "fit")
+    (source,) = config["data"]["init_args"]["utility"]
+    assert source["init_args"]["path"].endswith("databricks-dolly-15k.jsonl")
