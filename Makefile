@@ -89,7 +89,7 @@ pages: $(VENV)/.installed
 	  place=$(RESULTS)/$${study%_tinychat}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$$study.yaml --recorded $$place --out $$place || exit 1; \
 	done
-	$(BIN)/thundercat study configs/study/smollm2.yaml --only published aligned cat capo "adversarial fine-tuning" mixat lat --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2.yaml --only published aligned cat capo "adversarial fine-tuning" mixat lat "cat from published" --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
 	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml --only published aligned cat capo lat mixat "adversarial fine-tuning" --recorded $(RESULTS)/smollm2_suffixes_cpu_202611 --out $(RESULTS)/smollm2_suffixes_cpu_202611
 	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml --only aligned cat capo lat mixat "adversarial fine-tuning" --recorded $(RESULTS)/smollm2_adaptive_cpu_202611 --out $(RESULTS)/smollm2_adaptive_cpu_202611
 	for study in ablations failure_modes injection injection_tickets inside trade_off; do \

@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
             report["sent"] = {"file": options.recipes[0], "devices": options.devices, "bytes": volumes}
             text += "\n\n" + volumes_table(volumes, options.devices)
         if options.out:
-            (options.out / "cards.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            (options.out / "cards.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
             (options.out / "cards.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 

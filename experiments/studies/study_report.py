@@ -76,7 +76,9 @@ def write_study(
     facts = environment_facts() | {"revisions_of_runs": revisions(runs)}
     (out / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     results = {"schema": 3, "title": study.title, "runs": exported(study, rows)}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    # For programs: a third smaller than with spaces.
+    text = json.dumps(results, separators=(",", ":"))
+    (out / "results.json").write_text(text + "\n", encoding="utf-8")
     write_cells(out / "cells.csv", rows)
     drawings = {f"figure_{number}": draw(rows, own) for number, own in enumerate(study.figures)}
     drawings |= curves(study, runs) | certificate_curves(rows) | direction_curves(rows)
