@@ -32,6 +32,7 @@ from lightning_modules.attacks.repeat import Repeat
 from lightning_modules.attacks.suffix.slots import without_end_of_turn
 from lightning_modules.attacks.text.pair import PAIR
 from lightning_modules.attacks.text.rewrites import Rewrite
+from lightning_modules.attacks.text.transfer import TransferSuffixes
 from lightning_modules.attacks.text.variants import Variant, Variants
 from lightning_modules.models.decoder import text_config
 from lightning_modules.models.language_model import LanguageModel
@@ -77,6 +78,8 @@ def transfer_of(attack: Attack) -> Transfer | None:
     match attack:
         case Repeat():
             return transfer_of(attack.attack)
+        case TransferSuffixes():
+            return Surroundings()
         case Rewrite():
             return Rewritten(attack.variants)
         case SoftPrompt():

@@ -88,6 +88,17 @@ def test_suffixes_of_other_requests_follow_every_benign_prompt() -> None:
     assert ids == [tinychat_format().prompt(text, system).ids for text, system in asked]
 
 
+def test_replayed_suffixes_follow_benign_prompts_for_which_none_was_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = stored(tmp_path, row("a", prompt="How?", attacked="How? y y", verdicts=verdicts(True)))
+    replay = TransferSuffixes(run, whose="own", num_samples=1)
+    attacked = carried(replay, found([("How?", "How? y y")]))
+    assert list(attacked.texts) == [f"{prompt} y y" for prompt in benign().prompts]
+    assert list(replay(chat_model(), text_batch(1)).texts) == list(text_batch(1).prompts)
+    assert "holds nothing for" in caplog.text
+
+
 def test_every_found_suffix_is_used_won_or_not() -> None:
     pairs = [(f"Do {i}", f"Do {i} suffix{i}") for i in range(3)]
     attacked = carried(RandomSearch(), found(pairs), benign(*range(12)))

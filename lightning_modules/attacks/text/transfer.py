@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import Literal
 
@@ -10,6 +11,8 @@ from lightning_modules.attacks.suffix.stored import StoredSuffixes
 from lightning_modules.attacks.text.choosers import Chooser
 from lightning_modules.attacks.text.rewrites import Rewrite
 from lightning_modules.attacks.text.variants import Variant
+
+log = logging.getLogger(__name__)
 
 Whose = Literal["own", "others", "all"]
 
@@ -29,7 +32,7 @@ class Stored:
         self.limit = limit
 
     def __call__(self, prompt: str, target: str, rng: random.Random) -> list[Variant]:
-        """The plain request where there is nothing else. Raises: as StoredSuffixes."""
+        """The plain request, and a warning, where there is nothing else. Raises: as StoredSuffixes."""
         request = prompt.strip()
         found = self.suffixes.surroundings()
         own = [entry for entry in found if entry.request == request and self.whose != "others"]
@@ -37,7 +40,12 @@ class Stored:
         # In their order an attack's come together, and the first one's would be all that the limit leaves.
         rng.shuffle(others)
         texts = [f"{entry.before}{request}{entry.after}" for entry in [*own, *others]]
-        return [Variant(text) for text in dict.fromkeys(texts)][: self.limit] or [Variant(prompt)]
+        if not texts:
+            log.warning(
+                "transfer: %s holds nothing for %r, which is sent as it is", self.suffixes.run, request
+            )
+            return [Variant(prompt)]
+        return [Variant(text) for text in dict.fromkeys(texts)][: self.limit]
 
 
 @checked
