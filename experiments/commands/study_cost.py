@@ -102,7 +102,7 @@ class Costs:
             needed = by_key[waiting.pop()]
             base, own = _base(config), _base(needed.config)
             if _left(needed) and Path(str(base.get("name_or_path"))).is_relative_to(needed.folder):
-                base |= {name: own.get(name) for name in ("name_or_path", "revision")}
+                base |= {name: own.get(name) for name in ("name_or_path", "revision", "gguf_file")}
                 waiting += needed.needs
         return config
 

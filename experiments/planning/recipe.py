@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig
 
-from datamodules.text.model_files import model_path, resolve_path
+from datamodules.text.model_files import resolve_path
 from experiments.config.compose import PROJECT_ROOT, ConfigError
 from lightning_modules.adversarial import AdversarialFineTuning
 
@@ -57,13 +58,14 @@ def without_machine(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def architecture(name: str, revision: str | None, folder: str, gguf_file: str | None = None) -> str:
-    """A folder with the model's config.json; of a GGUF file in a folder its copy's, made where there is none.
-    Raises: ConfigError where it is not at hand."""
+    """A folder with the model's config.json, where there is none and a GGUF file is named this `folder`, with
+    what that file says. Raises: ConfigError where it is not at hand."""
     path = Path(resolve_path(name))
-    if gguf_file is not None and path.is_dir():
-        path = Path(model_path(name, gguf_file))
     if (path / "config.json").is_file():
         return str(path)
+    if gguf_file is not None and (path / gguf_file).is_file():
+        AutoConfig.from_pretrained(path, gguf_file=gguf_file).save_pretrained(folder)
+        return folder
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision) if not path.is_dir() else None
     except HFValidationError:  # the path of a folder that is not there

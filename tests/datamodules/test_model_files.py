@@ -122,11 +122,12 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path, damage: str, caplog: pytes
     assert whole(folder) and "made again" in caplog.text
 
 
-def test_a_plan_reads_the_shape_of_a_gguf_file(tmp_path: Path) -> None:
+def test_a_plan_reads_the_shape_of_a_gguf_file_and_no_weights(tmp_path: Path) -> None:
     written(tmp_path / "tiny.gguf")
     folder = architecture(str(tmp_path), None, str(tmp_path / "own"), "tiny.gguf")
-    assert folder == model_path(str(tmp_path), "tiny.gguf")
-    assert json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == "llama"
+    shape = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    assert shape["model_type"] == "llama" and shape["hidden_size"] == HIDDEN
+    assert Path(folder) == tmp_path / "own" and not cache().exists()
 
 
 def test_another_content_is_another_copy(tmp_path: Path) -> None:

@@ -116,6 +116,19 @@ def test_a_damaged_cost_is_said(cost: Any, tmp_path: Path) -> None:
     assert Costs([own]).total().startswith("left: 0 of 1 trainings; 1 of 1 ")
 
 
+def test_a_model_that_will_be_of_a_gguf_file_is_planned_by_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(
+        study_cost, "_planned", lambda config: found.append(config) or Planned(10, 1.0, 4, 64)
+    )
+    first = job("first", tmp_path, gguf_file="small.gguf")
+    second = job("second", tmp_path, needs=(("first", 0),), name_or_path=f"{first.folder}/model_merged")
+    Costs([first, second]).text(second)
+    assert found[0]["model"]["init_args"]["base"]["gguf_file"] == "small.gguf"
+
+
 def test_a_model_that_another_run_will_write_has_its_architecture(
     planned_for: list[str], tmp_path: Path
 ) -> None:
