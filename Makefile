@@ -44,8 +44,8 @@ tinychat: $(VENV)/.installed
 # from the first call on: what is there is gone on with as it is.
 BF16 = $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 1)
 BF16_MODEL = $(if $(filter 1,$(BF16)),--config configs/model/bf16.yaml)
-# A step's operations are too small for more threads to speed up: two processes that share its rows are 1.4 times as fast on 2 cores
-# (experiments/LOG.md). One on a GPU or on one core; `make smollm2 PROCESSES=1` takes one anywhere.
+# A step's operations are too small for more threads to speed up: two processes that share its rows are 1.4 times as fast in the supervised stage on 2 cores
+# (experiments/LOG.md; CAT's steps were not compared). One on a GPU or on one core; `make smollm2 PROCESSES=1` takes one anywhere.
 CORES = $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 PROCESSES ?= $(if $(shell nvidia-smi -L 2>/dev/null)$(filter Darwin,$(shell uname))$(filter 1,$(CORES)),1,2)
 FIT = OMP_NUM_THREADS=$(shell expr $(CORES) / $(PROCESSES) '|' 1) $(BIN)/thundercat fit
@@ -100,6 +100,10 @@ pages: $(VENV)/.installed
 	$(BIN)/thundercat study configs/study/smollm2.yaml --only published aligned cat capo "adversarial fine-tuning" mixat lat "cat from published" --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
 	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml --only published aligned cat capo lat mixat "adversarial fine-tuning" "cat, no attack" --recorded $(RESULTS)/smollm2_suffixes_cpu_202611 --out $(RESULTS)/smollm2_suffixes_cpu_202611
 	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml --only published aligned cat capo lat mixat "adversarial fine-tuning" "cat, no attack" --recorded $(RESULTS)/smollm2_adaptive_cpu_202611 --out $(RESULTS)/smollm2_adaptive_cpu_202611
+	for study in polite sampled; do \
+	  place=$(RESULTS)/smollm2_$${study}_cpu_202611; \
+	  $(BIN)/thundercat study configs/study/smollm2_$$study.yaml --only published aligned cat capo lat mixat "adversarial fine-tuning" "cat, no attack" --recorded $$place --out $$place || exit 1; \
+	done
 	for study in ablations failure_modes injection injection_tickets inside trade_off; do \
 	  place=$(RESULTS)/smollm2_$${study}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$${study}_smollm2.yaml --recorded $$place --out $$place || exit 1; \

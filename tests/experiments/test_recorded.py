@@ -38,6 +38,8 @@ STUDIES = {
     "smollm2": "smollm2",
     "smollm2_suffixes": "smollm2_suffixes",
     "smollm2_adaptive": "smollm2_adaptive",
+    "smollm2_polite": "smollm2_polite",
+    "smollm2_sampled": "smollm2_sampled",
     **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "inside", "trade_off")},
     "smollm2_injection": "injection_smollm2",
     "smollm2_injection_tickets": "injection_tickets_smollm2",
@@ -51,7 +53,7 @@ STUDIES = {
     },
 }
 """Recorded study -> its file of configs/study."""
-IN_PART = ("smollm2", "smollm2_suffixes", "smollm2_adaptive")
+IN_PART = ("smollm2", *(f"smollm2_{own}" for own in ("suffixes", "adaptive", "polite", "sampled")))
 """Studies some of whose runs are not recorded so far; their reports name them."""
 PAGES = sorted(path.parent for path in RESULTS.glob("*/tables.csv"))
 LOST = "Not reported"
