@@ -26,7 +26,7 @@ case "$*" in
   predict*) mkdir -p runs/smollm2_replies; echo > {REPLIES};;
   *smollm2_aligned.yaml*) mkdir -p $(dirname {MODEL}); echo > {MODEL};;
 esac
-case "$*" in "$KILLED"*) kill -$SIGNAL $PPID; sleep 5;; esac
+case "$*" in "$KILLED"*) kill -$SIGNAL $PPID; sleep 1;; esac
 """
 
 
