@@ -44,8 +44,8 @@ tinychat: $(VENV)/.installed
 # from the first call on: what is there is gone on with as it is.
 BF16 = $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo 1)
 BF16_MODEL = $(if $(filter 1,$(BF16)),--config configs/model/bf16.yaml)
-# A step's operations are too small for more threads to speed up: two processes that share its rows are 1.4 times as fast in the supervised stage on 2 cores
-# (experiments/LOG.md; CAT's steps were not compared). One on a GPU or on one core; `make smollm2 PROCESSES=1` takes one anywhere.
+# A step's operations are too small for more threads to speed up: two processes that share its rows are 1.4 to 1.5 times as fast in both stages on 2 cores
+# (experiments/LOG.md). One on a GPU or on one core; `make smollm2 PROCESSES=1` takes one anywhere.
 CORES = $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 PROCESSES ?= $(if $(shell nvidia-smi -L 2>/dev/null)$(filter Darwin,$(shell uname))$(filter 1,$(CORES)),1,2)
 FIT = OMP_NUM_THREADS=$(shell expr $(CORES) / $(PROCESSES) '|' 1) $(BIN)/thundercat fit

@@ -55,7 +55,7 @@ def tree(tmp_path: Path) -> Path:
 def made(tree: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     own = re.compile("MAKE|MFLAGS|OMP_|PROCESSES|VENV|BF16|PYTHON$")
     variables = {name: text for name, text in os.environ.items() if not own.match(name)}
-    variables |= {"THUNDERCAT_DATA": str(tree / "given"), "KILLED": "nothing", "SIGNAL": "INT"} | environment
+    variables |= {"THUNDERCAT_DATA": str(tree / "given"), "KILLED": "nothing", "SIGNAL": "TERM"} | environment
     return subprocess.run(["make", *words], cwd=tree, capture_output=True, text=True, env=variables)
 
 
@@ -89,7 +89,7 @@ def test_a_newer_recipe_asks_for_its_stage_again(tree: Path, changed: str, again
     assert stages(tree) == again
 
 
-@pytest.mark.parametrize(("stopped", "signal"), [("predict", "INT"), ("fit", "INT"), ("fit", "KILL")])
+@pytest.mark.parametrize(("stopped", "signal"), [("predict", "TERM"), ("fit", "TERM"), ("fit", "KILL")])
 def test_what_was_finished_stays_and_the_stage_is_ended(tree: Path, stopped: str, signal: str) -> None:
     assert made(tree, "smollm2", KILLED=stopped, SIGNAL=signal).returncode
     assert (tree / REPLIES).exists()
