@@ -18,7 +18,8 @@
 `${run.NAME}` in a value of `set` is the folder of another run of the study (of the same seed, where it has
 it), which is trained before. `{checkpoint_of: cat, step: 10}` trains nothing: it judges what another run was
 after so many steps, by that run's `config` and `set`. `{config: [...], trained: false, reported: false}` is
-what other runs read and no table shows: the attacks of a red team, say.
+what other runs read and no table shows: the attacks of a red team, say. `runs: FILE` takes the runs of
+another study, judged by this one's `test`; with the same folder of runs they are trained once.
 """
 
 from __future__ import annotations
@@ -186,6 +187,8 @@ def load_study(path: str | Path) -> Study:
     place = find(str(path), None, "study")
     node = read(place)
     try:
+        if isinstance(node.get("runs"), str):
+            node = {**node, "runs": read(find(node["runs"], place.parent, "runs")).get("runs")}
         study = made(Study, node, NESTED)
         _check(study)
     except ConfigError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiments.commands.study import Runner, StudyCall, study
 from experiments.commands.study_cost import Costs
@@ -235,3 +236,14 @@ def test_a_column_that_no_evaluation_measures_fails_before_the_training(
         jobs_of(read(tmp_path, {"cat": {"config": CAT}}, columns=columns), tmp_path)
     columns["e"]["optional"] = True  # type: ignore[assignment]
     assert jobs_of(read(tmp_path, {"cat": {"config": CAT}}, columns=columns), tmp_path)
+
+
+def test_runs_may_be_those_of_another_study(tmp_path: Path) -> None:
+    first = given(tmp_path / "first.yaml", {"a": {"config": CAT, "seeds": [3]}})
+    content = yaml.safe_load(first.read_text(encoding="utf-8"))
+    second = tmp_path / "second.yaml"
+    second.write_text(yaml.safe_dump({**content, "title": "Another", "runs": first.name}), encoding="utf-8")
+    assert load_study(second).runs == load_study(first).runs and load_study(second).title == "Another"
+    second.write_text(yaml.safe_dump({**content, "runs": "gone.yaml"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"second\.yaml: runs: no file 'gone\.yaml'"):
+        load_study(second)
