@@ -17,12 +17,14 @@ from callbacks.evaluations.benchmark import Benchmark, BenchmarkChunk, Benchmark
 from callbacks.evaluations.harness import load_tasks
 from callbacks.evaluations.harness_scoring import Scorer
 from callbacks.evaluations.schedule import Schedule
-from callbacks.evaluations.session import Place
+from callbacks.evaluations.session import Place, Session
 from callbacks.metrics.names import Metric
 from datamodules.results import ResultsStore
 from datamodules.sources.questions import ArcQuestions, MmluQuestions
+from lightning_modules.models.adapters import disabled_adapters
 from lightning_modules.models.language_model import LanguageModel
-from tests.conftest import chat_model
+from lightning_modules.models.loading import LoraSettings, ModelConfig, load_model, load_seeded
+from tests.conftest import chat_model, tinychat_format
 from tests.support.benchmarks import arc_easy, arc_file, measured, mmlu_folder, opened
 
 pytest.importorskip("lm_eval")
@@ -159,6 +161,50 @@ def test_a_hub_that_is_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(ValueError, match=r"piqa: cannot load 'baber/piqa' from the hub: Couldn't .*; give"):
         opened(tmp_path / "run", Benchmark("piqa"))
+
+
+def test_documents_of_the_hub_are_what_the_harness_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset, DatasetDict
+
+    docs = ArcQuestions(arc_file(tmp_path / "arc.jsonl"))
+    asked: list[str] = []
+
+    def loaded(path: str, name: str | None = None, **_: Any) -> DatasetDict:
+        asked.append(f"{path}/{name}")
+        own = Dataset.from_list([question.document for question in docs.questions()])
+        return DatasetDict({"train": own, "validation": own, "test": own})
+
+    monkeypatch.setattr("datasets.load_dataset", loaded)
+    own = Benchmark("arc_easy", None, "acc_norm", limit=5)
+    theirs = measured(opened(tmp_path / "hub", own))
+    assert asked == ["allenai/ai2_arc/ARC-Easy"]
+    assert [*theirs] == [f"arc_easy/{i}" for i in (0, 2, 4, 7, 9)]
+    local = measured(opened(tmp_path / "local", replace(own, docs=docs)))
+    assert [*theirs.values()] == [*local.values()]
+
+
+def test_adapters_count(tmp_path: Path) -> None:
+    weights = load_seeded(ModelConfig("tinychat:aligned", lora=LoraSettings(r=2)), 0)
+    model = LanguageModel(weights, tinychat_format())
+    own = Benchmark("arc_easy", ArcQuestions(arc_file(tmp_path / "arc.jsonl", n=40)), batch_size=5)
+    plain = chosen(opened(tmp_path / "plain", own, model=model))
+    with torch.no_grad():
+        for name, weight in weights.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.02)
+    trained = chosen(opened(tmp_path / "trained", own, model=model))
+    assert trained != plain
+    with disabled_adapters(weights):
+        assert chosen(opened(tmp_path / "off", own, model=model)) == plain
+    alone = load_model(ModelConfig("tinychat:aligned"))
+    assert chosen(opened(tmp_path / "alone", own, model=LanguageModel(alone, tinychat_format()))) == plain
+
+
+def chosen(session: Session) -> list[str]:
+    measured(session)
+    return [str(row.reply) for row in session.rows]
 
 
 def test_nothing_of_the_process_is_changed(tmp_path: Path, arc: Benchmark) -> None:

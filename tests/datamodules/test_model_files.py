@@ -192,3 +192,28 @@ def test_digests_name_every_file(tmp_path: Path) -> None:
     folder = dequantised(tmp_path / "tiny.gguf")
     named = set(json.loads((folder / copies.DIGESTS).read_text()))
     assert named == {path.name for path in folder.iterdir()} - {copies.DIGESTS}
+
+
+def test_a_gguf_file_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = written(tmp_path / "tiny.gguf")
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(repository: str, file: str, revision: str | None = None) -> str:
+        asked.append((repository, file, revision))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    model = load_model(ModelConfig("someone/tiny", gguf_file="tiny.gguf", revision="abc"))
+    assert set(asked) == {("someone/tiny", "tiny.gguf", "abc")}
+    weights = dict(model.named_parameters())
+    torch.testing.assert_close(weights["model.layers.0.mlp.up_proj.weight"].data, values["up"])
+
+
+def test_a_gguf_file_that_the_hub_does_not_give_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> str:
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    expected = "gguf_file: cannot get 'tiny.gguf' of 'someone/tiny': We couldn't connect to the hub"
+    with pytest.raises(ValueError, match=expected):
+        load_model(ModelConfig("someone/tiny", gguf_file="tiny.gguf"))

@@ -33,16 +33,23 @@ NARROW = {
     "max_position_embeddings": 512,
     "pad_token_id": 0,
 }
-LLAMA2 = (
+MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-"""One turn of Llama-2's and Mistral's."""
+"""One turn of Mistral's, whose tokenizer is not at hand."""
+LLAMA2 = (
+    "{% set told = messages[0]['role'] == 'system' %}{% for m in messages[told:] %}"
+    "{% if m['role'] == 'user' %}{{ bos_token }}[INST] {% if told and loop.first %}<<SYS>>\n"
+    "{{ messages[0]['content'] }}\n<</SYS>>\n\n{% endif %}{{ m['content'].strip() }} [/INST]"
+    "{% else %} {{ m['content'].strip() }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+"""The format that Llama-2-chat was trained in: its tokenizer at hand comes without a template."""
 MODELS: dict[str, tuple[type[PreTrainedConfig], str | None, str | None, float]] = {
     "zephyr_7b": (MistralConfig, None, None, 0.075),
     "gemma_2b": (GemmaConfig, None, None, 0.1),
     "phi3_mini": (Phi3Config, "phi3-mini", None, 0.1),
-    "mistral_7b": (MistralConfig, "llama2", LLAMA2, 0.05),
+    "mistral_7b": (MistralConfig, "llama2", MISTRAL, 0.05),
     "llama2_7b": (LlamaConfig, "llama2", LLAMA2, 0.05),
 }
 """Architecture; tokenizer at hand (null: the packaged model's); template where that has none; radius."""

@@ -181,3 +181,19 @@ def test_dolly_is_utility_data_of_any_recipe(in_root: Path) -> None:
     check(config, "fit")
     (source,) = config["data"]["init_args"]["utility"]
     assert source["init_args"]["path"].endswith("databricks-dolly-15k.jsonl")
+
+
+@pytest.mark.parametrize("attack", [[], ["configs/attack/none.yaml"]], ids=["as it is", "without an attack"])
+@pytest.mark.parametrize("method", ["adversarial_fine_tuning", "capo", "cat", "lat", "mixat"])
+def test_smollm2_is_defended_from_either_start(method: str, attack: list[str], in_root: Path) -> None:
+    folders = set()
+    for start in ("", "_published"):
+        files = [f"configs/experiment/methods_smollm2{start}.yaml", f"configs/method/{method}.yaml", *attack]
+        config = compose(files, [])
+        check(config, "fit")
+        base = config["model"]["init_args"]["base"]
+        assert base["name_or_path"].startswith("package:" if start else "runs/smollm2_aligned")
+        assert (base.get("gguf_file") is not None) == bool(start)
+        assert config["data"]["init_args"]["tokenizer"]["name_or_path"] == base["name_or_path"]
+        folders.add(config["trainer"]["default_root_dir"])
+    assert len(folders) == 2
