@@ -70,7 +70,7 @@ def test_the_walk_through_leads_to_a_model_that_others_can_load(
         if words[0] == "fit":
             words += ["--config", "smaller.yaml"]
         if "wikitext2" in command:
-            words += ["--vars.wikitext_context=64"]
+            words += ["--vars.wikitext_context=64", "--vars.wikitext_stride=32"]
         monkeypatch.setattr("sys.stdin", io.StringIO("Add 1 and 2.\n"))
         status, out, err = thundercat(*words)
         assert status == 0, (command, err)
