@@ -87,7 +87,6 @@ smollm2-study: $(REPLIES) | smollm2-checks
 	$(BIN)/thundercat study configs/study/smollm2.yaml
 	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml
 	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml
-	$(BIN)/thundercat study configs/study/smollm2_polite.yaml
 	$(BIN)/thundercat study configs/study/smollm2_sampled.yaml
 
 # Recorded studies, drawn again from their raw rows where what a report shows has changed: 5 minutes of a core.
@@ -98,13 +97,10 @@ pages: $(VENV)/.installed
 	  place=$(RESULTS)/$${study%_tinychat}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$$study.yaml --recorded $$place --out $$place || exit 1; \
 	done
-	$(BIN)/thundercat study configs/study/smollm2.yaml --only published aligned cat capo "adversarial fine-tuning" mixat lat "cat from published" --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
-	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml --only published aligned cat capo lat mixat "adversarial fine-tuning" "cat, no attack" --recorded $(RESULTS)/smollm2_suffixes_cpu_202611 --out $(RESULTS)/smollm2_suffixes_cpu_202611
-	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml --only published aligned cat capo lat mixat "adversarial fine-tuning" "cat, no attack" --recorded $(RESULTS)/smollm2_adaptive_cpu_202611 --out $(RESULTS)/smollm2_adaptive_cpu_202611
-	for study in polite sampled; do \
-	  place=$(RESULTS)/smollm2_$${study}_cpu_202611; \
-	  $(BIN)/thundercat study configs/study/smollm2_$$study.yaml --only published aligned cat capo lat mixat "adversarial fine-tuning" "cat, no attack" --recorded $$place --out $$place || exit 1; \
-	done
+	$(BIN)/thundercat study configs/study/smollm2.yaml --recorded $(RESULTS)/smollm2_cpu_202611 --out $(RESULTS)/smollm2_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2_suffixes.yaml --recorded $(RESULTS)/smollm2_suffixes_cpu_202611 --out $(RESULTS)/smollm2_suffixes_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2_adaptive.yaml --recorded $(RESULTS)/smollm2_adaptive_cpu_202611 --out $(RESULTS)/smollm2_adaptive_cpu_202611
+	$(BIN)/thundercat study configs/study/smollm2_sampled.yaml --recorded $(RESULTS)/smollm2_sampled_cpu_202611 --out $(RESULTS)/smollm2_sampled_cpu_202611
 	for study in ablations failure_modes injection injection_tickets inside trade_off; do \
 	  place=$(RESULTS)/smollm2_$${study}_cpu_202611; \
 	  $(BIN)/thundercat study configs/study/$${study}_smollm2.yaml --recorded $$place --out $$place || exit 1; \

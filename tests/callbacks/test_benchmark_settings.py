@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ import yaml
 from callbacks.evaluations.benchmark import Benchmark, BenchmarkEvaluation
 from callbacks.evaluations.harness import load_tasks
 from callbacks.evaluations.harness_scoring import ask
+from callbacks.report.load import load
 from datamodules.results import ResultsStore
 from datamodules.sources.questions import ArcQuestions, MmluQuestions, PiqaQuestions
+from lightning_modules.models.language_model import Encoded, LanguageModel
 from tests.support.benchmarks import arc_easy, arc_file, mmlu_folder, opened
 from tests.support.small_run import small_config
 
@@ -117,6 +120,48 @@ def test_the_configuration_of_the_four_benchmarks_is_accepted(
         "mmlu",
     ]
     assert sum(each["class_path"].endswith("RunReport") for each in callbacks) == 1
+
+
+def test_chat_and_examples_are_two_words_of_the_command_line(
+    public_data: Path, thundercat: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, out, err = thundercat(
+        *("fit", "--config", "configs/experiment/cat_tinychat.yaml"),
+        *("--config", "configs/evaluation/benchmarks.yaml", "--vars.benchmark_chat=true"),
+        *("--vars.mmlu_shots=5", f"--vars.benchmark_data={public_data / 'data'}", "--print_config"),
+    )
+    assert status == 0, err
+    callbacks = yaml.safe_load(out)["trainer"]["callbacks"]
+    (own,) = (each for each in callbacks if each["class_path"].endswith("BenchmarkEvaluation"))
+    asked = [(b["chat_template"], b.get("num_fewshot", 0)) for b in own["init_args"]["benchmarks"]]
+    assert asked == [(True, 0), (True, 0), (True, 0), (True, 5)]
+
+
+REPLIES = ["A", "The answer is A.", "I'm sorry, but I can't help with that."]
+"""To each subject's three questions, whose answers are A, B and C."""
+
+
+def test_mmlu_in_a_chat_from_the_command_line_to_the_report(
+    tmp_path: Path, thundercat: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reply(self: LanguageModel, prompts: Encoded, *_: object) -> list[str]:
+        rows = [ids[own].tolist() for ids, own in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)]
+        asked = [re.search(r"test \w+ (\d)\?\nA\. blue\nB\. ", text) for text in self.chat.decode_batch(rows)]
+        return [REPLIES[int(found[1])] for found in asked if found is not None]
+
+    monkeypatch.setattr(LanguageModel, "reply", reply)
+    (tmp_path / "mmlu").mkdir()
+    mmlu_folder(tmp_path / "mmlu")
+    words = ("--config", "configs/evaluation/mmlu_chat.yaml", f"--vars.mmlu_data={tmp_path}")
+    status, _, err = thundercat("test", "--config", str(small_config(tmp_path)), *words)
+    assert status == 0, err
+    after = load(tmp_path / "run", "test").after
+    assert after is not None
+    shown = {metric.quantity: own.estimate for metric, own in after.measures.items() if metric.block}
+    assert {name: (own.value, own.n) for name, own in shown.items()} == {
+        "over_refusal_rate": (1 / 3, 6),
+        "served_rate": (1 / 3, 6),
+    }
 
 
 CONFIG = """

@@ -18,11 +18,15 @@ from callbacks.report.tables import grade_groups, judges, means, rates, warnings
 from callbacks.report.tables_beside import grades
 from datamodules.result_lines import Measurement, Row
 from datamodules.results import ResultsStore, read_rows
+from datamodules.text.tokenizers import TokenizerConfig
 from experiments.commands.run import instantiate
 from experiments.config.check import check
 from experiments.config.compose import compose
 from experiments.config.defaults import with_defaults
-from lightning_modules.models.requests import Request
+from lightning_modules.models.chat import LocalChat
+from lightning_modules.models.language_model import LanguageModel
+from lightning_modules.models.loading import ModelConfig
+from lightning_modules.models.requests import Decoding, Request
 from tests.conftest import chat_model
 from tests.support.judge_server import serving
 from tests.support.mt_bench import Echo, by_turn, endpoint, reached_at_once, run
@@ -58,6 +62,26 @@ def _reached(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_grade_in_an_answer(answer: str, found: float | None) -> None:
     assert grade(answer) == found
+
+
+def test_a_local_chat_model_grades(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    def reply(self: LanguageModel, prompts: list[Request], decoding: Decoding, seed: int = 0) -> list[str]:
+        assert decoding == Decoding(40, 0.0, 1.0, 16)
+        asked.extend(prompts)
+        return [f"Fine. Rating: [[{6 + 2 * ('ask 81' in own.text)}]]" for own in prompts]
+
+    monkeypatch.setattr(LanguageModel, "reply", reply)  # the judge's: `Echo` has its own
+    own = ModelConfig("tinychat:aligned"), TokenizerConfig("tinychat:aligned")
+    judge = LocalChat(*own, max_new_tokens=40, device="cpu")
+    evaluation = MTBenchEvaluation(files(tmp_path / "files"), judge, max_new_tokens=64, batch_size=2)
+    found = measured(tmp_path / "run", Echo(), corpus(), evaluation)
+    key = {metric.key: value for metric, value in found.measures.items()}
+    assert key["utility/mt_bench/grade"].estimate == mean([8, 6, 6])
+    assert len(asked) == 6 and all("reply to" in own.text for own in asked)
+    labels = {name for row in read_rows(tmp_path / "run") for name in row.verdicts}
+    assert len(labels) == 1 and "tinychat:aligned" in labels.pop()
 
 
 def test_means_by_turn_and_category(tmp_path: Path) -> None:

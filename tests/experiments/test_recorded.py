@@ -38,7 +38,6 @@ STUDIES = {
     "smollm2": "smollm2",
     "smollm2_suffixes": "smollm2_suffixes",
     "smollm2_adaptive": "smollm2_adaptive",
-    "smollm2_polite": "smollm2_polite",
     "smollm2_sampled": "smollm2_sampled",
     **{f"smollm2_{own}": f"{own}_smollm2" for own in ("ablations", "failure_modes", "inside", "trade_off")},
     "smollm2_injection": "injection_smollm2",
