@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +35,8 @@ class OptimizerConfig:
     """Shape of the decay after warm-up."""
     final_fraction: Probability = 0.0
     """Learning rate at the end, as a share of the peak."""
+    fused: bool | None = None
+    """One kernel a step for all weights together (null: no); not where mixed precision clips gradients."""
 
 
 @checked
@@ -86,9 +89,21 @@ class FineTuning(PretrainedModel):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.optimizer_config
         learning = [p for p in self.parameters() if p.requires_grad]
-        # Not fused: under mixed precision Lightning clips no gradients of a fused one.
+        if (
+            config.fused
+            and self.trainer.gradient_clip_val
+            and isinstance(self.trainer.precision_plugin, MixedPrecision)
+        ):
+            raise ValueError(
+                f"model.optimizer.fused: under trainer.precision {self.trainer.precision} gradients of "
+                "a fused optimiser cannot be clipped; set fused: false, or base.dtype and 32-true"
+            )
         optimizer = torch.optim.AdamW(
-            learning, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            learning,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=config.fused or None,
         )
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config, total))
