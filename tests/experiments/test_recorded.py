@@ -52,7 +52,7 @@ STUDIES = {
     },
 }
 """Recorded study -> its file of configs/study."""
-IN_PART = ("smollm2", *(f"smollm2_{own}" for own in ("suffixes", "adaptive", "polite", "sampled")))
+IN_PART = tuple(f"smollm2_{own}" for own in ("suffixes", "adaptive", "sampled"))
 """Studies some of whose runs are not recorded so far; their reports name them."""
 PAGES = sorted(path.parent for path in RESULTS.glob("*/tables.csv"))
 LOST = "Not reported"
