@@ -56,11 +56,13 @@ def test_a16_trade_off_points_in_the_svg_are_where_the_axes_say() -> None:
     root = ElementTree.fromstring(svg(drawings(crowded())["trade_off"], "t"))
     ticks: dict[str, list[tuple[float, float]]] = {"x": [], "y": []}
     for group in root.iter(f"{SVG}g"):
-        for axis in ("x", "y"):
-            if re.fullmatch(rf"t-{axis}tick_\d+", group.get("id", "")):
-                label = next(group.iter(f"{SVG}text")).text or ""
-                place = list(group.iter(f"{SVG}use"))[-1].get(axis) or ""
-                ticks[axis].append((float(place), float(label)))
+        # A tick: a grid line, a mark and its number, centred beneath the one axis, not at the other.
+        label, marks = group.find(f"./{SVG}g/{SVG}text"), list(group.iter(f"{SVG}use"))
+        if label is None or len(marks) != 1 or not re.fullmatch(r"[\d.]+", label.text or ""):
+            continue
+        axis = "x" if "text-anchor: middle" in label.get("style", "") else "y"
+        ticks[axis].append((float(marks[0].get(axis) or ""), float(label.text or "")))
+    assert all(len(own) > 2 for own in ticks.values())
 
     def value(axis: str, place: float) -> float:
         (first, low), (last, high) = ticks[axis][0], ticks[axis][-1]

