@@ -34,6 +34,9 @@ NAME = re.compile(rf".*_seed\d+-[0-9a-f]{{{DIGITS}}}")
 """Of a run's folder."""
 ENDS = ("max_time", "min_steps", "min_epochs")
 """Fields of the trainer by which a training ends, beside its steps."""
+LATER = ("model.optimizer.fused",)
+"""Fields that came to their classes later: where they are null, a run is the one that it was without them, and
+its folder keeps its name, so that nothing is trained again."""
 STOPPING = ("EarlyStopping", "Timer")
 """Lightning's callbacks that end one."""
 State = Literal["not begun", "begun", "to be judged", "done"]
@@ -242,6 +245,8 @@ def _settled(fields: Mapping[str, Any], runs: Path, judged_as: Mapping[str, str]
     file's name."""
     found: dict[str, Any] = {}
     for key, value in fields.items():
+        if value is None and key.lstrip(".") in LATER:
+            continue
         own = _within_a_run(fields.get(key.removesuffix(f".{CONTENT}")), runs)
         if own is None:
             found[key] = value

@@ -77,6 +77,21 @@ def test_a_run_is_the_same_wherever_the_folder_of_runs_lies(in_root: Path, tmp_p
     assert names(tmp_path / "runs", base="other")["next"] != first["next"]
 
 
+def test_a_study_s_trainings_keep_their_names(in_root: Path, tmp_path: Path) -> None:
+    """A field with a default that comes to a class would have every training done again, in silence: null,
+    and listed in `scheduling.LATER`, it does not."""
+    jobs = jobs_of(load_study("configs/study/one_step_tinychat.yaml"), tmp_path / "runs")
+    names = {job.folder.name for job in jobs}
+    assert names >= {"no_defence_seed0-5a93e79a05", "cat_seed0-6df6f57517", "cat_one_step_seed0-fe211b05cd"}
+    fused = "model.init_args.optimizer.fused"
+    runs = {name: {"config": CAT, "set": {fused: own}} for name, own in (("no", None), ("yes", True))}
+    plain, null, own = (
+        jobs_of(read(tmp_path, {name: run}), tmp_path / "runs")[0].digest
+        for name, run in {"none": {"config": CAT}, **runs}.items()
+    )
+    assert plain == null != own
+
+
 def test_a_training_that_ends_earlier_is_another(in_root: Path, tmp_path: Path) -> None:
     runs = {"cat": {"config": CAT}, "short": {"config": CAT, "set": {"trainer.max_time": "00:00:00:02"}}}
     one, other = jobs_of(read(tmp_path, runs), tmp_path)
