@@ -29,6 +29,12 @@ class Float32Products(Callback):
         torch.set_float32_matmul_precision(self.precision)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._put_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._put_back()  # nothing is torn down then
+
+    def _put_back(self) -> None:
         if self._before is not None:
             torch.set_float32_matmul_precision(self._before)
             self._before = None

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from datamodules.fields import Fraction, NonNegative, NonNegativeInt, Positive, Probability, checked
 from lightning_modules.defences.base import Defence
@@ -36,7 +38,7 @@ class OptimizerConfig:
     final_fraction: Probability = 0.0
     """Learning rate at the end, as a share of the peak."""
     fused: bool | None = None
-    """One kernel a step for all weights together (null: no); not where mixed precision clips gradients."""
+    """One kernel a step for all weights together (null: no); not under fp16 with clipped gradients."""
 
 
 @checked
@@ -59,6 +61,32 @@ class FineTuning(PretrainedModel):
     ) -> None:
         super().__init__(base, seed, defence=defence)
         self.optimizer_config = optimizer or OptimizerConfig()
+
+    def setup(self, stage: str) -> None:
+        """Raises: ValueError, before the model is loaded, where a fused optimiser's gradients would be
+        clipped as fp16's scaler left them."""
+        super().setup(stage)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if self.optimizer_config.fused and scaler is not None and self.trainer.gradient_clip_val:
+            raise ValueError(
+                f"model.optimizer.fused: under trainer.precision {self.trainer.precision} a fused "
+                "optimiser's gradients cannot be clipped; set fused: false, or trainer.precision: bf16-mixed"
+            )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning clips no gradients of a fused optimiser under any mixed precision; of bf16, which is not
+        scaled, they can be."""
+        plugin = self.trainer.precision_plugin
+        if self.optimizer_config.fused and isinstance(plugin, MixedPrecision) and gradient_clip_val:
+            how = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, how)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def step_seed(self) -> int:
         """Seed of this micro-batch on this process: a resumed run draws what an uninterrupted one would."""
@@ -89,15 +117,6 @@ class FineTuning(PretrainedModel):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.optimizer_config
         learning = [p for p in self.parameters() if p.requires_grad]
-        if (
-            config.fused
-            and self.trainer.gradient_clip_val
-            and isinstance(self.trainer.precision_plugin, MixedPrecision)
-        ):
-            raise ValueError(
-                f"model.optimizer.fused: under trainer.precision {self.trainer.precision} gradients of "
-                "a fused optimiser cannot be clipped; set fused: false, or base.dtype and 32-true"
-            )
         optimizer = torch.optim.AdamW(
             learning,
             lr=config.lr,

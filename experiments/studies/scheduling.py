@@ -35,8 +35,8 @@ NAME = re.compile(rf".*_seed\d+-[0-9a-f]{{{DIGITS}}}")
 ENDS = ("max_time", "min_steps", "min_epochs")
 """Fields of the trainer by which a training ends, beside its steps."""
 LATER = ("model.optimizer.fused",)
-"""Fields that came to their classes later: where they are null, a run is the one that it was without them, and
-its folder keeps its name, so that nothing is trained again."""
+"""Fields that came to their classes later: where they are null, a run is the one that it was without them,
+and its folder keeps its name, so that nothing is trained again."""
 STOPPING = ("EarlyStopping", "Timer")
 """Lightning's callbacks that end one."""
 State = Literal["not begun", "begun", "to be judged", "done"]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
 
 from callbacks.float32_products import Float32Products
+from lightning_modules.base import OptimizerConfig
+from lightning_modules.models.loading import ModelConfig
+from lightning_modules.supervised import SupervisedFineTuning
+from tests.conftest import tinychat_format
 from tests.support.small_run import small_config, trained
 
 Run = Callable[..., tuple[int, str, str]]
@@ -37,15 +44,59 @@ def test_the_file_trains_and_leaves_the_process_as_it_was(thundercat: Run, tmp_p
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_mixed_precision_that_clips_is_refused_by_name(thundercat: Run, tmp_path: Path) -> None:
-    words = ("--config", GPU, "--trainer.precision=bf16-mixed")
-    status, _, err = thundercat("fit", "--config", str(small_config(tmp_path)), *words)
-    assert status == 1
-    assert "model.optimizer.fused: under trainer.precision bf16-mixed gradients of " in err
-    status, _, err = thundercat(
-        "fit", "--config", str(small_config(tmp_path)), *words, "--trainer.gradient_clip_val=null"
+def test_bf16_clips_the_gradients_of_a_fused_optimiser_too(
+    thundercat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, norms, weights = torch.nn.utils.clip_grad_norm_, [], []
+
+    def noted(parameters: Iterable[Tensor], most: float) -> Tensor:
+        norms.append((float(clip(parameters := list(parameters), most)), most))
+        assert float(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()) < 0.301
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    for name, words in (("plain", ()), ("fused", ("--model.optimizer.fused=true",))):
+        folder = tmp_path / name
+        folder.mkdir()
+        own = ("--config", str(small_config(folder)), "--trainer.precision=bf16-mixed", *words)
+        status, _, err = thundercat("fit", *own)
+        assert status == 0, err
+        weights.append(trained(folder / "run"))
+    plain, fused = norms[:3], norms[3:]
+    assert len(plain) == len(fused) == 3 and max(norms)[0] > 0.3
+    assert plain == [pytest.approx(own, rel=1e-2) for own in fused]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=0, atol=1e-4)
+
+
+def test_fp16_s_scaler_and_clipping_are_refused_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU has no fp16 to train in: the trainer stands in."""
+    module = SupervisedFineTuning(ModelConfig("tinychat:base"), OptimizerConfig(fused=True))
+    monkeypatch.setattr("lightning_modules.pretrained.check_strategy", lambda _: None)
+    module.attach(tinychat_format())
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    trainer = SimpleNamespace(
+        strategy=None, precision_plugin=plugin, precision="16-mixed", gradient_clip_val=0.3
     )
-    assert status == 0, err
+    module._trainer = trainer  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="optimizer.fused: under trainer.precision 16-mixed"):
+        module.setup("fit")
+    trainer.gradient_clip_val = None
+    module.setup("fit")
+
+
+def test_a_run_that_fails_leaves_the_process_as_it_was(thundercat: Run, tmp_path: Path) -> None:
+    torch.set_float32_matmul_precision("highest")
+    words = (
+        "--config",
+        GPU,
+        f"--model.base.name_or_path={tmp_path}",
+        "--data.tokenizer.name_or_path=tinychat:base",
+    )
+    assert thundercat("fit", "--config", str(small_config(tmp_path)), *words)[0] != 0
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_products_are_as_precise_as_asked_while_a_trainer_runs() -> None:
