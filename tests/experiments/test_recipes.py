@@ -183,6 +183,29 @@ def test_dolly_is_utility_data_of_any_recipe(in_root: Path) -> None:
     assert source["init_args"]["path"].endswith("databricks-dolly-15k.jsonl")
 
 
+@pytest.mark.parametrize("suite", ["table", "suffixes", "adaptive"])
+def test_the_published_budgets_are_one_more_file(suite: str, in_root: Path) -> None:
+    files = ["configs/experiment/cat_smollm2.yaml", "configs/data/smollm2_test.yaml"]
+    files += [f"configs/evaluation/smollm2_{suite}.yaml"]
+    budgets = {"num_steps", "width", "topk", "test_limit", "max_tokens", "limit"}
+
+    def spent(node: Any) -> list[Any]:
+        if isinstance(node, list):
+            return [own for item in node for own in spent(item)]
+        if not isinstance(node, dict):
+            return []
+        own = [(key, value) for key, value in node.items() if key in budgets and not isinstance(value, dict)]
+        return own + [each for value in node.values() for each in spent(value)]
+
+    small = compose(files, [])
+    whole = compose([*files, "configs/evaluation/smollm2_full_budgets.yaml"], [])
+    check(whole, "test")
+    few, all_of_it = (spent(config["trainer"]["callbacks"]) for config in (small, whole))
+    larger = [(a, b) for a, b in zip(few, all_of_it, strict=True) if a != b]
+    assert len(larger) == {"table": 10, "suffixes": 4, "adaptive": 25}[suite]
+    assert all(b[1] is None or b[1] > a[1] for a, b in larger)
+
+
 @pytest.mark.parametrize("attack", [[], ["configs/attack/none.yaml"]], ids=["as it is", "without an attack"])
 @pytest.mark.parametrize("method", ["adversarial_fine_tuning", "capo", "cat", "lat", "mixat"])
 def test_smollm2_is_defended_from_either_start(method: str, attack: list[str], in_root: Path) -> None:

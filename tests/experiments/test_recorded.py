@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import json
+import lzma
 import re
 import shutil
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_what_was_tried_further_can_be_printed_again_from_its_rows(
     written = (folder / name).read_text(encoding="utf-8").splitlines()
     assert tables == [line for line in written if line.startswith("| ")]
     assert len(tables) > 10
+
+
+def test_the_four_reports_of_smollm2_judge_the_same_weights() -> None:
+    """A row that is read across them is of one training."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for study in ("smollm2", "smollm2_suffixes", "smollm2_adaptive", "smollm2_sampled"):
+        for path in sorted((RESULTS / f"{study}_cpu_202611").glob("runs/*/seed*/rows/rows_rank0.jsonl.xz")):
+            with lzma.open(path, "rt", encoding="ascii") as stream:
+                models = {json.loads(line)["model"] for line in stream}
+            found.setdefault((path.parts[-4], path.parts[-3]), set()).update(models)
+    assert len(found) >= 10
+    assert {own: models for own, models in found.items() if len(models) > 1} == {}
 
 
 def test_what_is_recorded_stays_small() -> None:
