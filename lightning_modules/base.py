@@ -67,7 +67,8 @@ class FineTuning(PretrainedModel):
         clipped as fp16's scaler left them."""
         super().setup(stage)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if self.optimizer_config.fused and scaler is not None and self.trainer.gradient_clip_val:
+        clipped = stage == "fit" and scaler is not None and self.trainer.gradient_clip_val
+        if self.optimizer_config.fused and clipped:
             raise ValueError(
                 f"model.optimizer.fused: under trainer.precision {self.trainer.precision} a fused "
                 "optimiser's gradients cannot be clipped; set fused: false, or trainer.precision: bf16-mixed"

@@ -2,7 +2,7 @@
 
 May differ between a run and its continuation, because the weights of a given step do not depend on it: steps
 and time limits (the learning rate follows the schedule of the new total from there on), loggers, evaluations
-and callbacks but for Lightning's own that change the weights, hardware (accelerator, devices, attention
+and callbacks but for those that change the weights, hardware (accelerator, devices, attention
 kernel, activation checkpointing) and folders. All else must be equal: model, attack, objective, terms, data,
 optimiser, seed, precision, plugins, clipping and how a step is divided; and the files that these fields name
 must hold what they held.
@@ -38,13 +38,14 @@ DECIDING_CALLBACKS = (
     "BaseFinetuning",
     "BatchSizeFinder",
     "EMAWeightAveraging",
+    "Float32Products",
     "GradientAccumulationScheduler",
     "LearningRateFinder",
     "ModelPruning",
     "StochasticWeightAveraging",
     "WeightAveraging",
 )
-"""Lightning's own callbacks that change the weights."""
+"""Callbacks that change the weights: Lightning's own, and what rounds otherwise."""
 ALL_ROWS = {"limit_train_batches": (None, 1.0), "overfit_batches": (None, 0.0)}
 """Further ones, kept only where they take rows away; the values that take none."""
 STEPS = ("trainer.max_steps", "trainer.max_epochs")

@@ -19,7 +19,8 @@
 it), which is trained before. `{checkpoint_of: cat, step: 10}` trains nothing: it judges what another run was
 after so many steps, by that run's `config` and `set`. `{config: [...], trained: false, reported: false}` is
 what other runs read and no table shows: the attacks of a red team, say. `runs: FILE` takes the runs of
-another study, judged by this one's `test`; with the same folder of runs they are trained once.
+another study, and its seeds where this one names none; `test` is this one's, behind which stand a run's own
+files. With the same folder of runs a run and seed of both is trained once.
 """
 
 from __future__ import annotations
@@ -188,12 +189,25 @@ def load_study(path: str | Path) -> Study:
     node = read(place)
     try:
         if isinstance(node.get("runs"), str):
-            node = {**node, "runs": read(find(node["runs"], place.parent, "runs")).get("runs")}
+            node = _with_runs_of(find(node["runs"], place.parent, "runs"), node)
         study = made(Study, node, NESTED)
         _check(study)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return study
+
+
+def _with_runs_of(other: Path, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises: ConfigError where the other study is wrong, or has no runs of its own."""
+    theirs = read(other)
+    if isinstance(theirs.get("runs"), str):
+        raise ConfigError(f"runs: {other.name} has none of its own; name {theirs['runs']}, whose they are")
+    try:
+        load_study(other)
+    except ConfigError as error:
+        raise ConfigError(f"runs: {error}") from error
+    seeds = {key: theirs[key] for key in ("seeds",) if key in theirs}
+    return {**seeds, **node, "runs": theirs["runs"]}
 
 
 NESTED: dict[str, type] = {

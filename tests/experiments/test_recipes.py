@@ -206,6 +206,21 @@ def test_the_published_budgets_are_one_more_file(suite: str, in_root: Path) -> N
     assert all(b[1] is None or b[1] > a[1] for a, b in larger)
 
 
+def test_every_published_budget_is_one_that_a_suite_has(in_root: Path, tmp_path: Path) -> None:
+    """A variable that none reads, or whose value it has, would be a promise without effect."""
+    published = yaml.safe_load(Path("configs/evaluation/smollm2_full_budgets.yaml").read_text())["vars"]
+
+    def composed(variables: dict[str, Any]) -> list[dict[str, Any]]:
+        (tmp_path / "vars.yaml").write_text(yaml.safe_dump({"vars": variables}))
+        suites = [f"configs/evaluation/smollm2_{suite}.yaml" for suite in ("table", "suffixes", "adaptive")]
+        start = ["configs/experiment/cat_smollm2.yaml", "configs/data/smollm2_test.yaml"]
+        return [compose([*start, suite, str(tmp_path / "vars.yaml")], []) for suite in suites]
+
+    whole = composed(published)
+    for name in published:
+        assert composed({key: value for key, value in published.items() if key != name}) != whole, name
+
+
 @pytest.mark.parametrize("attack", [[], ["configs/attack/none.yaml"]], ids=["as it is", "without an attack"])
 @pytest.mark.parametrize("method", ["adversarial_fine_tuning", "capo", "cat", "lat", "mixat"])
 def test_smollm2_is_defended_from_either_start(method: str, attack: list[str], in_root: Path) -> None:

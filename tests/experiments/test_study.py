@@ -247,3 +247,23 @@ def test_runs_may_be_those_of_another_study(tmp_path: Path) -> None:
     second.write_text(yaml.safe_dump({**content, "runs": "gone.yaml"}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"second\.yaml: runs: no file 'gone\.yaml'"):
         load_study(second)
+
+
+def test_a_study_of_another_s_runs_has_its_seeds_and_tells_its_mistakes_as_its_own(tmp_path: Path) -> None:
+    first = given(tmp_path / "first.yaml", {"a": {"config": CAT}})
+    content = yaml.safe_load(first.read_text(encoding="utf-8"))
+    first.write_text(yaml.safe_dump({**content, "seeds": [4, 5]}), encoding="utf-8")
+    own = {key: value for key, value in content.items() if key != "seeds"} | {"runs": first.name}
+    second, third = tmp_path / "second.yaml", tmp_path / "third.yaml"
+    second.write_text(yaml.safe_dump(own), encoding="utf-8")
+    assert load_study(second).seeds == [4, 5]
+    third.write_text(yaml.safe_dump({**own, "seeds": [6]}), encoding="utf-8")
+    assert load_study(third).seeds == [6]
+    third.write_text(yaml.safe_dump({**own, "runs": second.name}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"third\.yaml: runs: second\.yaml has none .*name first\.yaml"):
+        load_study(third)
+    first.write_text(yaml.safe_dump({**content, "runs": {"a": {"confg": CAT}}}), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"second\.yaml: runs: .*first\.yaml: runs\.a\.confg: unknown field"
+    ):
+        load_study(second)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from callbacks.float32_products import Float32Products
+from callbacks.run_folder.decisive import decisive, differences
+from experiments.config.compose import compose
+from lightning_modules.adversarial import AdversarialFineTuning
 from lightning_modules.base import OptimizerConfig
 from lightning_modules.models.loading import ModelConfig
 from lightning_modules.supervised import SupervisedFineTuning
@@ -22,7 +26,24 @@ Run = Callable[..., tuple[int, str, str]]
 GPU = "configs/trainer/gpu.yaml"
 
 
-def test_a_fused_optimiser_takes_the_same_steps(thundercat: Run, tmp_path: Path) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str]]:
+    """Of every training step: whether its optimiser is fused, and how fp32 products are computed."""
+    found: list[tuple[bool, str]] = []
+    started = AdversarialFineTuning.training_step
+
+    def noted(self: AdversarialFineTuning, *given: Any) -> Any:
+        (optimiser,) = self.trainer.optimizers
+        found.append((bool(optimiser.defaults["fused"]), torch.get_float32_matmul_precision()))
+        return started(self, *given)
+
+    monkeypatch.setattr(AdversarialFineTuning, "training_step", noted)
+    return found
+
+
+def test_a_fused_optimiser_takes_the_same_steps(
+    thundercat: Run, tmp_path: Path, seen: list[tuple[bool, str]]
+) -> None:
     weights = []
     for name, words in (("plain", ()), ("fused", ("--model.optimizer.fused=true",))):
         folder = tmp_path / name
@@ -30,6 +51,7 @@ def test_a_fused_optimiser_takes_the_same_steps(thundercat: Run, tmp_path: Path)
         status, _, err = thundercat("fit", "--config", str(small_config(folder)), *words)
         assert status == 0, err
         weights.append(trained(folder / "run"))
+    assert seen == [(False, "highest")] * 3 + [(True, "highest")] * 3
     plain, fused = weights
     for name, value in plain.items():
         torch.testing.assert_close(
@@ -37,10 +59,15 @@ def test_a_fused_optimiser_takes_the_same_steps(thundercat: Run, tmp_path: Path)
         )  # of 3e-3; Adam divides by tiny gradients
 
 
-def test_the_file_trains_and_leaves_the_process_as_it_was(thundercat: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [[GPU], [GPU, GPU]], ids=["once", "twice"])
+def test_the_file_trains_and_leaves_the_process_as_it_was(
+    files: list[str], thundercat: Run, tmp_path: Path, seen: list[tuple[bool, str]]
+) -> None:
     torch.set_float32_matmul_precision("highest")
-    status, _, err = thundercat("fit", "--config", str(small_config(tmp_path)), "--config", GPU)
+    given = [word for file in files for word in ("--config", file)]
+    status, _, err = thundercat("fit", "--config", str(small_config(tmp_path)), *given)
     assert status == 0, err
+    assert seen == [(True, "high")] * 3
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -83,6 +110,7 @@ def test_fp16_s_scaler_and_clipping_are_refused_before_the_model_is_loaded(
     module._trainer = trainer  # type: ignore[assignment]
     with pytest.raises(ValueError, match="optimizer.fused: under trainer.precision 16-mixed"):
         module.setup("fit")
+    module.setup("test")
     trainer.gradient_clip_val = None
     module.setup("fit")
 
@@ -101,14 +129,23 @@ def test_a_run_that_fails_leaves_the_process_as_it_was(thundercat: Run, tmp_path
 
 def test_products_are_as_precise_as_asked_while_a_trainer_runs() -> None:
     torch.set_float32_matmul_precision("highest")
-    callback = Float32Products("high")
-    nothing = (None, None, "fit")
-    callback.setup(*nothing)  # type: ignore[arg-type]
-    callback.setup(*nothing)  # type: ignore[arg-type]
+    callback, twin = Float32Products("high"), Float32Products("high")
+    nothing: Any = (SimpleNamespace(callbacks=[callback, twin]), None, "fit")
+    for own in (callback, twin, callback):
+        own.setup(*nothing)
     assert torch.get_float32_matmul_precision() == "high"
-    callback.teardown(*nothing)  # type: ignore[arg-type]
-    assert torch.get_float32_matmul_precision() == "highest"
-    callback.teardown(*nothing)  # type: ignore[arg-type]
-    assert torch.get_float32_matmul_precision() == "highest"
+    for own in (callback, twin, callback):
+        own.teardown(*nothing)
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(ValueError, match=r"one precision of Float32Products, got \['high', 'highest'\]"):
+        callback.setup(SimpleNamespace(callbacks=[callback, Float32Products("highest")]), None, "fit")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision: expected 'highest'"):
         Float32Products("low")  # type: ignore[arg-type]
+
+
+def test_the_precision_of_products_decides_the_weights() -> None:
+    plain = decisive(compose(["configs/quickstart.yaml"], []))
+    rounded = decisive(compose(["configs/quickstart.yaml", GPU], ["--model.optimizer.fused=null"]))
+    assert differences(plain, rounded) == [
+        'trainer.callbacks.Float32Products.precision: (unset) then, "high" now'
+    ]

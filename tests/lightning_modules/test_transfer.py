@@ -246,3 +246,15 @@ def test_suffixes_of_a_run_are_those_of_harmful_requests(tmp_path: Path) -> None
         replace(benign, subject="harmless"),
     )
     assert [found.after for found in StoredSuffixes(run).surroundings()] == [" y y"]
+
+
+def test_of_a_request_that_an_attack_searched_again_the_latest_suffix_is_replayed(tmp_path: Path) -> None:
+    """A larger search keeps its attack's name: its rows stand beside the smaller one's."""
+    small = row("a", prompt="How?", attacked="How? small", verdicts=verdicts(True))
+    other = row("a", prompt="How?", attacked="How? other", verdicts=verdicts(True), attack="other")
+    large = replace(small, settings="larger", attacked="How? large")
+    failed = replace(small, settings="largest", attacked="How? failed", verdicts=verdicts(False))
+    run = stored(tmp_path, small, other, large, failed)
+    assert [found.after for found in StoredSuffixes(run).surroundings()] == [" large", " other"]
+    everything = StoredSuffixes(run, judge=None).surroundings()
+    assert [found.after for found in everything] == [" failed", " other"]

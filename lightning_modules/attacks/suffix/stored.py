@@ -20,7 +20,8 @@ class Surroundings(NamedTuple):
 
 @checked
 class StoredSuffixes:
-    """Suffixes (and prefixes) of a run's attacked rows, each once.
+    """Suffixes (and prefixes) of a run's attacked rows, each once; where an attack found one for a request
+    again, by other settings or on other weights, the latest.
 
     The results of an attack that reads them hold for the rows that are there: where the run gets others, it
     attacks again. Of rows in the run that is evaluated itself the folder's name alone counts.
@@ -57,7 +58,9 @@ class StoredSuffixes:
                     f"StoredSuffixes.run: {missing} in {self.run}/{ROWS}; name a run that attacked with text"
                 )
             wanted = (row for row in rows if self.attacks is None or row.attack in self.attacks)
-            found = (_around(row) for row in wanted if self._worked(row))
+            # An attack that ran again keeps its name: its earlier, perhaps weaker, suffix is not replayed.
+            latest = {(row.attack, row.example, row.repetition): row for row in wanted if self._worked(row)}
+            found = map(_around, latest.values())
             self._found = list(dict.fromkeys(entry for entry in found if entry is not None))
             if not self._found:
                 raise ValueError(
