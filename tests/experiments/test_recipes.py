@@ -183,7 +183,7 @@ def test_dolly_is_utility_data_of_any_recipe(in_root: Path) -> None:
     assert source["init_args"]["path"].endswith("databricks-dolly-15k.jsonl")
 
 
-@pytest.mark.parametrize("suite", ["table", "suffixes", "adaptive"])
+@pytest.mark.parametrize("suite", ["table", "suffixes", "adaptive", "page"])
 def test_the_published_budgets_are_one_more_file(suite: str, in_root: Path) -> None:
     files = ["configs/experiment/cat_smollm2.yaml", "configs/data/smollm2_test.yaml"]
     files += [f"configs/evaluation/smollm2_{suite}.yaml"]
@@ -202,7 +202,7 @@ def test_the_published_budgets_are_one_more_file(suite: str, in_root: Path) -> N
     check(whole, "test")
     few, all_of_it = (spent(config["trainer"]["callbacks"]) for config in (small, whole))
     larger = [(a, b) for a, b in zip(few, all_of_it, strict=True) if a != b]
-    assert len(larger) == {"table": 10, "suffixes": 4, "adaptive": 25}[suite]
+    assert len(larger) == {"table": 10, "suffixes": 4, "adaptive": 25, "page": 39}[suite]
     assert all(b[1] is None or b[1] > a[1] for a, b in larger)
 
 

@@ -137,15 +137,15 @@ def test_products_are_as_precise_as_asked_while_a_trainer_runs() -> None:
     for own in (callback, twin, callback):
         own.teardown(*nothing)
         assert torch.get_float32_matmul_precision() == "highest"
+    nothing[0].callbacks.append(Float32Products("highest"))
     with pytest.raises(ValueError, match=r"one precision of Float32Products, got \['high', 'highest'\]"):
-        callback.setup(SimpleNamespace(callbacks=[callback, Float32Products("highest")]), None, "fit")  # type: ignore[arg-type]
+        callback.setup(*nothing)
     with pytest.raises(ValueError, match="precision: expected 'highest'"):
         Float32Products("low")  # type: ignore[arg-type]
 
 
 def test_the_precision_of_products_decides_the_weights() -> None:
     plain = decisive(compose(["configs/quickstart.yaml"], []))
-    rounded = decisive(compose(["configs/quickstart.yaml", GPU], ["--model.optimizer.fused=null"]))
-    assert differences(plain, rounded) == [
-        'trainer.callbacks.Float32Products.precision: (unset) then, "high" now'
-    ]
+    rounded = decisive(compose(["configs/quickstart.yaml", GPU], [("model.optimizer.fused", "null")]))
+    *_, told = differences(plain, rounded)
+    assert told == 'trainer.callbacks.Float32Products.precision: (unset) then, "high" now'
