@@ -39,7 +39,7 @@ tinychat: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_helpful.yaml --overwrite
 	OMP_NUM_THREADS=1 $(BIN)/thundercat fit --config configs/experiment/tinychat_aligned.yaml --overwrite
 
-# CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Trainings go on where they were stopped, replies (minutes) begin again. A stage whose
+# CAT on SmolLM2-135M-Instruct: own replies, a start that refuses, CAT. Each goes on where it was stopped. A stage whose
 # recipe or data file is newer than what it made (not: a file that these include) is asked for again, and refuses to go on with another recipe's weights.
 # Base weights are in bf16 where the CPU multiplies in it (a quarter to a third less time), in fp32 elsewhere: `make smollm2 BF16=` says fp32, `BF16=1` bf16,
 # from the first call on: what is there is gone on with as it is.

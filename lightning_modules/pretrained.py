@@ -50,6 +50,8 @@ class PretrainedModel(LightningModule):
 
     model: nn.Module
     language_model: LanguageModel
+    replied: list[dict[str, str | bool]] | None = None
+    """`predict_step`'s next rows, where an earlier call of `predict` got them from the same model."""
 
     def __init__(
         self,
@@ -195,6 +197,8 @@ class PretrainedModel(LightningModule):
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, str | bool]]:
         """Greedy replies to a batch of evaluation prompts, as text; `cut`: longer than `predicted_tokens`."""
+        if self.replied is not None:
+            return self.replied
         decoding = Decoding(max_new_tokens=self.predicted_tokens)
         if self.defence is None:
             encoded = Encoded(batch.prompt_ids, batch.prompt_mask)
