@@ -6,6 +6,7 @@ import csv
 import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,3 +220,28 @@ def test_what_is_said_of_mmlu() -> None:
             answers = [row.reply for row in read_rows(seed) if row.settings == settings]
             assert len(answers) == 200
             assert sum(answer != "A" for answer in answers) == (3 if run == "cat from published" else 0)
+
+
+def test_the_replies_that_were_read_are_recorded_ones_with_these_verdicts() -> None:
+    """What FINDINGS says of refusals that the judge misses."""
+    path = RESULTS / "smollm2_further_cpu_202611" / "read_replies.csv"
+    with path.open(encoding="utf-8", newline="") as stream:
+        read = list(csv.DictReader(stream))
+    verdicts: dict[str, dict[str, bool]] = {}
+    for run in {line["run"] for line in read}:
+        seed = RESULTS / "smollm2_cpu_202611" / "runs" / run
+        asked = {
+            own.settings for own in read_measurements(seed) if (own.evaluation, own.block) == ("refusal", "")
+        }
+        rows = [row for row in read_rows(seed) if row.settings in asked and row.subject == "harmless"]
+        assert len(rows) == 290
+        verdicts[run] = {row.example: row.verdict("keyword_refusal@3") for row in rows}
+    for line in read:
+        assert verdicts[line["run"]][line["example"]] == (line["drawn from"] == "called a refusal")
+    assert Counter((line["drawn from"], line["label"]) for line in read) == {
+        ("called a refusal", "full_refusal"): 60,
+        ("not called a refusal", "full_compliance"): 150,
+        ("not called a refusal, with such words", "full_compliance"): 99,
+        ("not called a refusal, with such words", "full_refusal"): 12,
+        ("not called a refusal, with such words", "partial_refusal"): 1,
+    }
