@@ -49,6 +49,8 @@ LONGEST = 40
 """Characters of a label; the tables hold the whole name."""
 LINE = 0.052
 """Height of a label's line as a share of a scatter's axis."""
+NEAR = 0.05
+"""Points less far apart, as a share of the axis, have their names in one column."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def scatter(
             axes.set_ylim(*y_limits)
         axes.margins(x=0.6)
         axes.grid(alpha=0.2, color=INK)
+        _number_no_margin(axes, points)
         _name(axes, points)
     return figure
 
@@ -177,28 +180,45 @@ def mark(axes: Axes, point: Point) -> None:
     )  # fmt: skip
 
 
+def _number_no_margin(axes: Axes, points: Sequence[Point]) -> None:
+    """No numbers where there is room for names alone: a share is not below 0 or above 100 %."""
+    ends = [end for point in points for end in (point.x, *(point.x_interval or ()))]
+    ticks = [float(tick) for tick in axes.get_xticks()]
+    if ends and len(ticks) > 1:
+        slack = (ticks[1] - ticks[0]) / 2
+        kept = [tick for tick in ticks if min(ends) - slack <= tick <= max(ends) + slack]
+        if len(kept) > 1:
+            limits = axes.get_xlim()
+            axes.set_xticks(kept)
+            axes.set_xlim(limits)
+
+
 def _name(axes: Axes, points: Sequence[Point]) -> None:
     """Labels in a column beside each x, clear of the intervals and of each other, each with a line to its
     point."""
-    columns: dict[float, list[Point]] = {}
-    for point in points:
-        columns.setdefault(round(point.x, 6), []).append(point)
-    for number, (x, own) in enumerate(sorted(columns.items())):
+    columns: list[list[Point]] = []
+    low, high = axes.get_xlim()
+    for point in sorted(points, key=lambda point: point.x):
+        if columns and point.x - columns[-1][0].x <= NEAR * (high - low):
+            columns[-1].append(point)
+        else:
+            columns.append([point])
+    for number, own in enumerate(columns):
         left = number == 0 and len(columns) > 1
         # Of two columns (before and after) each has a side of the figure to itself.
         across = [end for p in (points if len(columns) <= 2 else own) for end in p.x_interval or (p.x,)]
-        _column(axes, x, own, min(across) if left else max(across), left)
+        _column(axes, own, min(across) if left else max(across), left)
 
 
-def _column(axes: Axes, x: float, points: Sequence[Point], edge: float, left: bool) -> None:
-    names: dict[float, list[str]] = {}
+def _column(axes: Axes, points: Sequence[Point], edge: float, left: bool) -> None:
+    names: dict[tuple[float, float], list[str]] = {}
     for point in sorted(points, key=lambda point: point.y):
-        names.setdefault(round(point.y, 6), []).append(label(point.label))
+        names.setdefault((round(point.y, 6), round(point.x, 6)), []).append(label(point.label))
     texts = ["\n".join(textwrap.wrap(", ".join(dict.fromkeys(own)), 20)) for own in names.values()]
     low, high = axes.get_ylim()
-    heights = spread(list(names), [text.count("\n") + 1 for text in texts], LINE * (high - low))
+    heights = spread([y for y, _ in names], [text.count("\n") + 1 for text in texts], LINE * (high - low))
     shift = offset_copy(axes.transData, axes.get_figure(root=True), -14 if left else 14, 0, "points")
-    for y, text, height in zip(names, texts, heights, strict=True):
+    for (y, x), text, height in zip(names, texts, heights, strict=True):
         axes.annotate(
             text, xy=(x, y), xytext=(edge, height), textcoords=shift, fontsize=9, va="center",
             ha="right" if left else "left", annotation_clip=False,

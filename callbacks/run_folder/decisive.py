@@ -46,6 +46,10 @@ DECIDING_CALLBACKS = (
     "WeightAveraging",
 )
 """Callbacks that change the weights: Lightning's own, and what rounds otherwise."""
+WITHOUT_EFFECT = [
+    {"class_path": "callbacks.float32_products.Float32Products", "precision": "highest"},
+]
+"""As torch is without them."""
 ALL_ROWS = {"limit_train_batches": (None, 1.0), "overfit_batches": (None, 0.0)}
 """Further ones, kept only where they take rows away; the values that take none."""
 STEPS = ("trainer.max_steps", "trainer.max_epochs")
@@ -96,8 +100,8 @@ def decisive(config: Mapping[str, Any]) -> Flat:
         fields |= flat(f"trainer.plugins.{i}", filled(node))
     for node in given.get("callbacks") or []:
         name = str(node.get("class_path", "")).rpartition(".")[2]
-        if name in DECIDING_CALLBACKS:
-            fields |= flat(f"trainer.callbacks.{name}", filled(node))
+        if name in DECIDING_CALLBACKS and (own := filled(node)) not in WITHOUT_EFFECT:
+            fields |= flat(f"trainer.callbacks.{name}", own)
     for name in ("model", "data"):
         fields |= flat(name, filled(config.get(name)))
     if fields.get("data.micro_batches", 1) != 1:

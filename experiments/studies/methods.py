@@ -93,6 +93,10 @@ VARIANTS: dict[str, Variant] = {
     "distillation": Variant("distillation", tied=(f"{TERM}.temperature=1.0",)),
     "red team replay": Variant("red_team_replay", stronger=HEAVIER),
     "prompt generator": Variant("prompt_generator", stronger=HEAVIER),
+    "cat deep": Variant("cat_deep"),
+    "deep alignment": Variant("deep_alignment", stronger=HEAVIER[:1]),
+    "deep refusal": Variant("deep_refusal", stronger=HEAVIER[:1]),
+    "refat": Variant("refat", stronger=HEAVIER[:1]),
 }
 
 

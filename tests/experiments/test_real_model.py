@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from datamodules.results import read_measurements, read_rows
 from experiments.studies.archive import slug
 from tests.conftest import ROOT
@@ -181,26 +183,43 @@ def table(path: Path, begins: str) -> dict[str, list[str]]:
     """A table by its first column; `begins` is how its first line begins."""
     lines = path.read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(begins))
-    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
-    found = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in rows]
-    return {cells[0]: cells[1:] for cells in found}
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    _, _, *found = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in rows]
+    assert len({own[0] for own in found}) == len(found)
+    return {own[0]: own[1:] for own in found}
 
 
 def test_everything_in_one_table() -> None:
-    assert table(ROOT / "experiments" / "FINDINGS.md", "| SmolLM2, percent |") == written()
+    header = f"| SmolLM2, percent | {' | '.join(RUNS)} |"
+    assert table(ROOT / "experiments" / "FINDINGS.md", header) == written()
+
+
+README_COLUMNS = (
+    "refuses HarmBench; XSTest unsafe",
+    "refuses harmless, n = 290",
+    "embedding 0.075",
+    "0.15",
+    "soft prompt",
+    "in context; prefilled",
+    "worst of seven",
+    "GCG; adaptive, benign carriers refused",
+    "benign refused: plain; noise of 0.15; in context; soft prompt",
+    "ARC-Easy; PIQA; perplexity",
+)
 
 
 def test_the_readme_s_table() -> None:
-    """Its cells, without the marks of what is bold and the intervals."""
-    found = table(ROOT / "README.md", "| | refuses HarmBench; XSTest unsafe |")
+    """Its cells, without the marks of what is bold."""
+    found = table(ROOT / "README.md", f"| | {' | '.join(README_COLUMNS)} |")
     assert len(found) == len(RUNS)
-    for (name, said), run in zip(found.items(), RUNS.values(), strict=True):
-        assert name.replace("**", "").startswith(next(key for key, own in RUNS.items() if own == run))
+    for (name, said), (told, run) in zip(found.items(), RUNS.items(), strict=True):
+        assert name.replace("**", "").startswith(told)
         p = functools.partial(percent, run)
         one = [f"benign refused, {own}" for own in ("direct", "noise of 0.15", "in context", "soft prompt")]
+        low, high = (f"{100 * float(cells()[run, 'over-refusal'][own]):.0f}" for own in ("low", "high"))
         wanted = [
             f"{p('refuses')}; {p('XSTest unsafe: full refusals')}",
-            f"{p('over-refusal')} %",
+            f"{p('over-refusal')} % [{low}, {high}]",
             *(both(run, own) for own in ("embedding 0.075", "embedding 0.15", "soft prompt")),
             f"*{p('in context: not refused')}; {p('prefilling: not refused')}*",
             both(run, "worst of the seven"),
@@ -209,7 +228,28 @@ def test_the_readme_s_table() -> None:
             "; ".join(map(p, one)),
             f"{p('ARC-Easy')}; {p('PIQA')}; {float(cells()[run, PERPLEXITY]['value']):.1f}",
         ]
-        assert [re.sub(r" \[.*?\]|\*\*", "", cell) for cell in said] == wanted, name
+        assert [cell.replace("**", "") for cell in said] == wanted, name
+
+
+INTERVAL = re.compile(r"([-+]?[\d.]+)(?: %| points)?\*? \[([-+]?[\d.]+), ([-+]?[\d.]+)\]")
+
+
+@pytest.mark.parametrize("name", ["README.md", "experiments/FINDINGS.md"])
+def test_every_interval_of_the_text_is_a_recorded_difference(name: str) -> None:
+    """Of those beside the tables: value and both ends stand together in one of the four reports."""
+    recorded: list[tuple[float, ...]] = []
+    for study in ("", "_suffixes", "_adaptive", "_sampled"):
+        report = (RESULTS / f"smollm2{study}_cpu_202611" / "report.md").read_text(encoding="utf-8")
+        recorded += [tuple(map(float, found)) for found in INTERVAL.findall(report)]
+    text = (ROOT / name).read_text(encoding="utf-8")
+    section = text[text.index("## A real model") :].partition("\n## ")[0]
+    prose = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
+    told = [tuple(map(float, found)) for found in INTERVAL.findall(prose)]
+    assert len(told) >= 5
+    # Some are told to a tenth.
+    assert [
+        own for own in told if not any(own == pytest.approx(there, abs=0.051) for there in recorded)
+    ] == []
 
 
 def test_what_is_said_of_mmlu() -> None:

@@ -21,7 +21,8 @@ class Surroundings(NamedTuple):
 @checked
 class StoredSuffixes:
     """Suffixes (and prefixes) of a run's attacked rows, each once; where an attack found one for a request
-    again, by other settings or on other weights, the latest.
+    again, by other settings or on other weights, the last one in its files, of several processes
+    in the order of their numbers.
 
     The results of an attack that reads them hold for the rows that are there: where the run gets others, it
     attacks again. Of rows in the run that is evaluated itself the folder's name alone counts.
@@ -59,7 +60,7 @@ class StoredSuffixes:
                 )
             wanted = (row for row in rows if self.attacks is None or row.attack in self.attacks)
             # An attack that ran again keeps its name: its earlier, perhaps weaker, suffix is not replayed.
-            latest = {(row.attack, row.example, row.repetition): row for row in wanted if self._worked(row)}
+            latest = {_sought(row): row for row in wanted if self._worked(row)}
             found = map(_around, latest.values())
             self._found = list(dict.fromkeys(entry for entry in found if entry is not None))
             if not self._found:
@@ -76,6 +77,11 @@ class StoredSuffixes:
 
     def _worked(self, row: Row) -> bool:
         return self.judge is None or row.accepted(self.judge, "StoredSuffixes.judge")
+
+
+def _sought(row: Row) -> tuple[str | int | None, ...]:
+    """What a search was for."""
+    return row.attack, row.example, row.prompt, row.system, row.document, row.repetition
 
 
 def _around(row: Row) -> Surroundings | None:
