@@ -206,7 +206,7 @@ def _with_runs_of(other: Path, node: Mapping[str, Any]) -> dict[str, Any]:
         load_study(other)
     except ConfigError as error:
         raise ConfigError(f"runs: {error}") from error
-    seeds = {key: theirs[key] for key in ("seeds",) if key in theirs}
+    seeds = {"seeds": theirs["seeds"]} if "seeds" in theirs else {}
     return {**seeds, **node, "runs": theirs["runs"]}
 
 

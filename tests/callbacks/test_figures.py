@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from callbacks.report.drawing import Point, save, scatter, spread, svg
 from callbacks.report.figures import drawings
@@ -95,3 +96,18 @@ def test_labels_are_moved_apart_in_order(pairs: Sequence[tuple[float, int]]) -> 
 def test_labels_with_room_stay_beside_their_points() -> None:
     assert spread([0.0, 50.0, 100.0], [1, 2, 1], 5.0) == [0.0, 50.0, 100.0]
     assert spread([50.0, 50.0], [1, 1], 4.0) == [48.0, 52.0]
+
+
+def test_shares_are_numbered_from_0_to_100_and_names_of_near_points_do_not_overlap() -> None:
+    """Beside the points there is room for names, which no share has."""
+    at = {"start": (6.0, 92.0), "tuned": (9.0, 88.0), "no attack": (7.0, 88.0), "everything": (100.0, 2.0)}
+    figure = scatter([Point(x, y, name) for name, (x, y) in at.items()], "refused", "open")
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert low < -10 and high > 110  # the room
+    assert [tick for tick in axes.get_xticks() if not 0 <= tick <= 100] == []
+    assert len(axes.get_xticks()) >= 3
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # an annotation's own has its line too
+    assert len(boxes) == len(at)
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from tests.support.small_run import small_config, trained
 
 Run = Callable[..., tuple[int, str, str]]
 GPU = "configs/trainer/gpu.yaml"
+CALLBACK = "callbacks.float32_products.Float32Products"
 
 
 @pytest.fixture
@@ -147,5 +149,8 @@ def test_products_are_as_precise_as_asked_while_a_trainer_runs() -> None:
 def test_the_precision_of_products_decides_the_weights() -> None:
     plain = decisive(compose(["configs/quickstart.yaml"], []))
     rounded = decisive(compose(["configs/quickstart.yaml", GPU], [("model.optimizer.fused", "null")]))
+    as_it_is = json.dumps([{"class_path": CALLBACK, "init_args": {"precision": "highest"}}])
+    highest = decisive(compose(["configs/quickstart.yaml"], [("trainer.callbacks", as_it_is)]))
+    assert differences(plain, highest) == []
     *_, told = differences(plain, rounded)
     assert told == 'trainer.callbacks.Float32Products.precision: (unset) then, "high" now'
