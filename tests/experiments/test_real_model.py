@@ -204,7 +204,7 @@ README_COLUMNS = (
     "worst of seven",
     "GCG; adaptive, benign carriers refused",
     "benign refused: plain; noise of 0.15; in context; soft prompt",
-    "ARC-Easy; PIQA; perplexity",
+    "ARC-Easy (chance 25); PIQA (50); perplexity",
 )
 
 
